@@ -1,0 +1,391 @@
+"""Configuration: one typed, strict model of the `"qsr"` block and of a recipe.
+
+Two inputs end here: a DeepSpeed configuration (path or dict) with one more block, `"qsr"`
+(`split_deepspeed_config`), and a recipe, one YAML file with the blocks of `Recipe` (`qsr_engine.recipe` reads it).
+
+Every mistake is a `ConfigError` that names the key's path, what was found and what to write instead. Nothing here
+imports torch or starts a process group, so a bad configuration is refused before any training starts.
+
+`step` always counts optimizer steps.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+
+STRATEGIES = ("qsr", "constant", "parallel", "post_local", "swap")
+SCHEDULES = ("cosine", "linear", "step", "cosine_step", "constant")
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message says what was wrong, what was found and what to write."""
+
+
+class StrictModel(BaseModel):
+    """Unknown keys and wrong types are errors, and a checked value does not change afterwards."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class LearningRateConfig(StrictModel):
+    """The learning rate as a function of the step (the formulas are in `schedule.learning_rate`)."""
+
+    schedule: Literal["cosine", "linear", "step", "cosine_step", "constant"]
+    peak: Positive
+    min: NonNegative = 0.0
+    warmup_steps: Count = 0
+    decay_steps: list[PositiveInt] = []  # schedule "step": optimizer steps at which lr is multiplied by factor
+    factor: Positive = 0.1  # schedule "step"
+    base: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 2.0  # schedule "cosine_step": lr is a power of base
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LearningRateConfig:
+        if self.min > self.peak:
+            raise ValueError(f"min is {self.min} and peak is {self.peak}; write a min that is not above the peak")
+        if self.factor > 1:
+            raise ValueError(f"factor is {self.factor}; write a factor of at most 1, so that the learning rate decays")
+        if self.decay_steps != sorted(set(self.decay_steps)):
+            raise ValueError(f"decay_steps is {self.decay_steps}; write strictly increasing steps")
+        if self.decay_steps and self.schedule != "step":
+            raise ValueError(f"decay_steps is read by the schedule 'step' only, and schedule is {self.schedule!r}")
+        return self
+
+
+class AveragingConfig(StrictModel):
+    """How parameters are averaged at a boundary. Values that later work will bring are refused by name."""
+
+    bucket_mb: Positive = 64.0  # size of a bucket in MB (1e6 bytes)
+    wire_dtype: str = "fp32"
+    overlap: str = "none"
+    cuda_graph: bool = False
+    state: list[str] = []
+    buffers: Literal["average", "local"] = "average"  # floating-point buffers, such as batch-norm statistics
+
+    @field_validator("wire_dtype", "overlap", "cuda_graph", "state")
+    @classmethod
+    def _available(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        available = cls.model_fields[info.field_name].default
+        if value != available:
+            planned = _PLANNED[info.field_name]
+            reason = "is not there yet" if planned is None or value in planned else "is not a value of this key"
+            raise ValueError(f"found {value!r}, which {reason}; write {available!r}")
+        return value
+
+
+# Values that a later version will bring; None stands for any value.
+_PLANNED: dict[str, tuple[object, ...] | None] = {
+    "wire_dtype": ("bf16", "fp16", "int8"),
+    "overlap": ("next_forward", "delayed"),
+    "cuda_graph": (True,),
+    "state": None,
+}
+
+
+class QSRConfig(StrictModel):
+    """The `"qsr"` block of a DeepSpeed configuration.
+
+    `alpha` and `power` are read by the strategy `qsr` only; `h_base` by every strategy but `parallel`. Without an
+    `lr` block the learning rate is read from the optimizer, which the caller's own scheduler sets; `warmup_steps`
+    then says how long that scheduler warms up, since the period is h_base for as long.
+    """
+
+    strategy: Literal["qsr", "constant", "parallel", "post_local", "swap"] = "qsr"
+    h_base: PositiveInt = 1
+    alpha: NonNegative | None = None
+    power: Positive = 2.0
+    switch_step: Count | None = None
+    total_steps: PositiveInt
+    lr: LearningRateConfig | None = None
+    warmup_steps: Count | None = None
+    worker_size: PositiveInt = 1
+    averaging: AveragingConfig = AveragingConfig()
+    outer: dict[str, Any] | None = None
+
+    @property
+    def period_warmup_steps(self) -> int:
+        """Steps for which the period stays at h_base because the learning rate warms up."""
+        return self.lr.warmup_steps if self.lr else self.warmup_steps or 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> QSRConfig:
+        if self.outer is not None:
+            raise ValueError("outer is set, and the outer optimizer is not there yet; write null, the plain average")
+        _check_strategy(self)
+        _check_steps(self)
+        return self
+
+
+def _check_strategy(qsr: QSRConfig) -> None:
+    if qsr.strategy == "qsr" and qsr.alpha is None:
+        raise ValueError("alpha is missing, and strategy 'qsr' needs it; write for example 0.0175 (0 is constant H)")
+    if qsr.strategy in ("post_local", "swap") and qsr.switch_step is None:
+        raise ValueError(
+            f"switch_step is missing, and strategy {qsr.strategy!r} needs it; write a step from 0 to total_steps"
+        )
+    if qsr.strategy not in ("post_local", "swap") and qsr.switch_step is not None:
+        raise ValueError(
+            f"switch_step is {qsr.switch_step}, and strategy {qsr.strategy!r} does not read it; write null, or one of "
+            "the strategies post_local and swap"
+        )
+    if qsr.lr is not None and qsr.warmup_steps is not None:
+        raise ValueError("warmup_steps stands beside an lr block; write it inside: qsr.lr.warmup_steps")
+    if qsr.lr is None and qsr.warmup_steps is None and qsr.strategy == "qsr" and qsr.alpha:
+        raise ValueError(
+            "warmup_steps is missing, and there is no lr block: H is h_base while your scheduler warms up, and without "
+            "its length a warm-up would start with one huge round; write it in steps, 0 for none"
+        )
+
+
+def _check_steps(qsr: QSRConfig) -> None:
+    if qsr.period_warmup_steps > qsr.total_steps:
+        path = "lr.warmup_steps" if qsr.lr else "warmup_steps"
+        raise ValueError(
+            f"{path} is {qsr.period_warmup_steps} and total_steps is {qsr.total_steps}; write a warm-up that ends "
+            "within the run"
+        )
+    if qsr.switch_step is not None and qsr.switch_step > qsr.total_steps:
+        raise ValueError(
+            f"switch_step is {qsr.switch_step} and total_steps is {qsr.total_steps}; write a step within the run"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------- recipes
+
+
+class RecipeLearningRate(LearningRateConfig):
+    """In a recipe, warm-up and decay points may be given in epochs instead of steps."""
+
+    warmup_epochs: NonNegative | None = None
+    decay_epochs: list[Positive] | None = None
+
+
+class RecipeQSR(QSRConfig):
+    """In a recipe, total_steps may follow from `epochs`, and the switch may be given in epochs."""
+
+    total_steps: PositiveInt | None = None  # type: ignore[assignment]  # resolve_recipe() fills it in
+    lr: RecipeLearningRate
+    switch_epoch: NonNegative | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RecipeQSR:
+        # Checked as a QSRConfig by resolve_recipe(), when every duration is known in steps.
+        return self
+
+
+class ModelConfig(StrictModel):
+    """A model by name: `timm/NAME` or `torchvision/NAME`, with keyword arguments for its constructor."""
+
+    name: Annotated[str, Field(pattern=r"^(timm|torchvision)/[\w.\-]+$")]
+    kwargs: dict[str, Any] = {}
+
+
+class DataConfig(StrictModel):
+    """WebDataset shards in one folder with an `index.json` (see `qsr_engine.data`)."""
+
+    shards: Annotated[str, Field(min_length=1)]
+    train: str = "train"  # split names in index.json
+    eval: str = "val"
+    image_size: PositiveInt
+    augment: Literal["none", "crop", "crop_flip"] = "none"
+    shuffle_buffer: PositiveInt = 4096  # samples
+    loader_processes: Count = 0
+
+
+class BatchConfig(StrictModel):
+    """DeepSpeed's three batch sizes. train_batch_size counts the samples of one step over all ranks."""
+
+    train_batch_size: PositiveInt
+    train_micro_batch_size_per_gpu: PositiveInt | None = None
+    gradient_accumulation_steps: PositiveInt = 1
+
+
+class OptimizerConfig(StrictModel):
+    """The local optimizer of every worker. The learning rate comes from qsr.lr."""
+
+    type: Literal["AdamW", "SGD"]
+    weight_decay: NonNegative = 0.0
+    betas: Annotated[list[NonNegative], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    eps: Positive = 1e-8
+    momentum: NonNegative = 0.0
+    nesterov: bool = False
+    gradient_clipping: NonNegative = 0.0  # per worker; 0 clips nothing (DeepSpeed's own default is 1.0)
+
+
+class PrecisionConfig(StrictModel):
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    zero_stage: Literal[0, 1] = 0
+
+
+class LoggingConfig(StrictModel):
+    """The run's folder is dir/name; `every` and `eval_every` count optimizer steps."""
+
+    dir: str = "runs"
+    name: Annotated[str, Field(pattern=r"^[\w.\-]+$")]
+    every: PositiveInt = 10
+    eval_every: PositiveInt | None = None  # None: at the end of the run only
+    tensorboard: bool = True
+
+
+class Recipe(StrictModel):
+    """One run, whole. `epochs` or `qsr.total_steps` says how long it is, not both."""
+
+    model: ModelConfig
+    data: DataConfig
+    batch: BatchConfig
+    optimizer: OptimizerConfig
+    precision: PrecisionConfig = PrecisionConfig()
+    qsr: RecipeQSR
+    logging: LoggingConfig
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    epochs: Positive | None = None
+    seed: Count = 0
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.logging.dir) / self.logging.name
+
+
+# ------------------------------------------------------------------------------------- DeepSpeed configuration
+
+
+def split_deepspeed_config(config: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[dict[str, Any], QSRConfig]:
+    """Take the `"qsr"` block out of a DeepSpeed configuration.
+
+    Args:
+        config: path of a JSON file, or a mapping.
+    Returns:
+        What DeepSpeed itself reads, and the checked block.
+    Raises:
+        ConfigError: the file cannot be read, or there is no `"qsr"` block, or it is wrong.
+    """
+    where = "config" if isinstance(config, Mapping) else str(config)
+    raw = dict(config) if isinstance(config, Mapping) else _read_json(Path(os.fspath(config)))
+    if "qsr" not in raw:
+        near = difflib.get_close_matches("qsr", [str(key) for key in raw], n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r} to be 'qsr'?" if near else ""
+        raise ConfigError(
+            f'{where}: there is no "qsr" block{hint} Write for example '
+            '"qsr": {"strategy": "qsr", "h_base": 4, "alpha": 0.0175, "total_steps": 93600, "lr": {...}}'
+        )
+    qsr = validate(QSRConfig, raw.pop("qsr"), where=where, prefix="qsr.")
+    return raw, qsr
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read this configuration: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: not a JSON file that can be read: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: a DeepSpeed configuration is a JSON object; found {type(raw).__name__}")
+    return raw
+
+
+def resolve_batch(
+    world_size: int, *, train_batch_size: int | None, micro_batch_size: int | None, accumulation: int | None
+) -> tuple[int, int, int]:
+    """Complete DeepSpeed's three batch sizes as DeepSpeed does, over all ranks.
+
+    Returns:
+        (train_batch_size, train_micro_batch_size_per_gpu, gradient_accumulation_steps), all in samples or
+        micro-batches, with train_batch_size == micro * accumulation * world_size.
+    Raises:
+        ConfigError: they contradict one another, or none that says a size is given.
+    """
+    if train_batch_size is None and micro_batch_size is None:
+        raise ConfigError("found neither train_batch_size nor train_micro_batch_size_per_gpu; write at least one")
+    if train_batch_size is not None and micro_batch_size is not None and accumulation is None:
+        accumulation = max(1, train_batch_size // (micro_batch_size * world_size))
+    accumulation = accumulation or 1
+    if micro_batch_size is None:
+        assert train_batch_size is not None
+        micro_batch_size = max(1, train_batch_size // (accumulation * world_size))
+    product = micro_batch_size * accumulation * world_size
+    if train_batch_size is not None and train_batch_size != product:
+        raise ConfigError(
+            f"train_batch_size is {train_batch_size}, but train_micro_batch_size_per_gpu {micro_batch_size} x "
+            f"gradient_accumulation_steps {accumulation} x {world_size} ranks is {product}; write "
+            f"train_batch_size {product}, or leave one of the three out"
+        )
+    return product, micro_batch_size, accumulation
+
+
+def check_world_size(world_size: int, worker_size: int) -> int:
+    """Number of workers K. Raises ConfigError where the ranks don't divide into workers."""
+    if world_size % worker_size:
+        near = [size for size in range(1, world_size + 1) if world_size % size == 0]
+        raise ConfigError(
+            f"qsr.worker_size is {worker_size} and there are {world_size} ranks, which is not a multiple of it; "
+            f"write a worker_size among {near}, or start another number of ranks"
+        )
+    return world_size // worker_size
+
+
+def digest(config: Mapping[str, Any]) -> int:
+    """A 63-bit digest of a configuration, the same on every rank that has the same one."""
+    text = json.dumps(config, sort_keys=True, default=str)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+# ----------------------------------------------------------------------------------------------------- errors
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def validate(model: type[Model], raw: Any, *, where: str, prefix: str = "") -> Model:
+    """Check raw against a model; every mistake of it is in one ConfigError, a line each."""
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        lines = [f"{where}: {prefix}{line}" for line in _explain(model, error)]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def _explain(model: type[BaseModel], error: ValidationError) -> list[str]:
+    lines = []
+    for item in error.errors(include_url=False):
+        path = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{path}: unknown key{_nearest(model, item['loc'])}")
+        elif item["type"] == "missing":
+            lines.append(f"{path}: this key is missing; write it")
+        elif item["type"] == "value_error":
+            lines.append(f"{path + ': ' if path else ''}{item['ctx']['error']}")
+        else:
+            lines.append(f"{path}: found {item['input']!r}; {item['msg'][0].lower()}{item['msg'][1:]}")
+    return lines
+
+
+def _nearest(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:
+    block: Any = model
+    for part in loc[:-1]:
+        block = _submodel(block, str(part))
+        if block is None:
+            return ""
+    names = list(block.model_fields)
+    near = difflib.get_close_matches(str(loc[-1]), names, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; the keys here are {', '.join(names)}"
+
+
+def _submodel(model: type[BaseModel], name: str) -> type[BaseModel] | None:
+    field = model.model_fields.get(name)
+    if field is None:
+        return None
+    candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)

@@ -1,0 +1,149 @@
+"""Recipes: one YAML file a run, read, merged over the one it extends, overridden, checked and resolved.
+
+The model of a recipe is `config.Recipe`; this file turns files and `--set` overrides into one. Durations in epochs
+become steps in `resolve_recipe`, at the edge; the core of the package sees steps only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qsr_engine.config import ConfigError, QSRConfig, Recipe, validate
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-6 as a number (YAML 1.1 reads a string) and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str) and key in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark)
+            seen.add(key if isinstance(key, str) else repr(key))
+        return super().construct_mapping(node, deep)
+
+
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$"),
+    list("-+0123456789."),
+)
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe, merge it over the one it extends, apply `key.path=value` overrides and check it.
+
+    `extends: NAME.yaml` at the top of a recipe is a path relative to that recipe. Mappings merge key by key; any
+    other value replaces. `logging.name` is the file's stem where the recipe does not say it.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, or a key is unknown, of a wrong type or impossible.
+    """
+    path = Path(path)
+    raw = _read_with_base(path, ())
+    for override in overrides:
+        _apply_override(raw, override)
+    logging = raw.setdefault("logging", {})
+    if isinstance(logging, dict) and logging.get("name") is None:
+        logging["name"] = path.stem
+    recipe = validate(Recipe, raw, where=str(path))
+    if (recipe.epochs is None) == (recipe.qsr.total_steps is None):
+        found = "neither" if recipe.epochs is None else "both"
+        raise ConfigError(f"{path}: found {found} of epochs and qsr.total_steps; write exactly one of them")
+    return recipe
+
+
+def _read_with_base(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in chain:
+        names = " -> ".join(str(step) for step in (*chain, path.resolve()))
+        raise ConfigError(f"{path}: recipes extend one another in a circle: {names}")
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_RecipeLoader)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read this recipe: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not a YAML file that can be read: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: a recipe is a mapping of blocks (model, data, ...); found {type(raw).__name__}")
+    base = raw.pop("extends", None)
+    if base is None:
+        return raw
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: extends: found {base!r}; write the path of one recipe, relative to this file")
+    return _merge(_read_with_base(path.parent / base, (*chain, path.resolve())), raw)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set {override}: write key.path=value, for example --set qsr.h_base=4")
+    try:
+        value = yaml.load(text, Loader=_RecipeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not YAML: {error}") from error
+    target = raw
+    for depth, key in enumerate(keys[:-1]):
+        target = target.setdefault(key, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"--set {override}: {'.'.join(keys[: depth + 1])} is not a block")
+    target[keys[-1]] = value
+
+
+def resolve_recipe(recipe: Recipe, samples: int) -> Recipe:
+    """Turn durations in epochs into steps; the result has total_steps and no epochs.
+
+    Args:
+        recipe: as load_recipe() gives it.
+        samples: number of training samples in an epoch. An epoch is samples // train_batch_size steps; what is left
+            over is not seen in that epoch.
+
+    Raises:
+        ConfigError: fewer samples than one batch, or durations that contradict one another.
+    """
+    steps_per_epoch = samples // recipe.batch.train_batch_size
+    if steps_per_epoch == 0:
+        raise ConfigError(
+            f"batch.train_batch_size is {recipe.batch.train_batch_size} and the split {recipe.data.train!r} has "
+            f"{samples} samples, fewer than one batch for every worker; write a smaller batch or give more data"
+        )
+    raw = recipe.model_dump(exclude_unset=True)
+    epochs = raw.pop("epochs", None)
+    qsr = raw["qsr"]
+    if epochs is not None:
+        qsr["total_steps"] = max(1, round(epochs * steps_per_epoch))
+    _epochs_to_steps(qsr, "switch_epoch", "switch_step", steps_per_epoch, "qsr")
+    _epochs_to_steps(qsr["lr"], "warmup_epochs", "warmup_steps", steps_per_epoch, "qsr.lr")
+    _epochs_to_steps(qsr["lr"], "decay_epochs", "decay_steps", steps_per_epoch, "qsr.lr")
+    validate(QSRConfig, qsr, where="recipe", prefix="qsr.")
+    return validate(Recipe, raw, where="recipe")
+
+
+def _epochs_to_steps(block: dict[str, Any], epochs_key: str, steps_key: str, per_epoch: int, path: str) -> None:
+    epochs = block.pop(epochs_key, None)
+    if epochs is None:
+        return
+    if block.get(steps_key):
+        raise ConfigError(f"{path}.{epochs_key} and {path}.{steps_key} are both given; write one of them")
+    many = isinstance(epochs, list)
+    block[steps_key] = [round(e * per_epoch) for e in epochs] if many else round(epochs * per_epoch)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The whole recipe as YAML, defaults included; load_recipe() reads it back to an equal one."""
+    raw = recipe.model_dump(exclude_none=True)
+    return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
