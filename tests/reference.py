@@ -1,0 +1,150 @@
+"""The slow, obvious version of everything that the package does fast. It is the oracle of the tests.
+
+One process holds K models and K optimizers and does what the paper's Algorithm 1 says, a step at a time. Nothing here
+imports qsr_engine: schedules and periods are written again, from the formulas, with decimal arithmetic.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from decimal import Decimal, localcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Batch = tuple[Tensor, Tensor]
+
+
+def learning_rate(lr: dict[str, Any], step: int, total: int) -> float:
+    """The formulas of the schedules, from a plain `lr` block."""
+    low, peak, warmup = lr.get("min", 0.0), lr["peak"], lr.get("warmup_steps", 0)
+    if step < warmup:
+        return float(low + step * (peak - low) / warmup)
+    done = (step - warmup) / (total - warmup) if total > warmup else 0.0
+    cosine = low + (peak - low) * (1 + math.cos(math.pi * done)) / 2
+    if lr["schedule"] == "cosine":
+        return float(cosine)
+    if lr["schedule"] == "linear":
+        return float(low + (peak - low) * (1 - done))
+    if lr["schedule"] == "constant":
+        return float(peak)
+    if lr["schedule"] == "cosine_step":
+        base = lr.get("base", 2.0)
+        return float(base ** round(math.log(cosine) / math.log(base))) if cosine > 0 else 0.0
+    value = peak
+    for decay in lr["decay_steps"]:
+        if step >= decay:
+            value = value * lr.get("factor", 0.1)
+    return float(value)
+
+
+def quadratic_period(qsr: dict[str, Any], step: int, lr: float) -> int:
+    """max(h_base, floor((alpha / lr)^power)), not yet cut to the end of the run; exact decimal arithmetic."""
+    h_base, alpha = qsr.get("h_base", 1), qsr.get("alpha") or 0.0
+    if alpha == 0 or step < qsr.get("lr", {}).get("warmup_steps", qsr.get("warmup_steps") or 0):
+        return int(h_base)
+    if lr == 0:
+        return int(qsr["total_steps"])
+    with localcontext() as context:
+        context.prec = 60
+        value = (Decimal(repr(alpha)) / Decimal(repr(lr))) ** Decimal(repr(qsr.get("power", 2.0)))
+        # 60 digits cannot hold 1/3 either: (0.1 / 0.3 x 3) must count as whole.
+        return max(int(h_base), int(value * (1 + Decimal(10) ** -40)))
+
+
+def boundaries(qsr: dict[str, Any], lr: Callable[[int], float]) -> list[tuple[int, str]]:
+    """(steps done, mode) at the end of every round, found by counting single steps as the authors' code does."""
+    total, switch = qsr["total_steps"], qsr.get("switch_step") or 0
+    found: list[tuple[int, str]] = []
+    since = period = 0
+    for step in range(total):
+        parallel = qsr["strategy"] == "parallel" or (qsr["strategy"] == "post_local" and step < switch)
+        if since == 0:
+            period = 1 if parallel else qsr.get("h_base", 1)
+            if qsr["strategy"] == "qsr":
+                period = quadratic_period(qsr, step, lr(step))
+            if qsr["strategy"] == "swap" and step >= switch:
+                period = total
+        since += 1
+        swap_begins = qsr["strategy"] == "swap" and step + 1 == switch
+        if since >= period or step + 1 == total or swap_begins:
+            found.append((step + 1, "parallel" if parallel else "local"))
+            since = 0
+    return found
+
+
+def simulate(
+    make_model: Callable[[], nn.Module],
+    make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+    batches: Callable[[int, int], list[Batch]],
+    qsr: dict[str, Any],
+    workers: int,
+    clip: float = 0.0,
+    compute_dtype: torch.dtype | None = None,
+) -> tuple[list[nn.Module], list[float]]:
+    """Train K workers in one process.
+
+    Args:
+        make_model: gives the same initial parameters every time.
+        make_optimizer: the local optimizer; its learning rate is set at every step.
+        batches: batches(worker, step) are the micro-batches of one step of one worker; their gradients are averaged.
+        clip: L2 norm to which each worker clips its gradient, 0 for none.
+        compute_dtype: forward and backward use a copy of the parameters in this type, the optimizer the parameters
+            themselves (the masters); gradients are accumulated and averaged in this type.
+    Returns:
+        The K models after the last boundary, and the relative distance of the workers just before each averaging.
+    """
+    total = qsr["total_steps"]
+    models = [make_model() for _ in range(workers)]
+    optimizers = [make_optimizer(list(model.parameters())) for model in models]
+    ends = dict(boundaries(qsr, lambda step: learning_rate(qsr["lr"], step, total)))
+    first_local = next((step for step, mode in ends.items() if mode == "local"), total + 1)
+    distances = []
+    for step in range(total):
+        for worker, model in enumerate(models):
+            _gradient(model, batches(worker, step), compute_dtype)
+        parallel = ends.get(step + 1) == "parallel" and step + 1 < first_local
+        if parallel:
+            _average([[p.grad for p in model.parameters()] for model in models], compute_dtype)
+        for model, optimizer in zip(models, optimizers, strict=True):
+            if clip:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(qsr["lr"], step, total)
+            optimizer.step()
+        if step + 1 in ends and not parallel:
+            distances.append(relative_distance(models))
+            _average([[p.data for p in model.parameters()] for model in models])
+    return models, distances
+
+
+def _gradient(model: nn.Module, micro_batches: list[Batch], compute_dtype: torch.dtype | None) -> None:
+    computing = copy.deepcopy(model).to(compute_dtype) if compute_dtype else model
+    computing.zero_grad()
+    for inputs, targets in micro_batches:
+        loss = nn.functional.mse_loss(computing(inputs), targets) / len(micro_batches)
+        loss.backward()  # type: ignore[no-untyped-call]
+    for master, parameter in zip(model.parameters(), computing.parameters(), strict=True):
+        assert parameter.grad is not None
+        master.grad = parameter.grad.to(master.dtype)
+
+
+@torch.no_grad()
+def _average(tensors_of_workers: list[list[Any]], dtype: torch.dtype | None = None) -> None:
+    for same in zip(*tensors_of_workers, strict=True):
+        in_dtype = [tensor.to(dtype or tensor.dtype) for tensor in same]
+        mean = sum(in_dtype[1:], start=in_dtype[0].clone()) / len(same)
+        for tensor in same:
+            tensor.copy_(mean)
+
+
+@torch.no_grad()
+def relative_distance(models: list[nn.Module]) -> float:
+    """sqrt(mean over workers of |x_k - x|^2) / |x|, from the definition."""
+    flat = [torch.cat([p.reshape(-1).double() for p in model.parameters()]) for model in models]
+    mean = torch.stack(flat).mean(0)
+    spread = torch.stack([(x - mean).square().sum() for x in flat]).mean().sqrt()
+    return float(spread / mean.norm())

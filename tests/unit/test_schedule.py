@@ -1,0 +1,225 @@
+"""The rule, the learning-rate schedules and the rounds: values by hand, the paper's figures, properties, the oracle."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qsr_engine.config import LearningRateConfig, QSRConfig, validate
+from qsr_engine.schedule import Round, communication_percent, learning_rate, mode, period, rounds
+from tests import reference
+
+
+def qsr_config(**block: Any) -> QSRConfig:
+    return validate(QSRConfig, {"total_steps": 100, **block}, where="test")
+
+
+def constant_lr(peak: float, **more: Any) -> dict[str, Any]:
+    return {"schedule": "constant", "peak": peak, **more}
+
+
+VIT_B = {  # ViT-B of the paper: 300 epochs of 312 steps at batch size 4096
+    "strategy": "qsr",
+    "h_base": 4,
+    "alpha": 0.0175,
+    "total_steps": 300 * 312,
+    "lr": {"schedule": "cosine", "peak": 0.008, "min": 1e-6, "warmup_steps": 10_000},
+}
+
+
+@pytest.mark.parametrize(
+    ("h_base", "alpha", "power", "lr", "expected"),
+    [
+        (1, 0.3, 2.0, 0.1, 9),  # 0.3 / 0.1 is below 3 in floating point
+        (1, 0.0175, 2.0, 0.008, 4),  # 2.1875^2 = 4.785
+        (4, 0.0175, 2.0, 0.005, 12),  # 3.5^2 = 12.25
+        (4, 0.0175, 2.0, 0.0175, 4),  # 1, below h_base
+        (2, 0.2, 2.0, 0.8, 2),  # 0.0625
+        (2, 0.2, 2.0, 0.08, 6),  # 2.5^2 = 6.25
+        (2, 0.2, 1.0, 0.05, 4),  # 4
+        (2, 0.2, 1.0, 0.06, 3),  # 3.33
+        (2, 0.2, 3.0, 0.1, 8),  # 2^3
+        (1, 0.5, 3.0, 0.2, 15),  # 2.5^3 = 15.625
+        (3, 0.0, 2.0, 1e-9, 3),  # alpha 0: constant
+        (3, 0.1, 2.0, 0.0, 100),  # lr 0: what remains
+        (3, 0.1, 2.0, 1e-300, 100),  # the square overflows
+        (3, 0.1, 0.5, 1e-3, 10),  # sqrt(100)
+        (500, 0.1, 2.0, 1.0, 100),  # h_base above total_steps
+    ],
+)
+def test_period_by_hand(h_base: int, alpha: float, power: float, lr: float, expected: int) -> None:
+    qsr = qsr_config(strategy="qsr", h_base=h_base, alpha=alpha, power=power, warmup_steps=0)
+    assert period(qsr, 0, lr) == expected
+
+
+@pytest.mark.parametrize(
+    ("lr", "step", "expected"),
+    [
+        ({"schedule": "cosine", "peak": 1.0, "min": 0.0}, 0, 1.0),
+        ({"schedule": "cosine", "peak": 1.0, "min": 0.0}, 25, (1 + math.sqrt(0.5)) / 2),
+        ({"schedule": "cosine", "peak": 1.0, "min": 0.2}, 50, 0.6),
+        ({"schedule": "cosine", "peak": 1.0, "min": 0.2, "warmup_steps": 10}, 0, 0.2),
+        ({"schedule": "cosine", "peak": 1.0, "min": 0.2, "warmup_steps": 10}, 5, 0.6),
+        ({"schedule": "cosine", "peak": 1.0, "min": 0.2, "warmup_steps": 10}, 10, 1.0),
+        ({"schedule": "cosine", "peak": 1.0, "min": 0.2, "warmup_steps": 10}, 55, 0.6),
+        ({"schedule": "linear", "peak": 1.0, "min": 0.0, "warmup_steps": 20}, 40, 0.75),
+        ({"schedule": "linear", "peak": 1.0, "min": 0.0, "warmup_steps": 20}, 100, 0.0),
+        ({"schedule": "step", "peak": 0.8, "decay_steps": [30, 60]}, 29, 0.8),
+        ({"schedule": "step", "peak": 0.8, "decay_steps": [30, 60]}, 30, 0.08),
+        ({"schedule": "step", "peak": 0.8, "decay_steps": [30, 60], "factor": 0.5}, 99, 0.2),
+        ({"schedule": "cosine_step", "peak": 1.0, "min": 0.0}, 50, 0.5),
+        ({"schedule": "cosine_step", "peak": 1.0, "min": 0.0}, 30, 1.0),  # 0.794 is nearer to 1 than to 1/2
+        ({"schedule": "cosine_step", "peak": 1.0, "min": 0.0}, 100, 0.0),
+        ({"schedule": "constant", "peak": 0.3, "warmup_steps": 10}, 99, 0.3),
+        ({"schedule": "cosine", "peak": 1.0, "min": 0.2, "warmup_steps": 100}, 100, 1.0),  # nothing but warm-up
+    ],
+)
+def test_learning_rate_by_hand(lr: dict[str, Any], step: int, expected: float) -> None:
+    config = validate(LearningRateConfig, lr, where="test")
+    assert learning_rate(config, step, total_steps=100) == pytest.approx(expected, abs=1e-15)
+
+
+def test_the_papers_vit() -> None:
+    found = list(rounds(qsr_config(**VIT_B)))
+    assert {r.length for r in found if r.start // 312 == 183} == {29, 30}
+    assert found[-1].length == 8142
+    assert found[-1].start // 312 == 273
+    assert all(r.length == 4 for r in found if r.start < 10_000)
+    # Table 2 of the paper gives 10.4 % for QSR with h_base 4.
+    assert communication_percent(found) == pytest.approx(10.4, abs=0.05)
+
+
+def test_strategies_by_hand() -> None:
+    lr = constant_lr(0.1)
+    assert list(rounds(qsr_config(strategy="constant", h_base=4, total_steps=10, lr=lr))) == [
+        Round(0, 4, "local"),
+        Round(4, 4, "local"),
+        Round(8, 2, "local"),
+    ]
+    assert list(rounds(qsr_config(strategy="parallel", total_steps=3, lr=lr))) == [
+        Round(0, 1, "parallel"),
+        Round(1, 1, "parallel"),
+        Round(2, 1, "parallel"),
+    ]
+    assert list(rounds(qsr_config(strategy="post_local", h_base=3, switch_step=2, total_steps=6, lr=lr))) == [
+        Round(0, 1, "parallel"),
+        Round(1, 1, "parallel"),
+        Round(2, 3, "local"),
+        Round(5, 1, "local"),
+    ]
+    assert list(rounds(qsr_config(strategy="swap", h_base=3, switch_step=4, total_steps=12, lr=lr))) == [
+        Round(0, 3, "local"),
+        Round(3, 1, "local"),
+        Round(4, 8, "local"),
+    ]
+
+
+def test_communication_percent() -> None:
+    lr = constant_lr(0.1)
+    assert communication_percent(rounds(qsr_config(strategy="parallel", lr=lr))) == 100
+    assert communication_percent(rounds(qsr_config(strategy="constant", h_base=4, lr=lr))) == 25
+    assert communication_percent(rounds(qsr_config(strategy="post_local", h_base=5, switch_step=50, lr=lr))) == 60
+
+
+def test_one_step_is_one_round() -> None:
+    for strategy in ("constant", "parallel", "qsr"):
+        block = {"alpha": 0.1} if strategy == "qsr" else {}
+        found = list(rounds(qsr_config(strategy=strategy, h_base=7, total_steps=1, lr=constant_lr(0.1), **block)))
+        assert [(r.start, r.length) for r in found] == [(0, 1)]
+
+
+def test_a_round_that_cannot_start_is_refused() -> None:
+    qsr = qsr_config(strategy="constant", h_base=4, lr=constant_lr(0.1))
+    with pytest.raises(ValueError, match="no round starts at step 100"):
+        period(qsr, 100, 0.1)
+    for wrong in (-0.1, math.nan):
+        with pytest.raises(ValueError, match="learning rate of step 3"):
+            period(qsr, 3, wrong)
+    with pytest.raises(ValueError, match="no lr block"):
+        next(rounds(qsr_config(strategy="constant")))
+
+
+# Values that a person would write, so that exact decimal arithmetic and floating point must agree.
+decimals = st.decimals(min_value="0.001", max_value="2", places=3).map(float)
+
+
+@st.composite
+def blocks(draw: st.DrawFn) -> dict[str, Any]:
+    total = draw(st.integers(1, 400))
+    peak = draw(decimals)
+    lr: dict[str, Any] = {
+        "schedule": draw(st.sampled_from(["cosine", "linear", "step", "cosine_step", "constant"])),
+        "peak": peak,
+        "min": draw(st.sampled_from([0.0, peak / 8, peak])),
+        "warmup_steps": draw(st.integers(0, total)),
+    }
+    if lr["schedule"] == "step":
+        lr["decay_steps"] = sorted(draw(st.sets(st.integers(1, 400), max_size=4)))
+        lr["factor"] = draw(st.sampled_from([0.1, 0.5, 1.0]))
+    block: dict[str, Any] = {
+        "strategy": draw(st.sampled_from(["qsr", "constant", "parallel", "post_local", "swap"])),
+        "h_base": draw(st.integers(1, 600)),
+        "alpha": draw(st.just(0.0) | decimals),
+        "power": draw(st.sampled_from([1.0, 2.0, 3.0])),
+        "total_steps": total,
+        "lr": lr,
+    }
+    if block["strategy"] in ("post_local", "swap"):
+        block["switch_step"] = draw(st.integers(0, total))
+    return block
+
+
+@given(blocks())
+def test_rounds_cover_every_step_once_and_end_at_the_end(block: dict[str, Any]) -> None:
+    found = list(rounds(qsr_config(**block)))
+    assert [step for r in found for step in range(r.start, r.start + r.length)] == list(range(block["total_steps"]))
+    assert all(r.length >= 1 for r in found)
+
+
+@given(blocks())
+def test_rounds_equal_the_slow_simulation(block: dict[str, Any]) -> None:
+    total = block["total_steps"]
+    slow = reference.boundaries(block, lambda step: reference.learning_rate(block["lr"], step, total))
+    assert [(r.start + r.length, r.mode) for r in rounds(qsr_config(**block))] == slow
+
+
+@given(blocks(), st.integers(0, 400))
+def test_learning_rate_equals_the_slow_formula(block: dict[str, Any], step: int) -> None:
+    step = min(step, block["total_steps"] - 1)
+    config = qsr_config(**block)
+    assert config.lr is not None
+    slow = reference.learning_rate(block["lr"], step, block["total_steps"])
+    assert learning_rate(config.lr, step, block["total_steps"]) == pytest.approx(slow, rel=1e-12)
+
+
+@given(blocks())
+def test_the_period_never_falls_while_the_learning_rate_falls(block: dict[str, Any]) -> None:
+    block = {**block, "strategy": "qsr"}
+    block.pop("switch_step", None)
+    qsr = qsr_config(**block)
+    assert qsr.lr is not None
+    found = [r for r in rounds(qsr) if r.start >= qsr.lr.warmup_steps]
+    for before, after in pairwise(found[:-1]):  # the last round is cut
+        assert after.length >= before.length
+
+
+@given(blocks())
+def test_warm_up_takes_h_base(block: dict[str, Any]) -> None:
+    block = {**block, "strategy": "qsr"}
+    block.pop("switch_step", None)
+    qsr = qsr_config(**block)
+    for r in rounds(qsr):
+        if r.start < qsr.period_warmup_steps:
+            assert r.length == min(qsr.h_base, qsr.total_steps - r.start)
+
+
+@given(blocks(), st.integers(0, 399))
+def test_mode_is_the_rounds_mode(block: dict[str, Any], step: int) -> None:
+    qsr = qsr_config(**block)
+    step = min(step, qsr.total_steps - 1)
+    assert [r.mode for r in rounds(qsr) if r.start <= step < r.start + r.length] == [mode(qsr, step)]
