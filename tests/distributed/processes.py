@@ -1,0 +1,123 @@
+"""A pool of processes that tests share, since importing torch and deepspeed costs seconds in each.
+
+A job is a function of a test module; it runs on the first `ranks` processes of the pool, each with the environment
+that a launcher gives (RANK, WORLD_SIZE, ...), and its results come back in the order of the ranks. A process group
+that the job started is destroyed after it. A job that exceeds its time limit fails, and the pool is started anew.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Any
+
+JOB_SECONDS = 120.0
+
+
+class JobError(AssertionError):
+    """A job raised on at least one rank; `by_rank` holds the exception's type name and message, or None."""
+
+    def __init__(self, text: str, by_rank: list[tuple[str, str] | None]) -> None:
+        super().__init__(text)
+        self.by_rank = by_rank
+
+
+class Processes:
+    """Processes that wait for jobs; more are started when a job asks for more ranks."""
+
+    def __init__(self) -> None:
+        self._children: list[tuple[Any, Connection]] = []
+
+    def run(self, job: Callable[..., Any], ranks: int = 2, seconds: float = JOB_SECONDS, **kwargs: Any) -> list[Any]:
+        """Results of job(**kwargs) on each rank. Raises JobError if any rank raised or the time ran out."""
+        outcomes = self.outcomes(job, ranks, seconds, **kwargs)
+        errors = [value if kind == "error" else None for kind, value in outcomes]
+        if any(errors):
+            text = "\n".join(f"rank {rank}:\n{error[2]}" for rank, error in enumerate(errors) if error)
+            raise JobError(text, [error and (error[0], error[1]) for error in errors])
+        return [value for _, value in outcomes]
+
+    def outcomes(self, job: Callable[..., Any], ranks: int, seconds: float, **kwargs: Any) -> list[tuple[str, Any]]:
+        while len(self._children) < ranks:
+            self._start()
+        port = _free_port()
+        pipes = [pipe for _, pipe in self._children[:ranks]]
+        for rank, pipe in enumerate(pipes):
+            pipe.send((job, kwargs, _environment(rank, ranks, port)))
+        deadline = time.monotonic() + seconds
+        outcomes = []
+        for rank, pipe in enumerate(pipes):
+            if not pipe.poll(max(0.0, deadline - time.monotonic())):
+                self.stop()
+                raise JobError(f"rank {rank} gave no result within {seconds} s", [None] * ranks)
+            outcomes.append(pipe.recv())
+        return outcomes
+
+    def _start(self) -> None:
+        here, there = mp.Pipe()
+        process = mp.get_context("spawn").Process(target=_serve, args=(there,), daemon=True)
+        process.start()
+        there.close()
+        self._children.append((process, here))
+
+    def stop(self) -> None:
+        for process, pipe in self._children:
+            pipe.close()
+            process.kill()
+            process.join()
+        self._children.clear()
+
+
+def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _serve(pipe: Connection) -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            job, kwargs, environment = pipe.recv()
+        except EOFError:
+            return
+        os.environ.update(environment)
+        try:
+            outcome: tuple[str, Any] = ("result", job(**kwargs))
+        except BaseException as error:  # everything goes back to the test
+            outcome = ("error", (type(error).__name__, str(error), traceback.format_exc()))
+        with suppress(Exception):
+            _leave_process_group()
+        pipe.send(outcome)
+
+
+def _leave_process_group() -> None:
+    import deepspeed.comm
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        if deepspeed.comm.comm.cdb is not None:
+            deepspeed.comm.destroy_process_group()
+        else:
+            dist.destroy_process_group()
+    deepspeed.comm.comm.cdb = None

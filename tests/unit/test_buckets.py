@@ -1,0 +1,124 @@
+"""Buckets: every element once, whatever sizes, strides, types and sharing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from qsr_engine.averaging import ALIGNMENT, flat_buckets, plan_buckets, ring_bytes
+
+
+@given(st.lists(st.integers(0, 50), max_size=30), st.integers(1, 40), st.integers(1, 16))
+def test_every_segment_is_placed_once(sizes: list[int], capacity: int, alignment: int) -> None:
+    buckets = plan_buckets(sizes, capacity, alignment)
+    placed = [index for bucket in buckets for index, _ in bucket.slots]
+    assert placed == [index for index, size in enumerate(sizes) if size]
+    for bucket in buckets:
+        end = 0
+        for index, offset in bucket.slots:
+            assert offset >= end, "segments overlap"
+            assert offset % alignment == 0
+            end = offset + sizes[index]
+        assert end == bucket.numel
+        assert bucket.numel <= capacity or len(bucket.slots) == 1
+
+
+SHAPES = [(3,), (), (0,), (5, 7), (2, 3, 4, 4), (1000,)]
+
+
+@st.composite
+def tensor_lists(draw: st.DrawFn) -> list[Tensor]:
+    """Tensors of several types, some channels-last or transposed, some sharing memory, some given twice."""
+    tensors: list[Tensor] = []
+    for _ in range(draw(st.integers(1, 12))):
+        kind = draw(st.sampled_from(["new", "channels_last", "transposed", "slice", "twice", "tied"]))
+        shape = draw(st.sampled_from(SHAPES))
+        dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+        fresh = torch.randn(shape, dtype=dtype)
+        if kind == "channels_last" and fresh.ndim == 4:
+            fresh = fresh.to(memory_format=torch.channels_last)
+        elif kind == "transposed" and fresh.ndim == 2:
+            fresh = fresh.t()
+        elif kind == "slice":
+            fresh = torch.randn(40, dtype=dtype)[3:37:4]
+        elif kind == "twice" and tensors:
+            fresh = draw(st.sampled_from(tensors))
+        elif kind == "tied" and tensors:
+            fresh = draw(st.sampled_from(tensors)).detach().reshape(-1)[1:]
+        tensors.append(fresh)
+    return tensors
+
+
+@given(tensor_lists(), st.sampled_from([64, 1000, 1_000_000]))
+def test_tensors_keep_values_shapes_and_strides_and_live_in_the_buckets(tensors: list[Tensor], size: int) -> None:
+    before = [tensor.clone() for tensor in tensors]
+    layout = [(tensor.shape, tensor.stride()) for tensor in tensors]
+    buckets = flat_buckets(tensors, bucket_bytes=size)
+    for tensor, value in zip(tensors, before, strict=True):
+        assert torch.equal(tensor, value)
+    assert [(tensor.shape, tensor.stride()) for tensor in tensors] == layout
+    for bucket in buckets:
+        assert bucket.is_contiguous()
+        bucket.fill_(7)  # what happens to the buckets happens to every element of every tensor
+    assert all(bool((tensor == 7).all()) for tensor in tensors)
+
+
+@given(tensor_lists())
+def test_buckets_hold_nothing_twice(tensors: list[Tensor]) -> None:
+    """Memory: the buckets are as large as the storage that the tensors cover, and alignment."""
+    distinct = {
+        (tensor.untyped_storage().data_ptr(), offset, tensor.dtype) for tensor in tensors for offset in _offsets(tensor)
+    }
+    covered = sum(dtype.itemsize for *_, dtype in distinct)
+    size = sum(bucket.numel() * bucket.element_size() for bucket in flat_buckets(tensors, 1000))
+    gaps = 4 * 40 * 8  # of strided slices
+    assert covered <= size <= covered + len(tensors) * (ALIGNMENT + gaps)
+
+
+def _offsets(tensor: Tensor) -> list[int]:
+    places = torch.arange(tensor.untyped_storage().nbytes() // tensor.element_size())
+    return torch.as_strided(places, tensor.shape, tensor.stride(), tensor.storage_offset()).reshape(-1).tolist()
+
+
+def test_shared_weights_stay_shared() -> None:
+    encoder, decoder = nn.Linear(4, 3, bias=False), nn.Linear(3, 4, bias=False)
+    decoder.weight = nn.Parameter(encoder.weight.detach().t())  # another Parameter on the same memory
+    tied = nn.Linear(4, 3, bias=False)
+    tied.weight = encoder.weight
+    buckets = flat_buckets([encoder.weight, decoder.weight, tied.weight], 1000)
+    assert sum(bucket.numel() for bucket in buckets) == 12
+    with torch.no_grad():
+        encoder.weight[1, 2] = 5.0
+    assert decoder.weight[2, 1] == 5.0
+    assert tied.weight is encoder.weight
+
+
+def test_optimizer_and_state_dict_go_on_working() -> None:
+    torch.manual_seed(0)
+    model, twin = nn.Linear(5, 3), nn.Linear(5, 3)
+    twin.load_state_dict(model.state_dict())
+    optimizer, twins = (torch.optim.AdamW(m.parameters(), lr=0.1) for m in (model, twin))
+    flat_buckets(model.parameters(), 1000)
+    for step in range(3):
+        for m, o in ((model, optimizer), (twin, twins)):
+            o.zero_grad()
+            m(torch.full((2, 5), float(step))).square().sum().backward()
+            o.step()
+    assert torch.equal(model.weight, twin.weight)
+    model.load_state_dict(twin.state_dict())
+
+
+def test_what_cannot_be_averaged_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"dtype torch.int64.*shape \(3,\)"):
+        flat_buckets([torch.arange(3)], 1000)
+    with pytest.raises(TypeError, match="sparse"):
+        flat_buckets([torch.eye(3).to_sparse()], 1000)
+
+
+def test_ring_bytes() -> None:
+    assert ring_bytes(1000, 1) == 0
+    assert ring_bytes(1000, 2) == 1000
+    assert ring_bytes(1000, 4) == 1500
