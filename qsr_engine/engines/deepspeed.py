@@ -1,0 +1,374 @@
+"""Local steps in the DeepSpeed engine. The only file that imports deepspeed.
+
+`initialize` goes through the real `deepspeed.initialize`. A worker is made of `worker_size` neighbouring ranks:
+DeepSpeed is told, by the object that it calls mpu, that its data-parallel group is the worker and that its
+model-parallel group is the rank alone. All that DeepSpeed reduces at a step (gradients, their norm, overflow flags)
+then stays inside the worker. The engine that comes back takes the class `LocalStepEngine`, whose `step()` counts steps
+and averages the parameters at boundaries.
+
+Which tensors are averaged (the fp32 masters; what derives from them is refreshed afterwards):
+
+    stage 0, fp32      the parameters themselves, moved into flat buckets
+    stage 1            `single_partition_of_fp32_groups`, flat already, then `update_lp_params()`
+    stage 1, BF16_Optimizer (bf16 with fp32 gradient accumulation)   `fp32_groups_flat_partition`, likewise
+
+The strategy `parallel` is DeepSpeed's own data parallel over all ranks, with nothing in between.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import deepspeed
+import deepspeed.comm
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor, nn
+from torch.utils.data import DistributedSampler
+
+from qsr_engine.averaging import Averager, average_packed, check_agreement, flat_buckets, ring_bytes
+from qsr_engine.config import ConfigError, QSRConfig, check_world_size, digest, split_deepspeed_config
+from qsr_engine.engines.deepspeed_config import check_supported, resolve_deepspeed_config, shared_part
+from qsr_engine.local_steps import LocalSteps
+
+# ---------------------------------------------------------------------------------------------------- workers
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkerGroups:
+    """The process groups of this rank, with the interface that DeepSpeed expects of its mpu.
+
+    worker: the ranks of this rank's worker. alone: this rank. across: the ranks that hold the same part of the
+    parameters, one from each worker; averaging goes over them.
+    """
+
+    worker: dist.ProcessGroup
+    alone: dist.ProcessGroup
+    across: dist.ProcessGroup
+    worker_index: int
+
+    @classmethod
+    def make(cls, worker_size: int) -> WorkerGroups:
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        index, place = divmod(rank, worker_size)
+
+        # Made by their members alone, so that starting does not slow down with the square of the number of ranks.
+        def group(ranks: range) -> dist.ProcessGroup:
+            return cast(dist.ProcessGroup, dist.new_group(list(ranks), use_local_synchronization=True))
+
+        alone = group(range(rank, rank + 1))
+        first = index * worker_size
+        worker = alone if worker_size == 1 else group(range(first, first + worker_size))
+        across = alone if worker_size == world_size else group(range(place, world_size, worker_size))
+        return cls(worker, alone, across, index)
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self.worker
+
+    def get_data_parallel_rank(self) -> int:
+        return dist.get_rank(self.worker)
+
+    def get_data_parallel_world_size(self) -> int:
+        return dist.get_world_size(self.worker)
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self.alone
+
+    def get_model_parallel_rank(self) -> int:
+        return 0
+
+    def get_model_parallel_world_size(self) -> int:
+        return 1
+
+
+# ----------------------------------------------------------------------------------------------------- engine
+
+
+class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has no types
+    """A DeepSpeed engine whose workers take local steps. Made by `initialize`, never constructed.
+
+    Beyond DeepSpeed's own surface: `local_steps` (step, round, period, ...), and `step()` returns True at a boundary.
+    """
+
+    local_steps: LocalSteps
+    worker_groups: WorkerGroups | None  # None under the strategy `parallel`
+
+    def step(self, lr_kwargs: dict[str, Any] | None = None) -> bool:
+        """As DeepSpeed's step(); at the end of a round, average the parameters over the workers.
+
+        Returns:
+            True at a boundary, False inside a round or inside gradient accumulation.
+        Raises:
+            BoundaryError: on every rank, if the ranks disagree or parameters are not finite; nothing was averaged.
+            RuntimeError: the run has taken its total_steps already.
+        """
+        if self.local_steps.finished:
+            raise RuntimeError(
+                f"the run ended at step {self.local_steps.step}, which is qsr.total_steps; a longer run needs a larger "
+                "total_steps from its start, since the learning rate and the last round depend on it"
+            )
+        if self.is_gradient_accumulation_boundary() and self.worker_groups and self.local_steps.mode == "parallel":
+            self._average_gradients(self.worker_groups.across)
+        steps_before = self.global_steps
+        super().step(lr_kwargs)
+        if self.global_steps == steps_before:
+            return False
+        boundary = self.local_steps.advance()
+        self._set_learning_rate()
+        return boundary
+
+    def _set_learning_rate(self) -> None:
+        if self.local_steps.qsr.lr is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.local_steps.learning_rate * group.get("lr_scale", 1.0)
+
+    def _average_gradients(self, group: dist.ProcessGroup) -> None:
+        """Average over the workers what DeepSpeed reduced inside this one; the first phase of `post_local`."""
+        started = time.perf_counter()
+        average_packed(_gradients(self), group, int(self.local_steps.qsr.averaging.bucket_mb * 1e6))
+        self.local_steps.seconds_averaging += time.perf_counter() - started
+
+    def allreduce_gradients(self, *args: Any, **kwargs: Any) -> None:
+        """DeepSpeed's own reduction, timed where the clock can tell (on a CPU it blocks)."""
+        started = time.perf_counter()
+        super().allreduce_gradients(*args, **kwargs)
+        if self.worker_groups is None and self.device.type == "cpu":
+            self.local_steps.seconds_averaging += time.perf_counter() - started
+
+    @property
+    def seconds_averaging(self) -> float | None:
+        """Wall-clock seconds in averagings so far; None where it runs beside compute and cannot be told apart."""
+        hidden = self.worker_groups is None and self.device.type != "cpu"
+        return None if hidden else self.local_steps.seconds_averaging
+
+    def train_batch_size(self) -> int:
+        """Samples of one step over all ranks, as in the configuration (DeepSpeed itself counts one worker's)."""
+        return int(super().train_batch_size()) * self._workers
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        if train_batch_size % self._workers:
+            raise ValueError(f"train_batch_size {train_batch_size} does not divide into {self._workers} workers")
+        super().set_train_batch_size(train_batch_size // self._workers)
+
+    @property
+    def _workers(self) -> int:
+        return dist.get_world_size(self.worker_groups.across) if self.worker_groups else 1
+
+    def save_checkpoint(self, save_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> bool:
+        """DeepSpeed's own checkpoint, one folder a worker, with the local-step state in it; on a boundary only.
+
+        Arguments as DeepSpeed's. Random state and the position in the data are the caller's, as with DeepSpeed.
+
+        Raises:
+            RuntimeError: inside a round, where every worker has parameters of its own.
+        """
+        if not self.local_steps.on_boundary:
+            raise RuntimeError(
+                f"step {self.local_steps.step} is inside a round of {self.local_steps.period} steps, where every "
+                "worker has parameters of its own; save when engine.step() has returned True"
+            )
+        names = ("tag", "client_state", "save_latest", "exclude_frozen_parameters")
+        kwargs.update(zip(names, args, strict=False))
+        tag = str(kwargs.pop("tag", None) or f"global_step{self.global_steps}")
+        state = {**(kwargs.pop("client_state", None) or {}), _STATE_KEY: self.local_steps.state_dict()}
+        folder = self._worker_folder(save_dir)
+        folder.mkdir(parents=True, exist_ok=True)  # DeepSpeed does it on rank 0 of all ranks only
+        saved = bool(super().save_checkpoint(str(folder), tag=tag, client_state=state, **kwargs))
+        if kwargs.get("save_latest", True) and self.worker_groups and self.worker_groups.get_data_parallel_rank() == 0:
+            (folder / "latest").write_text(tag, encoding="utf-8")
+        dist.barrier()
+        return saved
+
+    def load_checkpoint(
+        self, load_dir: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        """Load what save_checkpoint() wrote, every worker its own. Arguments and result as DeepSpeed's.
+
+        Raises:
+            FileNotFoundError: there is no checkpoint of this worker in load_dir.
+        """
+        folder = self._worker_folder(load_dir)
+        path, client_state = super().load_checkpoint(str(folder), *args, **kwargs)
+        if path is None or client_state is None or _STATE_KEY not in client_state:
+            raise FileNotFoundError(
+                f"{folder}: there is no checkpoint that this engine wrote for this worker; give the folder that "
+                "save_checkpoint() was given, and start as many workers as wrote it"
+            )
+        self.local_steps.load_state_dict(client_state.pop(_STATE_KEY))
+        self._set_learning_rate()
+        return path, client_state
+
+    def _worker_folder(self, folder: str | os.PathLike[str]) -> Path:
+        return Path(folder) / f"worker-{self.worker_groups.worker_index:05d}" if self.worker_groups else Path(folder)
+
+
+_STATE_KEY = "qsr_local_steps"
+
+
+# -------------------------------------------------------------------------------------------------- initialize
+
+
+def initialize(
+    args: Any = None,
+    model: nn.Module | None = None,
+    optimizer: Any = None,
+    model_parameters: Any = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = 29500,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Callable[..., Any] | None = None,
+    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    mesh_param: Any = None,
+    config_params: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+) -> tuple[LocalStepEngine, Any, Any, Any]:
+    """`deepspeed.initialize` for a configuration with a `"qsr"` block; the same arguments, the same four results.
+
+    The parameters and buffers of rank 0 become those of every rank. `train_batch_size` counts the samples of one step
+    over all ranks, as in DeepSpeed. With `qsr.lr` the engine sets the learning rate of every parameter group at every
+    step (times the group's `lr_scale`, if it has one); without, it follows the optimizer's.
+
+    Returns:
+        (engine, optimizer, training_dataloader, lr_scheduler); the engine is a LocalStepEngine.
+    Raises:
+        ConfigError: the configuration is wrong, or asks for what does not work with local steps (yet).
+        AgreementError: on every rank, if the ranks were started with different configurations or models.
+    """
+    config = next((c for c in (config, config_params, getattr(args, "deepspeed_config", None)) if c is not None), None)
+    if config is None:
+        raise ConfigError('initialize() needs config=..., a DeepSpeed configuration with a "qsr" block')
+    if model is None:
+        raise ConfigError("initialize() needs model=..., a torch.nn.Module")
+    ds_config, qsr = split_deepspeed_config(config)
+    check_supported(ds_config, qsr)
+    for name, given in (("mpu", mpu), ("mesh_param", mesh_param)):
+        if given is not None:
+            raise ConfigError(f"initialize({name}=...): local steps set the process groups themselves; leave it out")
+    if lr_scheduler is not None and qsr.lr is not None:
+        raise ConfigError("both qsr.lr and lr_scheduler=... set the learning rate; leave one of them out")
+    _start_process_group(distributed_port, dist_init_required)
+
+    workers = check_world_size(dist.get_world_size(), qsr.worker_size)
+    parallel = qsr.strategy == "parallel"
+    ds_config = resolve_deepspeed_config(ds_config, dist.get_world_size(), 1 if parallel else workers)
+    facts = {"config": {**shared_part(ds_config), "qsr": qsr.model_dump()}, "model": _describe(model)}
+    device = torch.device(get_accelerator().current_device_name())
+    check_agreement(facts, device)
+    model.to(device)
+    _copy_from_rank_0(model)
+
+    groups = None if parallel else WorkerGroups.make(qsr.worker_size)
+    engine, ds_optimizer, _, lr_scheduler = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        model_parameters=model_parameters,
+        lr_scheduler=lr_scheduler,
+        mpu=groups,
+        collate_fn=collate_fn,
+        config=ds_config,
+    )
+    _take_local_steps(engine, qsr, groups, digest(facts["config"]))
+    if training_data is not None:
+        # DeepSpeed would give every worker the same samples, since it sees one worker's ranks only.
+        sampler: DistributedSampler[Any] = DistributedSampler(training_data, dist.get_world_size(), dist.get_rank())
+        engine.training_dataloader = engine.deepspeed_io(training_data, data_sampler=sampler)
+    return engine, ds_optimizer, engine.training_dataloader, lr_scheduler
+
+
+def _start_process_group(port: int, init_required: bool | None) -> None:
+    if not dist.is_initialized() and "RANK" not in os.environ and "OMPI_COMM_WORLD_RANK" not in os.environ:
+        raise ConfigError(
+            "this process was not started by a launcher (RANK is not set); start it with "
+            "`deepspeed SCRIPT ...`, `deepspeed --module MODULE ...` or torchrun"
+        )
+    # DeepSpeed would compile a shared-memory collective for CPUs, which takes a minute and a C++ compiler, and which
+    # only its inference engine calls.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.comm.init_distributed(
+        dist_backend=get_accelerator().communication_backend_name(),
+        distributed_port=port,
+        dist_init_required=init_required,
+    )
+
+
+def _describe(model: nn.Module) -> dict[str, str]:
+    """Name, type and shape of every parameter and buffer; it must be the same on every rank."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return {name: f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for name, t in tensors}
+
+
+@torch.no_grad()
+def _copy_from_rank_0(model: nn.Module) -> None:
+    for tensor in (*model.parameters(), *model.buffers()):
+        contiguous = tensor.detach().contiguous()
+        dist.broadcast(contiguous, 0)
+        tensor.copy_(contiguous)
+
+
+def _take_local_steps(engine: DeepSpeedEngine, qsr: QSRConfig, groups: WorkerGroups | None, config_digest: int) -> None:
+    """Turn an engine of deepspeed.initialize into a LocalStepEngine."""
+    if type(engine) is not DeepSpeedEngine:
+        raise ConfigError(f"deepspeed.initialize gave a {type(engine).__name__}; local steps need a DeepSpeedEngine")
+    if qsr.lr is not None:
+        _check_learning_rates(engine.optimizer.param_groups)
+    trained = sum(p.numel() * p.element_size() for p in engine.module.parameters() if p.requires_grad)
+    average_buffers = qsr.averaging.buffers == "average"
+    if groups and qsr.worker_size == 1 and not engine.zero_optimization():
+        engine.enable_backward_allreduce = False  # one rank: reducing would copy every gradient twice for nothing
+    engine.__class__ = LocalStepEngine
+    engine.worker_groups = groups
+    engine.local_steps = LocalSteps(
+        qsr,
+        _averager(engine, qsr, groups),
+        config_digest,
+        optimizer_lr=lambda: float(engine.optimizer.param_groups[0]["lr"]),
+        buffers=[b for b in engine.module.buffers() if b.is_floating_point() and average_buffers],
+        after_averaging=getattr(engine.optimizer, "update_lp_params", None) or (lambda: None),
+        parallel_bytes=ring_bytes(trained, dist.get_world_size()),
+    )
+    engine._set_learning_rate()
+
+
+def _averager(engine: DeepSpeedEngine, qsr: QSRConfig, groups: WorkerGroups | None) -> Averager:
+    """What is averaged at a boundary: the masters, in place."""
+    if groups is None:
+        return Averager([], None)
+    optimizer = engine.optimizer
+    for masters in ("single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+        if hasattr(optimizer, masters):
+            flat = [master.detach() for master in getattr(optimizer, masters)]
+            return Averager(flat, groups.across, shard_group=groups.worker)
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return Averager(flat_buckets(held, int(qsr.averaging.bucket_mb * 1e6)), groups.across)
+
+
+def _gradients(engine: DeepSpeedEngine) -> list[Tensor]:
+    """The gradients of this rank's part of the parameters, reduced inside the worker, not yet clipped."""
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "fp32_groups_gradient_flat_partition"):
+        return list(optimizer.fp32_groups_gradient_flat_partition)
+    if hasattr(optimizer, "averaged_gradients"):
+        return [gradient for group in optimizer.averaged_gradients.values() for gradient in group]
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    for parameter in parameters:
+        if parameter.grad is None:  # not used in this step here; it may be on another worker
+            parameter.grad = torch.zeros_like(parameter)
+    return [parameter.grad for parameter in parameters]
+
+
+def _check_learning_rates(param_groups: list[dict[str, Any]]) -> None:
+    rates = {float(group["lr"]) for group in param_groups if "lr_scale" not in group}
+    if len(rates) > 1:
+        raise ConfigError(
+            f"the parameter groups have the learning rates {sorted(rates)}, and qsr.lr sets one for all; give the "
+            "groups an 'lr_scale' (a factor on qsr.lr), or leave qsr.lr out and use a scheduler of your own"
+        )
