@@ -1,0 +1,226 @@
+"""What a run writes: its folder, one record of metrics at a time, and its last figures.
+
+A run's folder holds `recipe.yaml` (the resolved recipe), `metrics.jsonl` (one `Record` a line), TensorBoard events of
+the same values, and `summary.json`, which exists once the run is finished. `qsr_engine.report` reads them back.
+
+torch is imported only where TensorBoard is asked for, so that the command line starts quickly.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self, TextIO
+
+from tqdm import tqdm
+
+from qsr_engine.config import ConfigError
+
+RECIPE, METRICS, SUMMARY = "recipe.yaml", "metrics.jsonl", "summary.json"
+
+_ANOTHER_PLACE = "choose another place with `--set logging.dir=DIR` or `--set logging.name=NAME`"
+
+
+def check_run_folder(path: Path) -> None:
+    """Check, without creating anything, that a new run can have this folder.
+
+    Raises:
+        ConfigError: it holds something already, is a file, or lies where nothing can be written.
+    """
+    try:
+        existing = next(place for place in (path, *path.absolute().parents) if place.exists())
+        if not existing.is_dir():
+            raise ConfigError(f"{path}: {existing} is a file, and a run needs a folder; {_ANOTHER_PLACE}")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise ConfigError(f"{path}: no permission to write in {existing}; {_ANOTHER_PLACE}")
+        found = sorted(entry.name for entry in path.iterdir()) if existing == path else []
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    if found:
+        raise ConfigError(
+            f"{path}: this folder already holds {', '.join(found[:3])}{', ...' if len(found) > 3 else ''}; choose "
+            "another name with `--set logging.name=NAME`, or delete the folder"
+        )
+
+
+def open_run_folder(path: Path, recipe_text: str) -> None:
+    """Make a run's folder and write the resolved recipe into it.
+
+    Raises:
+        ConfigError: as check_run_folder(), or another run took the folder in the meantime.
+    """
+    check_run_folder(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with (path / RECIPE).open("x", encoding="utf-8") as file:  # "x": of two runs started at once, one is refused
+            file.write(recipe_text)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"{path}: cannot make this run's folder: {error.strerror or error}; {_ANOTHER_PLACE}")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row of training metrics.
+
+    In `metrics.jsonl` null stands for None, and also for a number that is not finite, which JSON cannot say: a null
+    loss is a loss that diverged. TensorBoard gets such a number as it is.
+
+    The three times are wall-clock seconds since training began, evaluation excluded, and add up to all of it.
+    """
+
+    step: int  # optimizer steps done
+    images_seen: int  # samples, over all workers
+    round: int
+    period: int  # H of the round that this step belongs to
+    lr: float
+    loss: float  # mean over this rank's steps since the last record; the rank is rank 0
+    averagings: int  # so far
+    bytes_sent: float  # per rank, so far: a ring all-reduce over n ranks sends 2 (n - 1) / n of its payload
+    communication_percent: float  # bytes sent so far, in % of what `parallel` would have sent
+    seconds_compute: float
+    seconds_averaging: float | None  # None where it cannot be told apart from compute, which then holds it
+    seconds_data: float  # waiting for data
+    images_per_second: float  # over all workers, since the last record
+    relative_distance: float | None = None  # RMS over workers of ||x_k - mean|| / ||mean|| before the last averaging
+    eval_accuracy: float | None = None  # %; None where this record has no evaluation
+    eval_loss: float | None = None  # None likewise
+
+
+TAGS = {
+    "train/loss": "loss",
+    "train/lr": "lr",
+    "local_steps/period": "period",
+    "local_steps/round": "round",
+    "local_steps/relative_distance": "relative_distance",
+    "communication/averagings": "averagings",
+    "communication/bytes_sent": "bytes_sent",
+    "communication/percent_of_parallel": "communication_percent",
+    "time/compute_seconds": "seconds_compute",
+    "time/averaging_seconds": "seconds_averaging",
+    "time/data_seconds": "seconds_data",
+    "throughput/images_per_second": "images_per_second",
+    "throughput/images_seen": "images_seen",
+    "eval/accuracy": "eval_accuracy",
+    "eval/loss": "eval_loss",
+}
+"""TensorBoard's tag for every field of a record; the x axis is `step`."""
+
+
+class Monitor:
+    """Writes the records of one run: a context manager, on rank 0.
+
+    On a terminal it draws a progress bar, elsewhere it prints a line a record.
+
+    Args:
+        run_dir: the folder that open_run_folder() made.
+        total_steps: optimizer steps of the whole run.
+        tensorboard: write TensorBoard events too.
+        enabled: False, on every rank but 0, does nothing at all.
+        stream: where progress is shown; standard output where it is None.
+
+    Raises:
+        FileExistsError: the folder holds the metrics of another run.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        total_steps: int,
+        *,
+        tensorboard: bool = True,
+        enabled: bool = True,
+        stream: TextIO | None = None,
+    ) -> None:
+        self._run_dir, self._total_steps, self._enabled = run_dir, total_steps, enabled
+        self._stream = stream or sys.stdout
+        self._open = ExitStack()
+        self._bar: tqdm[Any] | None = None
+        self._writer: Any = None
+        if not enabled:
+            return
+        self._metrics = self._open.enter_context((run_dir / METRICS).open("x", encoding="utf-8"))
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # A killed run loses the events of the last 10 s at most; TensorBoard's own default is 120 s.
+            self._writer = self._open.enter_context(SummaryWriter(log_dir=str(run_dir), flush_secs=10))
+        if _is_terminal(self._stream):
+            bar = tqdm(total=total_steps, file=self._stream, dynamic_ncols=True, bar_format=_BAR)
+            self._bar = self._open.enter_context(bar)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Write what is still buffered and close the files; again is harmless."""
+        self._open.close()
+
+    def log(self, record: Record) -> None:
+        """Write one record everywhere; its line of JSON is on its way to disk when this returns."""
+        if not self._enabled:
+            return
+        row = asdict(record)
+        self._metrics.write(_json(row) + "\n")
+        self._metrics.flush()
+        if self._writer:
+            for tag, field in TAGS.items():
+                if row[field] is not None:
+                    self._writer.add_scalar(tag, row[field], record.step)
+        self._show(record)
+
+    def summary(self, **values: Any) -> None:
+        """Write the run's last figures to summary.json, whole or not at all; the run is then finished."""
+        if not self._enabled:
+            return
+        unfinished = self._run_dir / f"{SUMMARY}.tmp"
+        unfinished.write_text(_json(values, indent=2) + "\n", encoding="utf-8")
+        unfinished.replace(self._run_dir / SUMMARY)
+
+    def _show(self, record: Record) -> None:
+        accuracy = "" if record.eval_accuracy is None else f"  accuracy {record.eval_accuracy:.1f} %"
+        if self._bar is not None:
+            self._bar.update(record.step - self._bar.n)
+            self._bar.set_postfix_str(f"loss {record.loss:.3g}  lr {record.lr:.3g}  H {record.period}{accuracy}")
+            return
+        print(
+            f"step {record.step}/{self._total_steps}  round {record.round}  H {record.period}  lr {record.lr:.3g}  "
+            f"loss {record.loss:.3g}  {record.images_per_second:.0f} images/s{accuracy}",
+            file=self._stream,
+            flush=True,
+        )
+
+
+_BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # fits into 80 columns
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    """Whether it is a terminal of a known width: of 0 columns, as some containers give, tqdm would draw nothing."""
+    try:
+        return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
+    except OSError:
+        return False
+
+
+def _json(values: dict[str, Any], indent: int | None = None) -> str:
+    return json.dumps(_finite(values), indent=indent, allow_nan=False, default=str)
+
+
+def _finite(value: Any) -> Any:
+    """The same value with None for every number that is not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

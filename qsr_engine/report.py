@@ -1,0 +1,299 @@
+"""`qsr report RUN...`: reads finished and unfinished runs back and compares them.
+
+A table, the same figures in report.json, and three plots. Nothing here imports torch, nor pyplot with its global state.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from qsr_engine.monitor import METRICS, RECIPE, SUMMARY, Record
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class ReportError(RuntimeError):
+    """Runs that cannot be read or compared; the message names the folder or the file and line."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, as its folder tells it."""
+
+    name: str
+    path: Path
+    strategy: str  # a label such as `qsr H>=4 alpha=0.0175`
+    recipe: dict[str, Any]
+    records: list[dict[str, Any]]  # at least one; the fields of monitor.Record
+    finished: bool
+    total_steps: int
+    notes: list[str] = field(default_factory=list)  # what a reader of its figures must know
+
+
+def read_run(path: str | Path) -> Run:
+    """Read one run's folder.
+
+    A last line that is torn, as a killed run leaves it, is left out and said in the notes.
+
+    Raises:
+        ReportError: it is no run, has no record yet, or a file of it is broken.
+    """
+    path = Path(path)
+    recipe = _read_recipe(path / RECIPE)
+    records, notes = _read_records(path / METRICS)
+    total_steps, finished = recipe["qsr"]["total_steps"], (path / SUMMARY).is_file()
+    if not finished:
+        notes.insert(0, f"unfinished at step {records[-1]['step']}/{total_steps}")
+    name, label = path.resolve().name, strategy_label(recipe["qsr"])
+    return Run(name, path, label, recipe, records, finished, total_steps, notes)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        reason = f"{path.name}: {error.strerror or error}"
+        raise ReportError(f"{path.parent}: not the folder of a run ({reason}); write one of `qsr train`") from error
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    try:
+        recipe = yaml.safe_load(_read_text(path))
+    except yaml.YAMLError as error:
+        raise ReportError(f"{path}: not a YAML file that can be read: {error}") from error
+    match recipe:
+        case {"qsr": {"strategy": str(), "total_steps": int()}}:
+            return dict(recipe)
+    raise ReportError(f"{path}: not a resolved recipe; found no qsr.strategy and qsr.total_steps in it")
+
+
+def _read_records(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    records: list[dict[str, Any]] = []
+    lines = _read_text(path).removesuffix("\n").split("\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if _is_record(row):
+            records.append(row)
+        elif number < len(lines):
+            raise ReportError(f"{path}, line {number}: not a record of metrics; repair or delete this line: {line:.60}")
+    if not records:
+        raise ReportError(f"{path}: no record of metrics yet; wait for the run's first one, or leave this run out")
+    return records, [] if len(records) == len(lines) else ["the last line of metrics.jsonl is torn and left out"]
+
+
+def _is_record(row: object) -> bool:
+    """Counts are whole numbers; every other field may be null, where it was unknown or not finite."""
+    return isinstance(row, dict) and all(
+        isinstance(row.get(item.name, ""), int if item.type == "int" else int | float | None) for item in fields(Record)
+    )
+
+
+def strategy_label(qsr: dict[str, Any]) -> str:
+    """What tells this run's strategy from others, from the resolved `qsr` block of its recipe."""
+    strategy, h_base, alpha, power = qsr["strategy"], qsr.get("h_base", 1), qsr.get("alpha") or 0, qsr.get("power", 2)
+    if strategy == "parallel":
+        return "parallel"
+    if strategy != "qsr":
+        return f"{strategy} H={h_base}" + (f" @{qsr['switch_step']}" if "switch_step" in qsr else "")
+    return f"qsr H>={h_base} alpha={alpha:g}" if power == 2 else f"power {power:g}, H>={h_base}, alpha {alpha:g}"
+
+
+def find_runs(paths: Sequence[str | Path]) -> list[Path]:
+    """The runs' folders: each path itself, or, where it is no run, the runs directly inside it, sorted.
+
+    Raises:
+        ReportError: no path, a path without any run, or the same run twice.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        inside = [] if (path / RECIPE).exists() else sorted(file.parent for file in path.glob(f"*/{METRICS}"))
+        found += inside or [path]
+    if not found:
+        raise ReportError("no run is given; write one or more folders of `qsr train`")
+    run, count = Counter(path.resolve() for path in found).most_common(1)[0]
+    if count > 1:
+        raise ReportError(f"{run}: this run is given {count} times; write it once")
+    return found
+
+
+def figures(run: Run) -> dict[str, Any]:
+    """The figures of one run, as the table and report.json have them. None: not known.
+
+    Hours leave evaluation out; images per second are the mean over those hours.
+    """
+    last = run.records[-1]
+    parts = {name: last[f"seconds_{name}"] for name in ("compute", "averaging", "data")}
+    seconds = sum(part for part in parts.values() if part is not None)
+    return {
+        "run": run.name,
+        "path": str(run.path),
+        "strategy": run.strategy,
+        "step": last["step"],
+        "total_steps": run.total_steps,
+        "finished": run.finished,
+        "accuracy_percent": next((y for _, y in reversed(_accuracies(run))), None),
+        "averagings": last["averagings"],
+        "communication_percent": last["communication_percent"],
+        "hours": seconds / 3600,
+        **{f"hours_{name}": None if part is None else part / 3600 for name, part in parts.items()},
+        "images_per_second": last["images_seen"] / seconds if seconds else None,
+        "notes": run.notes,
+    }
+
+
+def _accuracies(run: Run) -> list[tuple[int, float]]:
+    """(step, accuracy in %) of every evaluation."""
+    return [(row["step"], row["eval_accuracy"]) for row in run.records if row["eval_accuracy"] is not None]
+
+
+def _three_digits(value: float) -> str:
+    """Three significant digits, never in exponents."""
+    exponent = int(f"{value:.2e}".partition("e")[2])
+    return f"{value:.{max(0, 2 - exponent)}f}"
+
+
+_COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (  # header, figure, how it is written
+    ("run", "run", str),
+    ("strategy", "strategy", str),
+    ("steps", "steps", str),
+    ("accuracy %", "accuracy_percent", "{:.2f}".format),
+    ("averagings", "averagings", str),
+    ("communication %", "communication_percent", _three_digits),
+    ("hours", "hours", _three_digits),
+    ("compute h", "hours_compute", _three_digits),
+    ("averaging h", "hours_averaging", _three_digits),
+    ("data h", "hours_data", _three_digits),
+    ("images/s", "images_per_second", _three_digits),
+)
+
+
+def table(runs: Sequence[Run]) -> str:
+    """The figures of the runs, a line each, and below them what is to be said about single runs."""
+    rows = [[header for header, _, _ in _COLUMNS]]
+    for run in runs:
+        row = figures(run)
+        row["steps"] = f"{row['step']}/{row['total_steps']}"
+        rows.append(["\N{EN DASH}" if row[key] is None else text(row[key]) for _, key, text in _COLUMNS])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * width for width in widths])
+    aligned = [[f"{row[0]:{widths[0]}}", f"{row[1]:{widths[1]}}", *map(str.rjust, row[2:], widths[2:])] for row in rows]
+    notes = "".join(f"\n{run.name}: {note}" for run in runs for note in run.notes)
+    return "\n".join(map("  ".join, aligned)) + (notes and "\n" + notes)
+
+
+# Okabe and Ito's colours, which colour-blind readers tell apart too; the dashes change with every turn through them.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_DASHES = ("-", "--", ":", "-.")
+
+
+def plots(runs: Sequence[Run], out_dir: Path) -> list[Path]:
+    """Draw the runs into out_dir and return the files; those over accuracy only where a run was evaluated."""
+    evaluated = any(_accuracies(run) for run in runs)
+    drawings = [_period_and_lr, *([_accuracy_over_communication, _accuracy_over_steps] if evaluated else [])]
+    out_dir.mkdir(parents=True, exist_ok=True)
+    files = [out_dir / f"{draw.__name__[1:]}.png" for draw in drawings]
+    for draw, file in zip(drawings, files, strict=True):
+        draw(runs).savefig(file, dpi=150)
+    return files
+
+
+def _panels(runs: Sequence[Run], ylabels: Sequence[str], xlabel: str = "optimizer step") -> tuple[Figure, list[Any]]:
+    """Panels above one another on one x axis, in a figure tall enough to name every run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1.4 + 2.6 * len(ylabels) + 0.2 * len(runs)), layout="constrained")
+    axes = list(figure.subplots(len(ylabels), 1, sharex=True, squeeze=False)[:, 0])
+    for panel, ylabel in zip(axes, ylabels, strict=True):
+        panel.set_ylabel(ylabel)
+        panel.grid(color="0.9")
+        panel.spines[["top", "right"]].set_visible(False)
+    axes[-1].set_xlabel(xlabel)
+    return figure, axes
+
+
+def _curve(index: int, runs: Sequence[Run]) -> dict[str, Any]:
+    """Curves often lie on one another: earlier ones are wider, and show beneath the later ones."""
+    width, dashes = 1.2 + 2.4 * (1 - (index + 1) / len(runs)), _DASHES[index // len(_COLOURS) % len(_DASHES)]
+    return {"label": _label(runs[index]), "c": _COLOURS[index % len(_COLOURS)], "ls": dashes, "lw": width}
+
+
+def _label(run: Run) -> str:
+    facts = [run.strategy] * (run.strategy != run.name) + ["unfinished"] * (not run.finished)
+    return f"{run.name} ({', '.join(facts)})" if facts else run.name
+
+
+def _period_and_lr(runs: Sequence[Run]) -> Figure:
+    """The paper's Figure 5, over steps."""
+    figure, (period, rate) = _panels(runs, ["period H (steps)", "learning rate"])
+    for index, run in enumerate(runs):
+        steps, curve = [row["step"] for row in run.records], _curve(index, runs)
+        period.plot(steps, [row["period"] for row in run.records], drawstyle="steps-pre", **curve)
+        rate.plot(steps, [math.nan if row["lr"] is None else row["lr"] for row in run.records], **curve)
+    period.set_yscale("log", base=2)
+    period.yaxis.set_major_formatter("{x:g}")
+    rate.set_ylim(bottom=0)
+    figure.legend(handles=rate.lines, loc="outside lower center", frameon=False)
+    return figure
+
+
+def _accuracy_over_steps(runs: Sequence[Run]) -> Figure:
+    figure, (panel,) = _panels(runs, ["accuracy (%)"])
+    for index, run in enumerate(runs):
+        if points := _accuracies(run):
+            panel.plot(*zip(*points, strict=True), marker="o", markersize=4, **_curve(index, runs))
+    figure.legend(loc="outside lower center", frameon=False)
+    return figure
+
+
+def _accuracy_over_communication(runs: Sequence[Run]) -> Figure:
+    """A marker a run, hollow where it is unfinished; the labels stand in a column, where none covers another."""
+    points, (figure, (panel,)) = [], _panels(runs, ["accuracy (%)"], "communication (% of parallel)")
+    for index, run in enumerate(runs):
+        row, colour = figures(run), _COLOURS[index % len(_COLOURS)]
+        x, y = row["communication_percent"], row["accuracy_percent"]
+        if x is not None and y is not None:
+            panel.plot(x, y, "o", markersize=8, color=colour, markerfacecolor=colour if run.finished else "white")
+            points.append((y, x, _label(run)))
+    if points and max(xs := [x for _, x, _ in points]) > 10 * min(xs) > 0:
+        panel.set_xscale("log")
+        panel.xaxis.get_major_locator().set_params(subs=(1, 2, 5))
+        panel.xaxis.set_major_formatter("{x:g}")
+    bottom, top = panel.get_ylim()
+    gap = min(0.075, 1 / max(1, len(points)))  # between two labels, as a fraction of the panel's height
+    place, leader = -gap, {"arrowstyle": "-", "color": "0.75", "shrinkB": 5, "relpos": (0, 0.5)}
+    for index, (y, x, label) in enumerate(sorted(points), start=1):
+        place = min(max((y - bottom) / (top - bottom), place + gap), 1 - gap * (len(points) - index))
+        panel.annotate(label, (x, y), (1.04, place), textcoords="axes fraction", va="center", arrowprops=leader)
+    return figure
+
+
+def report(paths: Sequence[str | Path], out_dir: str | Path | None = None) -> str:
+    """Compare runs: writes the plots and report.json into out_dir, and returns the table and where they are.
+
+    The paths are run folders, or folders of them; out_dir None is `report` beside the first run.
+
+    Raises:
+        ReportError: no run, the same run twice, one that cannot be read, or out_dir cannot be written.
+    """
+    runs = [read_run(path) for path in find_runs(paths)]
+    if len({run.name for run in runs}) < len(runs):
+        runs = [replace(run, name=str(run.path)) for run in runs]
+    folder = Path(out_dir or runs[0].path.resolve().parent / "report")
+    try:
+        files = [*plots(runs, folder), folder / "report.json"]
+        files[-1].write_text(json.dumps([figures(run) for run in runs], indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ReportError(f"{folder}: cannot write the report: {error.strerror or error}; choose another") from error
+    return "\n".join([table(runs), "", *map(str, files)])
