@@ -61,7 +61,7 @@ class Processes:
 
     def _start(self) -> None:
         here, there = mp.Pipe()
-        process = mp.get_context("spawn").Process(target=_serve, args=(there,), daemon=True)
+        process = mp.get_context("spawn").Process(target=_serve, args=(there,))
         process.start()
         there.close()
         self._children.append((process, here))

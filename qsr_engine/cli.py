@@ -1,0 +1,136 @@
+"""The `qsr` command, which is `python -m qsr_engine` too.
+
+`qsr train` starts DeepSpeed's launcher when no launcher started it; started by one (RANK is set), it trains. Errors
+that are the user's to mend end the command with one message and no traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from qsr_engine.config import ConfigError, Recipe, check_world_size
+from qsr_engine.data import DataError, Index, check_shards, index_shards, read_index, write_digits, write_imagefolder
+from qsr_engine.monitor import check_run_folder
+from qsr_engine.recipe import load_recipe, resolve_recipe
+from qsr_engine.report import ReportError, report
+
+USER_ERROR = 2  # exit code, as argparse's own
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Returns its exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except (ConfigError, DataError, ReportError) as error:
+        return _fail(error)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _fail(error: Exception) -> int:
+    rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+    print(f"qsr: error{rank}: {error}", file=sys.stderr, flush=True)
+    return USER_ERROR
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qsr", description="Local-step training with the Quadratic Synchronization Rule"
+    )
+    # DeepSpeed's launcher puts it before the command; the rank is read from the environment.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a recipe")
+    train.add_argument("recipe", help="YAML file")
+    train.add_argument(
+        "--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a key; repeatable"
+    )
+    train.add_argument("--ranks", type=_positive, help="processes on this host (default: DeepSpeed's, one a GPU)")
+    train.set_defaults(run=_train)
+
+    command = commands.add_parser("report", help="compare finished runs: a table and plots")
+    command.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or a folder of runs")
+    command.add_argument("--out", help="folder of the plots (default: `report` beside the first run)")
+    command.set_defaults(run=lambda args: print(report(args.runs, args.out)) or 0)
+
+    shards = commands.add_parser("shards", help="make WebDataset shards").add_subparsers(required=True, metavar="KIND")
+    images = shards.add_parser("imagefolder", help="from ImageNet's layout: ROOT/train/CLASS/*.jpg, ROOT/val/...")
+    images.add_argument("root")
+    images.add_argument("out")
+    images.add_argument("--samples-per-shard", type=_positive, default=1000)
+    images.add_argument("--seed", type=int, default=0, help="of the shuffle")
+    images.add_argument("--split", help="name of the split where ROOT holds classes and no splits (default: train)")
+    images.set_defaults(run=_write_imagefolder)
+    digits = shards.add_parser("digits", help="scikit-learn's 1,797 handwritten digits")
+    digits.add_argument("out")
+    digits.set_defaults(run=lambda args: _say(args.out, write_digits(args.out)))
+    index = shards.add_parser("index", help="write the index.json of a folder of shards made elsewhere")
+    index.add_argument("folder")
+    index.set_defaults(run=lambda args: _say(args.folder, index_shards(args.folder)))
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
+def _write_imagefolder(args: argparse.Namespace) -> int:
+    options = {"samples_per_shard": args.samples_per_shard, "seed": args.seed, "split": args.split}
+    return _say(args.out, write_imagefolder(args.root, args.out, **options))
+
+
+def _say(folder: str, index: Index) -> int:
+    for name, split in index.splits.items():
+        print(f"{folder}: split {name!r}, {split.samples} samples in {len(split.shards)} shards")
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    recipe, index = _prepare(args)
+    if "RANK" in os.environ:
+        return _train_rank(recipe, index)
+    check_run_folder(recipe.run_dir)
+    if args.ranks is not None:
+        check_world_size(args.ranks, recipe.qsr.worker_size)
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(_free_port())]
+    if args.ranks is not None:
+        launcher += ["--num_gpus", str(args.ranks)]
+    overrides = [word for override in args.set for word in ("--set", override)]
+    command = [*launcher, "--log_level", "error", "--module", "qsr_engine", "train", args.recipe, *overrides]
+    return subprocess.run(command, check=False).returncode
+
+
+def _prepare(args: argparse.Namespace) -> tuple[Recipe, Index]:
+    """Everything that can be checked before a process group starts."""
+    recipe = load_recipe(args.recipe, args.set)
+    index = read_index(recipe.data.shards)
+    for split in (recipe.data.train, recipe.data.eval):
+        check_shards(recipe.data.shards, index, split)
+    return resolve_recipe(recipe, index.split(recipe.data.train).samples), index
+
+
+def _train_rank(recipe: Recipe, index: Index) -> int:
+    from qsr_engine.averaging import AgreementError, BoundaryError
+    from qsr_engine.train import train
+
+    try:
+        train(recipe, index)
+    except (AgreementError, BoundaryError) as error:
+        return _fail(error)
+    return 0
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,61 @@
+"""Models of timm and torchvision by name, with random initial parameters."""
+
+from __future__ import annotations
+
+import difflib
+
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from qsr_engine.config import ConfigError, ModelConfig
+
+
+def create_model(config: ModelConfig, classes: int | None, image_size: int) -> nn.Module:
+    """Make the model of a recipe.
+
+    Args:
+        classes: number of classes of the data, or None where it is not known; `kwargs.num_classes` goes before it.
+        image_size: S; the model must turn images of shape [B, 3, S, S] into scores of shape [B, classes].
+    Raises:
+        ConfigError: no model has this name, it does not take these arguments, or it does not take such images.
+    """
+    library, _, name = config.name.partition("/")
+    known = timm.list_models() if library == "timm" else torchvision.models.list_models(torchvision.models)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3)
+        hint = f"; did you mean {' or '.join(f'{library}/{match}' for match in near)}?" if near else ""
+        raise ConfigError(f"model.name: {library} has no model {name!r}{hint}")
+    kwargs = dict(config.kwargs)
+    if classes is not None:
+        kwargs.setdefault("num_classes", classes)
+    if "num_classes" not in kwargs:
+        raise ConfigError("model.kwargs.num_classes is missing, and the data's index.json names no classes; write it")
+    try:
+        model: nn.Module
+        if library == "timm":
+            model = timm.create_model(name, pretrained=False, **kwargs)
+        else:
+            model = torchvision.models.get_model(name, weights=None, **kwargs)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise ConfigError(f"model.kwargs: {config.name} does not take {kwargs}: {error}") from error
+    _check_shapes(model, config, kwargs["num_classes"], image_size)
+    return model
+
+
+@torch.no_grad()
+def _check_shapes(model: nn.Module, config: ModelConfig, classes: int, image_size: int) -> None:
+    shape = (1, 3, image_size, image_size)
+    model.eval()
+    try:
+        scores = model(torch.zeros(shape))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"data.image_size is {image_size}, and {config.name} with model.kwargs {config.kwargs} does not take "
+            f"images of shape {shape}: {error}"
+        ) from error
+    if not isinstance(scores, torch.Tensor) or scores.shape != (1, classes):
+        found = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
+        raise ConfigError(f"model.name: {config.name} gives {found} for one image; needed are scores of (1, {classes})")
+    model.train()

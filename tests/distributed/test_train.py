@@ -1,0 +1,284 @@
+"""Training a recipe end to end: the `qsr train` of every rank, and a real `deepspeed` launch."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from qsr_engine.data import write_digits
+from qsr_engine.monitor import TAGS
+from tests.distributed.processes import Processes, _free_port
+
+STEPS = 14
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("digits")
+    write_digits(folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, digits: Path) -> Path:
+    """A recipe that trains in a second; one file, as a user writes it."""
+    path = tmp_path / "small.yaml"
+    path.write_text(f"""
+model:
+  name: timm/vit_tiny_patch16_224
+  kwargs: {{img_size: 8, patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2}}
+data: {{shards: "{digits}", image_size: 8, augment: crop}}
+batch: {{train_batch_size: 96}}
+optimizer: {{type: AdamW, weight_decay: 0.05, gradient_clipping: 1.0}}
+qsr:
+  strategy: qsr
+  h_base: 2
+  alpha: 0.006
+  total_steps: {STEPS}
+  lr: {{schedule: cosine, peak: 3e-3, warmup_steps: 2}}
+logging: {{dir: "{tmp_path / "runs"}", every: 3, eval_every: 5}}
+""")
+    return path
+
+
+def qsr_job(argv: list[str], per_rank: list[list[str]] | None = None) -> tuple[int, str, str]:
+    """The `qsr` command of one rank: exit code, standard output, standard error."""
+    from qsr_engine.cli import main
+
+    out, err = io.StringIO(), io.StringIO()
+    extra = per_rank[int(os.environ["RANK"])] if per_rank else []
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([*argv, *extra])
+    return code, out.getvalue(), err.getvalue()
+
+
+def train(processes: Processes, recipe: Path, *overrides: str, ranks: int = 2) -> Path:
+    """Train, and give the run's folder back."""
+    name = f"run-{len(list((recipe.parent / 'runs').glob('*')))}"
+    sets = [word for override in (*overrides, f"logging.name={name}") for word in ("--set", override)]
+    for code, _, err in processes.run(qsr_job, ranks=ranks, argv=["train", str(recipe), *sets]):
+        assert code == 0, err
+    return recipe.parent / "runs" / name
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_writes_what_it_promises(processes: Processes, recipe: Path) -> None:
+    run = train(processes, recipe)
+    rows = records(run)
+    assert rows[-1]["step"] == STEPS
+    assert [row["step"] for row in rows if row["eval_accuracy"] is not None][-1] == STEPS
+    assert all(row["images_seen"] == 96 * row["step"] for row in rows)
+    # 2 workers: a ring all-reduce sends the model once; `parallel` would have sent it at every step.
+    payload = sum(tensor.numel() * 4 for tensor in load_file(run / "model.safetensors").values())
+    assert rows[-1]["bytes_sent"] == pytest.approx(rows[-1]["averagings"] * payload, rel=0.02)  # alignment of buckets
+    assert rows[-1]["communication_percent"] == pytest.approx(100 * rows[-1]["averagings"] / STEPS, rel=0.02)
+    assert rows[-1]["relative_distance"] > 0
+    times = [rows[-1][f"seconds_{part}"] for part in ("compute", "averaging", "data")]
+    assert all(seconds > 0 for seconds in times)
+
+    resolved = yaml.safe_load((run / "recipe.yaml").read_text())
+    assert resolved["optimizer"]["gradient_clipping"] == 1.0
+    assert resolved["qsr"]["averaging"]["bucket_mb"] == 64.0, "defaults are written down"
+
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == STEPS
+    assert summary["eval_accuracy"] == rows[-1]["eval_accuracy"]
+
+    events = EventAccumulator(str(run)).Reload()
+    assert set(events.Tags()["scalars"]) == set(TAGS)
+    for tag, field in TAGS.items():
+        written = [(event.step, event.value) for event in events.Scalars(tag)]
+        assert written == [(row["step"], pytest.approx(row[field])) for row in rows if row[field] is not None]
+
+
+def test_the_same_seed_gives_the_same_bits(processes: Processes, recipe: Path) -> None:
+    states = [load_file(train(processes, recipe, f"seed={seed}") / "model.safetensors") for seed in (3, 3, 4)]
+    first, second, other = states
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_the_resolved_recipe_runs_again_to_the_same_bits(processes: Processes, recipe: Path) -> None:
+    run = train(processes, recipe)
+    copy = recipe.parent / "again.yaml"
+    copy.write_text((run / "recipe.yaml").read_text())
+    again = train(processes, copy)
+    first, second = load_file(run / "model.safetensors"), load_file(again / "model.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["qsr.strategy=parallel"],
+        ["qsr.strategy=post_local", "qsr.switch_step=6"],
+        ["qsr.strategy=swap", "qsr.switch_step=6"],
+        ["precision.dtype=bf16", "precision.zero_stage=1"],
+        ["precision.zero_stage=1", "optimizer.type=SGD", "optimizer.momentum=0.9"],
+        ["batch.gradient_accumulation_steps=3", "qsr.worker_size=2"],
+        ["data.loader_processes=2"],
+        [
+            "model={name: torchvision/resnet18}",
+            "batch.train_batch_size=24",
+            "qsr.total_steps=3",
+            "logging.eval_every=2",
+        ],
+        ["label_smoothing=0.1", "logging.tensorboard=false", "data.augment=none"],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_recipes_train(processes: Processes, recipe: Path, overrides: list[str]) -> None:
+    run = train(processes, recipe, *overrides)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == (3 if "qsr.total_steps=3" in overrides else STEPS)
+    assert 0 <= summary["eval_accuracy"] <= 100
+    assert summary["eval_loss"] is not None
+    if "qsr.strategy=parallel" in overrides:
+        assert summary["communication_percent"] == 100
+
+
+def test_loader_processes_change_nothing(processes: Processes, recipe: Path) -> None:
+    states = [
+        load_file(train(processes, recipe, f"data.loader_processes={count}") / "model.safetensors") for count in (0, 1)
+    ]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_the_evaluation_covers_the_split_once(processes: Processes, recipe: Path) -> None:
+    """360 images over 3 ranks, with a batch that does not divide them: accuracy is a multiple of 1/360."""
+    run = train(processes, recipe, "batch.train_batch_size=21", "qsr.total_steps=2", ranks=3)
+    accuracy = json.loads((run / "summary.json").read_text())["eval_accuracy"]
+    assert accuracy * 360 / 100 == pytest.approx(round(accuracy * 360 / 100), abs=1e-9)
+
+
+# -------------------------------------------------------------------------------------------- bad input
+
+
+def refusals(processes: Processes, recipe: Path, *overrides: str, per_rank: Any = None, ranks: int = 2) -> list[str]:
+    """What each rank says when it refuses to train; every one must, in under 60 s."""
+    sets = [word for override in overrides for word in ("--set", override)]
+    results = processes.run(qsr_job, ranks=ranks, seconds=60, argv=["train", str(recipe), *sets], per_rank=per_rank)
+    assert all(code == 2 for code, _, _ in results), results
+    return [err for _, _, err in results]
+
+
+def test_ranks_with_different_recipes(processes: Processes, recipe: Path) -> None:
+    for key, one, other in (
+        ("qsr.alpha", "0.006", "0.007"),
+        ("seed", "0", "1"),
+        ("optimizer.weight_decay", "0.05", "0.1"),
+        ("data.augment", "'crop'", "'none'"),
+    ):
+        per_rank = [[], ["--set", f"{key}={other}"]]
+        for said in refusals(processes, recipe, per_rank=per_rank):
+            assert f"{key}: {one} on rank 0; {other} on rank 1" in said
+    assert not (recipe.parent / "runs").exists(), "nothing was written before the ranks agreed"
+
+
+def test_ranks_with_different_data(processes: Processes, recipe: Path, tmp_path: Path) -> None:
+    write_digits(tmp_path / "other", seed=1)
+    for said in refusals(processes, recipe, per_rank=[[], ["--set", f"data.shards={tmp_path / 'other'}"]]):
+        assert "data: " in said
+        assert "on rank 1" in said
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("qsr.worker_size=3", "worker_size is 3 and there are 2 ranks"),
+        ("batch.train_micro_batch_size_per_gpu=7", "train_batch_size is 96, but"),
+        ("batch.train_batch_size=1438", "fewer than one batch"),
+        ("model.name=timm/vit_tiny_patch16_225", "did you mean timm/vit_tiny_patch16_224"),
+        ("model.kwargs.img_sise=8", "model.kwargs: timm/vit_tiny_patch16_224 does not take"),
+        ("data.image_size=9", "does not take images of shape (1, 3, 9, 9)"),
+        ("data.train=trian", "did you mean 'train'"),
+        ("data.shards=/nowhere", "index is missing"),
+    ],
+)
+def test_what_cannot_run_is_refused(processes: Processes, recipe: Path, override: str, words: str) -> None:
+    for said in refusals(processes, recipe, override):
+        assert said.startswith("qsr: error (rank ")
+        assert words in said
+
+
+def test_a_folder_that_holds_a_run_is_refused(processes: Processes, recipe: Path) -> None:
+    run = train(processes, recipe, "qsr.total_steps=2")
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in run.iterdir())
+    (said,) = refusals(processes, recipe, f"logging.name={run.name}", ranks=1)
+    assert "this folder already holds" in said
+    assert "--set logging.name=NAME" in said
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in run.iterdir()) == before
+
+
+def test_a_truncated_shard_is_refused_before_training(processes: Processes, recipe: Path, tmp_path: Path) -> None:
+    write_digits(tmp_path / "torn")
+    shard = tmp_path / "torn" / "train-000003.tar"
+    shard.write_bytes(shard.read_bytes()[:-2000])
+    for said in refusals(processes, recipe, f"data.shards={tmp_path / 'torn'}"):
+        assert "train-000003.tar" in said
+        assert "truncated" in said
+
+
+# --------------------------------------------------------------------------------------- the real launcher
+
+
+def launch(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=180, check=False)
+
+
+def bin_folder() -> Path:
+    return Path(sys.executable).parent
+
+
+def test_a_real_deepspeed_launch(recipe: Path, tmp_path: Path) -> None:
+    deepspeed = [str(bin_folder() / "deepspeed"), "--num_gpus", "2", "--master_port", str(_free_port())]
+    done = launch(*deepspeed, "--module", "qsr_engine", "train", str(recipe), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"step {STEPS}/{STEPS}" in done.stdout
+    run = tmp_path / "runs" / "small"
+    assert json.loads((run / "summary.json").read_text())["ranks"] == 2
+    report = launch(str(bin_folder() / "qsr"), "report", str(run), cwd=tmp_path)
+    assert report.returncode == 0, report.stderr
+    assert "qsr H>=2 alpha=0.006" in report.stdout
+
+
+def test_qsr_train_starts_the_launcher_and_passes_on_its_exit_code(recipe: Path, tmp_path: Path) -> None:
+    """A sample without a label, on whichever rank reads it: the run ends with the shard and the key, and not 0."""
+    write_digits(tmp_path / "data")
+    _spoil(tmp_path / "data")
+    command = [str(bin_folder() / "qsr"), "train", str(recipe), "--ranks", "2"]
+    done = launch(*command, "--set", f"data.shards={tmp_path / 'data'}", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "train-000002.tar" in done.stderr
+    assert "label" in done.stderr
+    assert "step" not in done.stdout.splitlines()[-1:] or f"step {STEPS}" not in done.stdout
+
+
+def _spoil(folder: Path) -> None:
+    """Rename one .cls member of one shard in place, so that its size and the index stay right."""
+    shard = folder / "train-000002.tar"
+    data = shard.read_bytes()
+    at = data.index(b".cls\0")
+    header = bytearray(data[at - at % 512 : at - at % 512 + 512])
+    place = header.index(b".cls")
+    header[place : place + 4] = b".txt"
+    header[148:156] = b" " * 8  # the checksum counts its own field as blanks
+    header[148:156] = f"{sum(header):06o}\0 ".encode()
+    start = at - at % 512
+    shard.write_bytes(data[:start] + bytes(header) + data[start + 512 :])

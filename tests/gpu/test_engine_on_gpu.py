@@ -1,0 +1,74 @@
+"""The engine on one GPU with NCCL, one rank: what a CPU cannot show. Skipped where there is none."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from tests import reference
+from tests.distributed import training
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu", reason="needs a GPU"
+)
+
+QSR: dict[str, Any] = {
+    "strategy": "qsr",
+    "h_base": 2,
+    "alpha": 0.045,
+    "total_steps": 12,
+    "lr": {"schedule": "cosine", "peak": 0.05, "min": 1e-3, "warmup_steps": 3},
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    yield
+    import deepspeed.comm
+
+    deepspeed.comm.destroy_process_group()
+    deepspeed.comm.comm.cdb = None
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_one_worker_on_a_gpu_equals_the_reference(stage: int) -> None:
+    """In fp32; a GPU adds the terms of a matrix product in another order than a CPU, 2^-24 relative at each step."""
+    import qsr_engine
+
+    engine, *_ = qsr_engine.initialize(
+        model=training.make_model(torch.float32),
+        optimizer=partial(training.make_optimizer, "sgd"),
+        config={
+            "train_batch_size": training.BATCH,
+            "gradient_clipping": 0.0,
+            "zero_optimization": {"stage": stage},
+            "zero_allow_untested_optimizer": True,
+            "qsr": QSR,
+        },
+    )
+    assert all(bucket.is_cuda for bucket in engine.local_steps.averager.buckets)
+    while not engine.local_steps.finished:
+        inputs, targets = training.batch(0, engine.local_steps.step, dtype=torch.float32)
+        engine.backward(training.loss(engine(inputs.cuda()), targets.cuda()))
+        engine.step()
+    models, _ = reference.simulate(
+        partial(training.make_model, torch.float32),
+        partial(training.make_optimizer, "sgd"),
+        lambda worker, step: [training.batch(worker, step, dtype=torch.float32)],
+        QSR,
+        workers=1,
+    )
+    found, oracle = (training.flat(m.parameters()).cpu() for m in (engine.module, models[0]))
+    torch.testing.assert_close(found, oracle, rtol=0, atol=2e-6)
