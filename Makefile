@@ -17,7 +17,7 @@ demo: .venv/installed
 	  echo; DS_ACCELERATOR=cpu $(BIN)/qsr train configs/digits-$$name.yaml --ranks 2 || exit 1; \
 	done
 	@echo
-	$(BIN)/qsr report demo/runs
+	$(BIN)/qsr report $(RECIPES:%=demo/runs/%) --out demo/report
 	@echo "TensorBoard: $(BIN)/tensorboard --logdir demo/runs --host localhost, then open http://localhost:6006"
 
 test: .venv/installed-dev
