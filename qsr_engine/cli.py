@@ -7,15 +7,18 @@ that are the user's to mend end the command with one message and no traceback.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from types import FrameType
 
 from qsr_engine.config import ConfigError, Recipe, check_world_size
 from qsr_engine.data import DataError, Index, check_shards, index_shards, read_index, write_digits, write_imagefolder
-from qsr_engine.monitor import check_run_folder
+from qsr_engine.monitor import SUMMARY, check_run_folder
 from qsr_engine.recipe import load_recipe, resolve_recipe
 from qsr_engine.report import ReportError, report
 
@@ -107,7 +110,33 @@ def _train(args: argparse.Namespace) -> int:
         launcher += ["--num_gpus", str(args.ranks)]
     overrides = [word for override in args.set for word in ("--set", override)]
     command = [*launcher, "--log_level", "error", "--module", "qsr_engine", "train", args.recipe, *overrides]
-    return subprocess.run(command, check=False).returncode
+    code = _run_launcher(command)
+    if code == 0 and not (recipe.run_dir / SUMMARY).exists():  # the launcher hides some deaths of its children
+        raise ConfigError(f"{recipe.run_dir}: the launcher ended without an error, and the run is not finished")
+    return code
+
+
+def _run_launcher(command: list[str]) -> int:
+    """Run the launcher in a session of its own, which ends with this process.
+
+    DeepSpeed's launcher leaves its processes behind when it is terminated, so a signal goes to all of them.
+    """
+    process = subprocess.Popen(command, start_new_session=True)
+    received = 0
+
+    def stop(signum: int, _: FrameType | None) -> None:
+        nonlocal received
+        received = signum
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 128 + received if received else code if code >= 0 else 128 - code
 
 
 def _prepare(args: argparse.Namespace) -> tuple[Recipe, Index]:
@@ -121,11 +150,11 @@ def _prepare(args: argparse.Namespace) -> tuple[Recipe, Index]:
 
 def _train_rank(recipe: Recipe, index: Index) -> int:
     from qsr_engine.averaging import AgreementError, BoundaryError
-    from qsr_engine.train import train
+    from qsr_engine.train import DivergenceError, train
 
     try:
         train(recipe, index)
-    except (AgreementError, BoundaryError) as error:
+    except (AgreementError, BoundaryError, DivergenceError) as error:
         return _fail(error)
     return 0
 

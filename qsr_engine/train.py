@@ -35,6 +35,10 @@ from qsr_engine.recipe import dump_recipe
 MODEL_FILE = "model.safetensors"
 
 
+class DivergenceError(RuntimeError):
+    """The loss is not finite: training on would burn hours for nothing."""
+
+
 def train(recipe: Recipe, index: Index) -> dict[str, Any]:
     """Train a resolved recipe in this process, one rank of those that a launcher started.
 
@@ -44,7 +48,7 @@ def train(recipe: Recipe, index: Index) -> dict[str, Any]:
     Returns:
         The final figures, as in the run's `summary.json`.
     Raises:
-        ConfigError, AgreementError, BoundaryError, DataError: see there; the message is for the user.
+        ConfigError, AgreementError, BoundaryError, DataError, DivergenceError: the message is for the user.
     """
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     check_world_size(ranks, recipe.qsr.worker_size)
@@ -149,7 +153,8 @@ def _shared(recipe: Recipe) -> dict[str, Any]:
 
 def _share_cores() -> None:
     """On a CPU, give each rank of this host its share of the cores, unless OMP_NUM_THREADS says another number."""
-    if "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
+    on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available()
+    if on_cpu and "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_SIZE", "1"))))
 
@@ -261,6 +266,11 @@ class _Run:
                 relative_distance=state.relative_distance,
             )
         )
+        if not math.isfinite(loss):
+            raise DivergenceError(
+                f"the loss is {loss} at step {state.step}; a lower qsr.lr.peak, a longer warm-up or "
+                "optimizer.gradient_clipping helps against divergence"
+            )
 
     def _figures(self) -> dict[str, Any]:
         """What the run has cost so far."""

@@ -123,7 +123,22 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
             return False
         boundary = self.local_steps.advance()
         self._set_learning_rate()
+        if boundary and self.monitor.enabled and self.global_rank == 0:
+            self._write_boundary()
         return boundary
+
+    def _write_boundary(self) -> None:
+        """To DeepSpeed's own monitor (TensorBoard, W&B, CSV), on its x axis: samples over all workers."""
+        state = self.local_steps
+        figures: dict[str, float] = {
+            "period": state.period,
+            "averagings": state.averagings,
+            "bytes_sent": state.bytes_sent,
+        }
+        if state.relative_distance is not None:
+            figures["relative_distance"] = state.relative_distance
+        events = [(f"Train/LocalSteps/{name}", value, self.global_samples) for name, value in figures.items()]
+        self.monitor.write_events(events)
 
     def _set_learning_rate(self) -> None:
         if self.local_steps.qsr.lr is not None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from tests.distributed import training
@@ -212,6 +213,21 @@ def test_the_surface_is_deepspeeds(processes: Processes, tmp_path: Path) -> None
         assert result["clipping"] == 1.0, "DeepSpeed's own default"
         assert result["lr"] == QSR["lr"]["min"], "the first step of the warm-up"
     assert sorted(results[0]["seen"] + results[1]["seen"]) == list(range(24)), "every sample at one worker only"
+
+
+def monitored_job(folder: str) -> None:
+    engine = start(QSR, tensorboard={"enabled": True, "output_path": folder, "job_name": "run"})
+    while not engine.local_steps.finished:
+        step(engine)
+
+
+def test_deepspeeds_own_monitor_shows_the_local_steps(processes: Processes, tmp_path: Path) -> None:
+    processes.run(monitored_job, folder=str(tmp_path))
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    periods = events.Scalars("Train/LocalSteps/period")
+    assert [event.step for event in periods] == [2 * training.BATCH * end for end in (2, 4, 6, 8, 12)]
+    assert [event.value for event in events.Scalars("Train/LocalSteps/averagings")] == [1, 2, 3, 4, 5]
+    assert all(event.value > 0 for event in events.Scalars("Train/LocalSteps/relative_distance"))
 
 
 # ------------------------------------------------------------------------------------------- learning rates

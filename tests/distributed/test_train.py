@@ -6,11 +6,13 @@ import contextlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -268,6 +270,42 @@ def test_qsr_train_starts_the_launcher_and_passes_on_its_exit_code(recipe: Path,
     assert "train-000002.tar" in done.stderr
     assert "label" in done.stderr
     assert "step" not in done.stdout.splitlines()[-1:] or f"step {STEPS}" not in done.stdout
+
+
+def test_a_terminated_qsr_train_leaves_no_process_behind(recipe: Path, tmp_path: Path) -> None:
+    command = [str(bin_folder() / "qsr"), "train", str(recipe), "--ranks", "2", "--set", "qsr.total_steps=100000"]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("step ")
+        ranks = psutil.Process(process.pid).children(recursive=True)
+        assert len(ranks) >= 4, "the launcher, its own launcher, and two ranks"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    _, alive = psutil.wait_procs(ranks, timeout=10)
+    assert alive == []
+
+
+def test_a_killed_rank_ends_the_run_with_an_error(recipe: Path, tmp_path: Path) -> None:
+    command = [str(bin_folder() / "qsr"), "train", str(recipe), "--ranks", "2", "--set", "qsr.total_steps=100000"]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("step ")
+        rank = next(
+            child
+            for child in psutil.Process(process.pid).children(recursive=True)
+            if child.environ().get("RANK") == "1"
+        )
+        rank.kill()
+        assert process.wait(timeout=60) != 0
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(processes: Processes, recipe: Path) -> None:
+    overrides = ["optimizer.type=SGD", "qsr.strategy=parallel", "qsr.lr.peak=1e30", "optimizer.gradient_clipping=0"]
+    (said,) = refusals(processes, recipe, *overrides, ranks=1)
+    assert "the loss is nan" in said
+    assert "lower qsr.lr.peak" in said
 
 
 def _spoil(folder: Path) -> None:
