@@ -15,14 +15,8 @@ from torch import nn
 
 from tests.distributed import training
 from tests.distributed.processes import JobError, Processes
+from tests.distributed.training import QSR
 
-QSR: dict[str, Any] = {
-    "strategy": "qsr",
-    "h_base": 2,
-    "alpha": 0.045,
-    "total_steps": 12,
-    "lr": {"schedule": "cosine", "peak": 0.05, "min": 1e-3, "warmup_steps": 3},
-}
 STAGE_1: dict[str, Any] = {
     "bf16": {"enabled": True},
     "zero_optimization": {"stage": 1},

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -272,33 +273,36 @@ def test_qsr_train_starts_the_launcher_and_passes_on_its_exit_code(recipe: Path,
     assert "step" not in done.stdout.splitlines()[-1:] or f"step {STEPS}" not in done.stdout
 
 
-def test_a_terminated_qsr_train_leaves_no_process_behind(recipe: Path, tmp_path: Path) -> None:
-    command = [str(bin_folder() / "qsr"), "train", str(recipe), "--ranks", "2", "--set", "qsr.total_steps=100000"]
+@contextlib.contextmanager
+def endless_training(recipe: Path) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
+    """`qsr train` of a run that would take hours, once its first steps are done, and all processes below it."""
+    command = [str(bin_folder() / "qsr"), "train", str(recipe), "--ranks", "2", "--set", "qsr.total_steps=1000000"]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, cwd=recipe.parent, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline().startswith("step ")
-        ranks = psutil.Process(process.pid).children(recursive=True)
-        assert len(ranks) >= 4, "the launcher, its own launcher, and two ranks"
+        below = psutil.Process(process.pid).children(recursive=True)
+        assert len(below) >= 4, "DeepSpeed's two launchers, and two ranks"
+        try:
+            yield process, below
+        finally:
+            process.terminate()
+
+
+def test_a_terminated_qsr_train_leaves_no_process_behind(recipe: Path) -> None:
+    with endless_training(recipe) as (process, below):
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 128 + signal.SIGTERM
-    _, alive = psutil.wait_procs(ranks, timeout=10)
-    assert alive == []
+        _, alive = psutil.wait_procs(below, timeout=10)
+        assert alive == []
 
 
-def test_a_killed_rank_ends_the_run_with_an_error(recipe: Path, tmp_path: Path) -> None:
-    command = [str(bin_folder() / "qsr"), "train", str(recipe), "--ranks", "2", "--set", "qsr.total_steps=100000"]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline().startswith("step ")
-        rank = next(
-            child
-            for child in psutil.Process(process.pid).children(recursive=True)
-            if child.environ().get("RANK") == "1"
-        )
-        rank.kill()
+def test_a_killed_rank_ends_the_run_with_an_error(recipe: Path) -> None:
+    with endless_training(recipe) as (process, below):
+        next(child for child in below if child.environ().get("RANK") == "1").kill()
         assert process.wait(timeout=60) != 0
+        _, alive = psutil.wait_procs(below, timeout=10)
+        assert alive == []
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(processes: Processes, recipe: Path) -> None:

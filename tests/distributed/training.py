@@ -10,6 +10,13 @@ from torch import Tensor, nn
 from tests.reference import Batch
 
 FEATURES, OUTPUTS, BATCH = 12, 3, 8
+QSR: dict[str, Any] = {  # 12 steps in 5 rounds of 2, 2, 2, 2 and 4
+    "strategy": "qsr",
+    "h_base": 2,
+    "alpha": 0.045,
+    "total_steps": 12,
+    "lr": {"schedule": "cosine", "peak": 0.05, "min": 1e-3, "warmup_steps": 3},
+}
 
 
 def make_model(dtype: torch.dtype = torch.float64) -> nn.Module:

@@ -6,7 +6,6 @@ import os
 import socket
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -17,14 +16,6 @@ from tests.distributed import training
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu", reason="needs a GPU"
 )
-
-QSR: dict[str, Any] = {
-    "strategy": "qsr",
-    "h_base": 2,
-    "alpha": 0.045,
-    "total_steps": 12,
-    "lr": {"schedule": "cosine", "peak": 0.05, "min": 1e-3, "warmup_steps": 3},
-}
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +46,7 @@ def test_one_worker_on_a_gpu_equals_the_reference(stage: int) -> None:
             "gradient_clipping": 0.0,
             "zero_optimization": {"stage": stage},
             "zero_allow_untested_optimizer": True,
-            "qsr": QSR,
+            "qsr": training.QSR,
         },
     )
     assert all(bucket.is_cuda for bucket in engine.local_steps.averager.buckets)
@@ -67,7 +58,7 @@ def test_one_worker_on_a_gpu_equals_the_reference(stage: int) -> None:
         partial(training.make_model, torch.float32),
         partial(training.make_optimizer, "sgd"),
         lambda worker, step: [training.batch(worker, step, dtype=torch.float32)],
-        QSR,
+        training.QSR,
         workers=1,
     )
     found, oracle = (training.flat(m.parameters()).cpu() for m in (engine.module, models[0]))
