@@ -84,6 +84,7 @@ def simulate(
     workers: int,
     clip: float = 0.0,
     compute_dtype: torch.dtype | None = None,
+    loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.mse_loss,
 ) -> tuple[list[nn.Module], list[float]]:
     """Train K workers in one process.
 
@@ -94,6 +95,7 @@ def simulate(
         clip: L2 norm to which each worker clips its gradient, 0 for none.
         compute_dtype: forward and backward use a copy of the parameters in this type, the optimizer the parameters
             themselves (the masters); gradients are accumulated and averaged in this type.
+        loss: of outputs and targets, a mean over the micro-batch.
     Returns:
         The K models after the last boundary, and the relative distance of the workers just before each averaging.
     """
@@ -105,7 +107,7 @@ def simulate(
     distances = []
     for step in range(total):
         for worker, model in enumerate(models):
-            _gradient(model, batches(worker, step), compute_dtype)
+            _gradient(model, batches(worker, step), compute_dtype, loss)
         parallel = ends.get(step + 1) == "parallel" and step + 1 < first_local
         if parallel:
             _average([[p.grad for p in model.parameters()] for model in models], compute_dtype)
@@ -121,12 +123,17 @@ def simulate(
     return models, distances
 
 
-def _gradient(model: nn.Module, micro_batches: list[Batch], compute_dtype: torch.dtype | None) -> None:
+def _gradient(
+    model: nn.Module,
+    micro_batches: list[Batch],
+    compute_dtype: torch.dtype | None,
+    loss: Callable[[Tensor, Tensor], Tensor],
+) -> None:
     computing = copy.deepcopy(model).to(compute_dtype) if compute_dtype else model
     computing.zero_grad()
     for inputs, targets in micro_batches:
-        loss = nn.functional.mse_loss(computing(inputs), targets) / len(micro_batches)
-        loss.backward()  # type: ignore[no-untyped-call]
+        part = loss(computing(inputs), targets) / len(micro_batches)
+        part.backward()  # type: ignore[no-untyped-call]
     for master, parameter in zip(model.parameters(), computing.parameters(), strict=True):
         assert parameter.grad is not None
         master.grad = parameter.grad.to(master.dtype)
