@@ -17,10 +17,11 @@ The strategy `parallel` is DeepSpeed's own data parallel over all ranks, with no
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +32,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
@@ -89,6 +91,21 @@ class WorkerGroups:
         return 1
 
 
+@contextlib.contextmanager
+def _deepspeed_uses(workers: WorkerGroups | None) -> Iterator[None]:
+    """Let DeepSpeed ask these groups, None for all ranks.
+
+    DeepSpeed keeps them in one global variable and reads it at every step, so that a second engine in the process
+    would silently reduce over the groups of the first.
+    """
+    before = deepspeed_groups.mpu
+    deepspeed_groups.mpu = workers
+    try:
+        yield
+    finally:
+        deepspeed_groups.mpu = before
+
+
 # ----------------------------------------------------------------------------------------------------- engine
 
 
@@ -118,7 +135,8 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
         if self.is_gradient_accumulation_boundary() and self.worker_groups and self.local_steps.mode == "parallel":
             self._average_gradients(self.worker_groups.across)
         steps_before = self.global_steps
-        super().step(lr_kwargs)
+        with _deepspeed_uses(self.worker_groups):
+            super().step(lr_kwargs)
         if self.global_steps == steps_before:
             return False
         boundary = self.local_steps.advance()
@@ -154,7 +172,8 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
     def allreduce_gradients(self, *args: Any, **kwargs: Any) -> None:
         """DeepSpeed's own reduction, timed where the clock can tell (on a CPU it blocks)."""
         started = time.perf_counter()
-        super().allreduce_gradients(*args, **kwargs)
+        with _deepspeed_uses(self.worker_groups):
+            super().allreduce_gradients(*args, **kwargs)
         if self.worker_groups is None and self.device.type == "cpu":
             self.local_steps.seconds_averaging += time.perf_counter() - started
 
@@ -196,7 +215,8 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
         state = {**(kwargs.pop("client_state", None) or {}), _STATE_KEY: self.local_steps.state_dict()}
         folder = self._worker_folder(save_dir)
         folder.mkdir(parents=True, exist_ok=True)  # DeepSpeed does it on rank 0 of all ranks only
-        saved = bool(super().save_checkpoint(str(folder), tag=tag, client_state=state, **kwargs))
+        with _deepspeed_uses(self.worker_groups):
+            saved = bool(super().save_checkpoint(str(folder), tag=tag, client_state=state, **kwargs))
         if kwargs.get("save_latest", True) and self.worker_groups and self.worker_groups.get_data_parallel_rank() == 0:
             (folder / "latest").write_text(tag, encoding="utf-8")
         dist.barrier()
@@ -211,7 +231,8 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
             FileNotFoundError: there is no checkpoint of this worker in load_dir.
         """
         folder = self._worker_folder(load_dir)
-        path, client_state = super().load_checkpoint(str(folder), *args, **kwargs)
+        with _deepspeed_uses(self.worker_groups):
+            path, client_state = super().load_checkpoint(str(folder), *args, **kwargs)
         if path is None or client_state is None or _STATE_KEY not in client_state:
             raise FileNotFoundError(
                 f"{folder}: there is no checkpoint that this engine wrote for this worker; give the folder that "
@@ -282,15 +303,16 @@ def initialize(
     _copy_from_rank_0(model)
 
     groups = None if parallel else WorkerGroups.make(qsr.worker_size)
-    engine, ds_optimizer, _, lr_scheduler = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        model_parameters=model_parameters,
-        lr_scheduler=lr_scheduler,
-        mpu=groups,
-        collate_fn=collate_fn,
-        config=ds_config,
-    )
+    with _deepspeed_uses(groups):
+        engine, ds_optimizer, _, lr_scheduler = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            model_parameters=model_parameters,
+            lr_scheduler=lr_scheduler,
+            mpu=groups,
+            collate_fn=collate_fn,
+            config=ds_config,
+        )
     _take_local_steps(engine, qsr, groups, digest(facts["config"]))
     if training_data is not None:
         # DeepSpeed would give every worker the same samples, since it sees one worker's ranks only.
@@ -313,6 +335,7 @@ def _start_process_group(port: int, init_required: bool | None) -> None:
         distributed_port=port,
         dist_init_required=init_required,
     )
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # DeepSpeed does it too, after our first collective
 
 
 def _describe(model: nn.Module) -> dict[str, str]:

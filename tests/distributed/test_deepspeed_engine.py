@@ -224,6 +224,45 @@ def test_deepspeeds_own_monitor_shows_the_local_steps(processes: Processes, tmp_
     assert all(event.value > 0 for event in events.Scalars("Train/LocalSteps/relative_distance"))
 
 
+def two_engines_job(together: bool, config: dict[str, Any]) -> list[torch.Tensor]:
+    """A local and a parallel engine and a plain DeepSpeed engine in one process, one after another or in turns."""
+    import deepspeed
+
+    plain_config = {"train_micro_batch_size_per_gpu": training.BATCH, "gradient_clipping": 1.0, **config}
+    results = []
+    engines = []
+    for strategy in (QSR, {**QSR, "strategy": "parallel"}, None):
+        if strategy is None:
+            model = training.make_model(torch.float32)
+            engine = deepspeed.initialize(
+                model=model, optimizer=training.make_optimizer("sgd", model.parameters()), config=plain_config
+            )[0]
+            engine.optimizer.param_groups[0]["lr"] = 0.05
+        else:
+            engine = start(strategy, **config)
+        engines.append(engine)
+        if not together:
+            for number in range(12):
+                step(engine, number)
+    if together:
+        for number in range(12):
+            for engine in engines:
+                step(engine, number)
+    for engine in engines:
+        results.append(training.flat(engine.module.parameters()))
+    return results
+
+
+@pytest.mark.parametrize("config", [{}, STAGE_1], ids=["stage0-fp32", "stage1-bf16"])
+def test_engines_in_one_process_do_not_disturb_one_another(processes: Processes, config: dict[str, Any]) -> None:
+    """DeepSpeed keeps its groups in a global variable; a plain engine that found ours would not reduce at all."""
+    apart = processes.run(two_engines_job, together=False, config=config)
+    together = processes.run(two_engines_job, together=True, config=config)
+    for one, other in zip([*apart, *together], [*together, *apart[::-1]], strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert torch.equal(a, b)
+
+
 # ------------------------------------------------------------------------------------------- learning rates
 
 
