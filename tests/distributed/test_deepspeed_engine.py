@@ -231,7 +231,7 @@ def two_engines_job(together: bool, config: dict[str, Any]) -> list[torch.Tensor
     plain_config = {"train_micro_batch_size_per_gpu": training.BATCH, "gradient_clipping": 1.0, **config}
     results = []
     engines = []
-    for strategy in (QSR, {**QSR, "strategy": "parallel"}, None):
+    for strategy in ({**QSR, "strategy": "parallel"}, QSR, None):
         if strategy is None:
             model = training.make_model(torch.float32)
             engine = deepspeed.initialize(
