@@ -375,7 +375,7 @@ def _explain(model: type[BaseModel], error: ValidationError) -> list[str]:
 def _nearest(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:
     block: Any = model
     for part in loc[:-1]:
-        block = _submodel(block, str(part))
+        block = submodel(block, str(part))
         if block is None:
             return ""
     names = list(block.model_fields)
@@ -383,7 +383,8 @@ def _nearest(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; the keys here are {', '.join(names)}"
 
 
-def _submodel(model: type[BaseModel], name: str) -> type[BaseModel] | None:
+def submodel(model: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The model of a block inside another, None for a plain key."""
     field = model.model_fields.get(name)
     if field is None:
         return None

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from qsr_engine.config import (
     ConfigError,
     QSRConfig,
+    Recipe,
+    RecipeQSR,
     check_world_size,
     digest,
     resolve_batch,
     split_deepspeed_config,
+    submodel,
     validate,
 )
 from qsr_engine.engines.deepspeed_config import check_supported, resolve_deepspeed_config
@@ -293,3 +299,23 @@ def test_the_recipes_of_this_repository_are_right() -> None:
     for path in variants:
         resolved = resolve_recipe(load_recipe(path), samples=1437)
         assert resolved.qsr.strategy == path.stem.split("-")[1]
+
+
+def test_every_key_is_documented() -> None:
+    """And nothing else: configs/README.md lists the keys of the models."""
+    text = (Path(__file__).parents[2] / "configs" / "README.md").read_text()
+    recipe, block = text.split("## The `qsr` block")
+
+    def keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+        for name in model.model_fields:
+            inner = submodel(model, name)
+            yield from keys(inner, f"{prefix}{name}.") if inner and name != "qsr" else [prefix + name]
+
+    def documented(part: str) -> set[str]:
+        cells = [line.split("|")[1] for line in part.splitlines() if line.startswith("| `")]
+        return {key for cell in cells for key in re.findall(r"`([\w.]+)`", cell)}
+
+    epochs = set(re.findall(r"`([\w.]+)`", block.rpartition("durations in epochs")[2]))
+    assert documented(recipe) == set(keys(Recipe))
+    assert documented(block) == set(keys(QSRConfig))
+    assert documented(block) | epochs == set(keys(RecipeQSR))
