@@ -293,12 +293,13 @@ def initialize(
         raise ConfigError("both qsr.lr and lr_scheduler=... set the learning rate; leave one of them out")
     _start_process_group(distributed_port, dist_init_required)
 
-    workers = check_world_size(dist.get_world_size(), qsr.worker_size)
-    parallel = qsr.strategy == "parallel"
-    ds_config = resolve_deepspeed_config(ds_config, dist.get_world_size(), 1 if parallel else workers)
+    # First of all, so that what follows fails on every rank or on none.
     facts = {"config": {**shared_part(ds_config), "qsr": qsr.model_dump()}, "model": _describe(model)}
     device = torch.device(get_accelerator().current_device_name())
     check_agreement(facts, device)
+    workers = check_world_size(dist.get_world_size(), qsr.worker_size)
+    parallel = qsr.strategy == "parallel"
+    ds_config = resolve_deepspeed_config(ds_config, dist.get_world_size(), 1 if parallel else workers)
     model.to(device)
     _copy_from_rank_0(model)
 
