@@ -18,7 +18,7 @@ import dataclasses
 import math
 import struct
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -159,10 +159,19 @@ class Averager:
         group: the ranks that average with one another, one from each worker.
         shard_group: the ranks of one worker where each holds a part of the parameters (ZeRO); None where every rank
             holds them all.
+        tensors: gives the tensors whose values the buckets hold, always the same ones; `moved()` looks at them.
     """
 
-    def __init__(self, buckets: Sequence[Tensor], group: Group, shard_group: Group = None) -> None:
+    def __init__(
+        self,
+        buckets: Sequence[Tensor],
+        group: Group,
+        shard_group: Group = None,
+        tensors: Callable[[], Sequence[Tensor]] = lambda: (),
+    ) -> None:
         self.buckets = list(buckets)
+        self._tensors = tensors
+        self._places = [_place(tensor) for tensor in tensors()]
         self.group = group
         self.workers = dist.get_world_size(group)
         self._shard_group = shard_group if shard_group and dist.get_world_size(shard_group) > 1 else None
@@ -172,6 +181,15 @@ class Averager:
     def average(self) -> None:
         """Replace every bucket by its mean over the group."""
         all_reduce_mean(self.buckets, self.group)
+
+    def moved(self) -> int:
+        """How many tensors have left the buckets since they were made: were given new storage, added or taken away.
+
+        Averaging the buckets would not reach them.
+        """
+        places = [_place(tensor) for tensor in self._tensors()]
+        changed = sum(now != before for now, before in zip(places, self._places, strict=False))
+        return changed + abs(len(places) - len(self._places))
 
     def sum_of_squares(self) -> float:
         """Sum of squares of all elements, added up in double precision; not finite if any element is not."""
@@ -192,6 +210,10 @@ class Averager:
         total = after.item() * copies
         before = sum(header.sum_of_squares for header in headers)
         return math.sqrt(max(0.0, before / total - 1)) if total > 0 else 0.0
+
+
+def _place(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...], torch.dtype]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def ring_bytes(payload: int, ranks: int) -> int:
@@ -260,11 +282,12 @@ class Header:
     lr: float  # learning rate of the next round's first step, from which the next H follows
     digest: int  # of the configuration (config.digest), below 2^63
     sum_of_squares: float  # of the parameters that this rank holds; not finite if any of them is not
+    moved: int = 0  # tensors that have left the buckets on this rank (Averager.moved)
 
-    _FORMAT = struct.Struct("<qqdqd")
+    _FORMAT = struct.Struct("<qqdqdq")
 
     def encode(self) -> Tensor:
-        raw = self._FORMAT.pack(self.step, self.period, self.lr, self.digest, self.sum_of_squares)
+        raw = self._FORMAT.pack(self.step, self.period, self.lr, self.digest, self.sum_of_squares, self.moved)
         return torch.frombuffer(bytearray(raw), dtype=torch.int64)
 
     @classmethod
@@ -273,7 +296,7 @@ class Header:
 
 
 def exchange_headers(header: Header, device: torch.device, group: Group = None) -> list[Header]:
-    """Gather the headers of all ranks of the group (40 bytes each) and check that they agree.
+    """Gather the headers of all ranks of the group (48 bytes each) and check that they agree.
 
     Raises:
         BoundaryError: on every rank, if the ranks disagree or parameters are not finite on one of them.
@@ -301,6 +324,13 @@ def _check_headers(headers: Sequence[Header]) -> None:
             "Every rank must run the same configuration and take the same number of steps, with a learning rate that "
             "depends on the step alone."
         )
+    moved = [rank for rank, header in enumerate(headers) if header.moved]
+    if moved:
+        raise BoundaryError(
+            f"after step {headers[0].step}, {headers[moved[0]].moved} of the parameters are no longer where they are "
+            f"averaged, on {_ranks(moved)}: they were given new storage (model.to(...), p.data = ...), or the "
+            "optimizer was given others. Change layout, type and parameter groups before initialize()"
+        )
     bad = [rank for rank, header in enumerate(headers) if not math.isfinite(header.sum_of_squares)]
     if bad:
         raise BoundaryError(
@@ -308,6 +338,9 @@ def _check_headers(headers: Sequence[Header]) -> None:
             "nothing was averaged and the parameters of the other ranks are unharmed; a lower learning rate, a longer "
             "warm-up or gradient clipping helps against divergence"
         )
+
+
+_LINES = 20  # differences that an error spells out
 
 
 def check_agreement(facts: Mapping[str, Any], device: torch.device, group: Group = None) -> None:
@@ -331,8 +364,11 @@ def check_agreement(facts: Mapping[str, Any], device: torch.device, group: Group
         if len(found) > 1:
             lines.append(f"  {key}: " + "; ".join(f"{value} on {_ranks(ranks)}" for value, ranks in found.items()))
     if lines:
+        more = [f"  ... and {len(lines) - _LINES} more"] if len(lines) > _LINES else []
         raise AgreementError(
-            "the ranks were not started alike:\n" + "\n".join(lines) + "\nStart every rank with the same configuration."
+            "the ranks were not started alike:\n"
+            + "\n".join(lines[:_LINES] + more)
+            + "\nStart every rank with the same configuration."
         )
 
 

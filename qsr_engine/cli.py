@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a key; repeatable"
     )
-    train.add_argument("--ranks", type=_positive, help="processes on this host (default: DeepSpeed's, one a GPU)")
+    train.add_argument("--ranks", type=whole_number, help="processes on this host (default: DeepSpeed's, one a GPU)")
     train.set_defaults(run=_train)
 
     command = commands.add_parser("report", help="compare finished runs: a table and plots")
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     images = shards.add_parser("imagefolder", help="from ImageNet's layout: ROOT/train/CLASS/*.jpg, ROOT/val/...")
     images.add_argument("root")
     images.add_argument("out")
-    images.add_argument("--samples-per-shard", type=_positive, default=1000)
+    images.add_argument("--samples-per-shard", type=whole_number, default=1000)
     images.add_argument("--seed", type=int, default=0, help="of the shuffle")
     images.add_argument("--split", help="name of the split where ROOT holds classes and no splits (default: train)")
     images.set_defaults(run=_write_imagefolder)
@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
+def whole_number(text: str) -> int:
     value = int(text)
     if value < 1:
         raise ValueError(text)
@@ -117,23 +117,29 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _run_launcher(command: list[str]) -> int:
-    """Run the launcher in a session of its own, which ends with this process.
+    """Run the launcher in a session of its own, and leave nothing of it behind.
 
-    DeepSpeed's launcher leaves its processes behind when it is terminated, so a signal goes to all of them.
+    DeepSpeed's launcher leaves its processes behind when it is terminated. So a signal goes to all of them, and when
+    the launcher has ended, whatever is left is terminated too.
     """
     process = subprocess.Popen(command, start_new_session=True)
     received = 0
 
-    def stop(signum: int, _: FrameType | None) -> None:
-        nonlocal received
-        received = signum
+    def terminate() -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    def stop(signum: int, _: FrameType | None) -> None:
+        nonlocal received
+        received = signum
+        terminate()
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         code = process.wait()
     finally:
+        terminate()
         for number, handler in before.items():
             signal.signal(number, handler)
     return 128 + received if received else code if code >= 0 else 128 - code
@@ -149,13 +155,21 @@ def _prepare(args: argparse.Namespace) -> tuple[Recipe, Index]:
 
 
 def _train_rank(recipe: Recipe, index: Index) -> int:
+    from torch.distributed import DistError
+
     from qsr_engine.averaging import AgreementError, BoundaryError
     from qsr_engine.train import DivergenceError, train
 
     try:
         train(recipe, index)
-    except (AgreementError, BoundaryError, DivergenceError) as error:
+    except (AgreementError, BoundaryError, DivergenceError, ConfigError, DataError) as error:
         return _fail(error)
+    except OSError as error:
+        return _fail(RuntimeError(f"{error.strerror or error}: {error.filename or recipe.run_dir}"))
+    except RuntimeError as error:
+        if not isinstance(error, DistError) and "gloo" not in str(error):
+            raise
+        return _fail(RuntimeError(f"the connection to another rank failed; if it has ended, it says why ({error})"))
     return 0
 
 

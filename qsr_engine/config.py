@@ -229,12 +229,18 @@ class PrecisionConfig(StrictModel):
     dtype: Literal["fp32", "bf16"] = "fp32"
     zero_stage: Literal[0, 1] = 0
 
+    @model_validator(mode="after")
+    def _consistent(self) -> PrecisionConfig:
+        if self.dtype == "bf16" and self.zero_stage == 0:
+            raise ValueError("dtype is 'bf16' and zero_stage is 0, which is not there yet; write zero_stage: 1")
+        return self
+
 
 class LoggingConfig(StrictModel):
     """The run's folder is dir/name; `every` and `eval_every` count optimizer steps."""
 
     dir: str = "runs"
-    name: Annotated[str, Field(pattern=r"^[\w.\-]+$")]
+    name: Annotated[str, Field(pattern=r"^\w[\w.\-]*$")]
     every: PositiveInt = 10
     eval_every: PositiveInt | None = None  # None: at the end of the run only
     tensorboard: bool = True
@@ -252,7 +258,7 @@ class Recipe(StrictModel):
     logging: LoggingConfig
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     epochs: Positive | None = None
-    seed: Count = 0
+    seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
 
     @property
     def run_dir(self) -> Path:
@@ -275,8 +281,8 @@ def split_deepspeed_config(config: str | os.PathLike[str] | Mapping[str, Any]) -
     where = "config" if isinstance(config, Mapping) else str(config)
     raw = dict(config) if isinstance(config, Mapping) else _read_json(Path(os.fspath(config)))
     if "qsr" not in raw:
-        near = difflib.get_close_matches("qsr", [str(key) for key in raw], n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r} to be 'qsr'?" if near else ""
+        near = [key for key in raw if difflib.get_close_matches("qsr", [str(key).lower()], cutoff=0.5)]
+        hint = f"; did you mean {near[0]!r} to be 'qsr'?" if near else "."
         raise ConfigError(
             f'{where}: there is no "qsr" block{hint} Write for example '
             '"qsr": {"strategy": "qsr", "h_base": 4, "alpha": 0.0175, "total_steps": 93600, "lr": {...}}'

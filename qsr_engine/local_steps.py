@@ -125,19 +125,31 @@ class LocalSteps:
 
     def _average(self) -> None:
         buckets = self.averager.buckets
-        header = Header(self.step, self.period, self.learning_rate, self._digest, self.averager.sum_of_squares())
+        header = Header(
+            self.step,
+            self.period,
+            self.learning_rate,
+            self._digest,
+            self.averager.sum_of_squares(),
+            self.averager.moved(),
+        )
         headers = exchange_headers(header, buckets[0].device)
         self.averager.average()
         self.relative_distance = self.averager.relative_distance(headers)
-        self.bytes_sent += self.averager.bytes_per_averaging
-        self.average_buffers()
+        self.bytes_sent += self.averager.bytes_per_averaging + self.average_buffers()
         self._after_averaging()
 
-    def average_buffers(self) -> None:
-        """Average the buffers over the workers; after a `parallel` round, an evaluation asks for it."""
-        if self._buffers_differ:
-            self.bytes_sent += average_packed(self._buffers, self.averager.group, _BUFFER_BUCKET_BYTES)
-            self._buffers_differ = False
+    def average_buffers(self) -> int:
+        """Average the buffers over all ranks; after a `parallel` round, an evaluation asks for it.
+
+        Also inside a worker: its ranks average gradients, and each has seen batches of its own.
+
+        Returns:
+            Bytes that this rank sent.
+        """
+        sent = average_packed(self._buffers, None, _BUFFER_BUCKET_BYTES) if self._buffers_differ else 0
+        self._buffers_differ = False
+        return sent
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to go on, as plain numbers; the round is part of it."""
@@ -146,6 +158,8 @@ class LocalSteps:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state_dict(), also from the middle of a round.
+
+        On a boundary the next round begins by the rule of this run, which may differ from the one that was saved.
 
         Raises:
             ValueError: keys are missing or unknown, or the state lies outside this run.
@@ -158,9 +172,18 @@ class LocalSteps:
                 f"the state is at step {state['step']} of a round that began at step {state['round_start']}, and this "
                 f"run has {self.qsr.total_steps} steps"
             )
+        end = state["round_start"] + state["period"]
+        if state["step"] > state["round_start"] and end > self.qsr.total_steps:
+            raise ValueError(
+                f"the state is inside a round that ends at step {end}, and this run has {self.qsr.total_steps} steps; "
+                "go on from a state that was saved on a boundary"
+            )
         for key in _STATE:
             setattr(self, key, state[key])
-        self._round = Round(state["round_start"], state["period"], state["mode"])
+        if state["step"] == state["round_start"] and not self.finished:
+            self._round = self._begin()
+        else:
+            self._round = Round(state["round_start"], state["period"], state["mode"])
 
 
 _STATE = ("step", "round", "averagings", "bytes_sent", "seconds_averaging", "relative_distance")

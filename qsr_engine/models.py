@@ -30,6 +30,10 @@ def create_model(config: ModelConfig, classes: int | None, image_size: int) -> n
     kwargs = dict(config.kwargs)
     if classes is not None:
         kwargs.setdefault("num_classes", classes)
+    if classes is not None and kwargs["num_classes"] < classes:
+        raise ConfigError(
+            f"model.kwargs.num_classes is {kwargs['num_classes']}, and the data has {classes} classes; leave it out"
+        )
     if "num_classes" not in kwargs:
         raise ConfigError("model.kwargs.num_classes is missing, and the data's index.json names no classes; write it")
     try:

@@ -17,7 +17,17 @@ from qsr_engine.config import ConfigError, QSRConfig, Recipe, validate
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-6 as a number (YAML 1.1 reads a string) and refuses a key given twice."""
+    """SafeLoader that reads 1e-6 as a number (YAML 1.1 reads a string) and refuses a key given twice.
+
+    It refuses aliases too: an override of one place would change the others, and a few lines of them fill the memory.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            problem = f"the alias *{event.anchor} is not read here; write the value again, or use extends"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -51,7 +61,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         _apply_override(raw, override)
     logging = raw.setdefault("logging", {})
     if isinstance(logging, dict) and logging.get("name") is None:
-        logging["name"] = path.stem
+        logging["name"] = re.sub(r"^\W+|[^\w.\-]+", "-", path.stem).lstrip("-") or "run"
     recipe = validate(Recipe, raw, where=str(path))
     if (recipe.epochs is None) == (recipe.qsr.total_steps is None):
         found = "neither" if recipe.epochs is None else "both"
@@ -146,4 +156,11 @@ def _epochs_to_steps(block: dict[str, Any], epochs_key: str, steps_key: str, per
 def dump_recipe(recipe: Recipe) -> str:
     """The whole recipe as YAML, defaults included; load_recipe() reads it back to an equal one."""
     raw = recipe.model_dump(exclude_none=True)
-    return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
+    return yaml.dump(raw, Dumper=_RecipeDumper, sort_keys=False, allow_unicode=True)
+
+
+class _RecipeDumper(yaml.SafeDumper):
+    """Writes a value that stands in two places twice, since aliases are not read."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True

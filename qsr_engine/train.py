@@ -58,6 +58,9 @@ def train(recipe: Recipe, index: Index) -> dict[str, Any]:
     _share_cores()
     torch.manual_seed(recipe.seed)
     model = create_model(recipe.model, index.class_count, recipe.data.image_size)
+    if index.classes is None:  # so that a label that is too large is found where it is read
+        names = [str(label) for label in range(recipe.model.kwargs["num_classes"])]
+        index = index.model_copy(update={"classes": names})
     engine, *_ = qsr_engine.initialize(
         model=model, optimizer=partial(_optimizer, recipe), config=deepspeed_config(recipe, batch)
     )

@@ -189,7 +189,12 @@ def _unchanged(item: Any) -> Any:
 
 
 def _unwrap(items: Iterable[Batch | DataError]) -> Iterator[Batch]:
-    for item in items:
-        if isinstance(item, DataError):
-            raise item
-        yield item
+    try:
+        for item in items:
+            if isinstance(item, DataError):
+                raise item
+            yield item
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(f"a loader process ended: {error}; was it killed, perhaps for want of memory?") from None

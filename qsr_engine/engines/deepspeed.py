@@ -231,6 +231,9 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
             FileNotFoundError: there is no checkpoint of this worker in load_dir.
         """
         folder = self._worker_folder(load_dir)
+        tag = kwargs.get("tag", args[0] if args else None)
+        if tag is not None and not (folder / str(tag)).is_dir():
+            raise FileNotFoundError(f"{folder}: there is no checkpoint with the tag {tag!r} here")
         with _deepspeed_uses(self.worker_groups):
             path, client_state = super().load_checkpoint(str(folder), *args, **kwargs)
         if path is None or client_state is None or _STATE_KEY not in client_state:
@@ -277,7 +280,8 @@ def initialize(
         (engine, optimizer, training_dataloader, lr_scheduler); the engine is a LocalStepEngine.
     Raises:
         ConfigError: the configuration is wrong, or asks for what does not work with local steps (yet).
-        AgreementError: on every rank, if the ranks were started with different configurations or models.
+        AgreementError: on every rank, if the ranks were started with different configurations, models, or parameters
+            in the optimizer.
     """
     config = next((c for c in (config, config_params, getattr(args, "deepspeed_config", None)) if c is not None), None)
     if config is None:
@@ -314,6 +318,7 @@ def initialize(
             collate_fn=collate_fn,
             config=ds_config,
         )
+    check_agreement({"optimizer": _describe_optimizer(engine)}, device)
     _take_local_steps(engine, qsr, groups, digest(facts["config"]))
     if training_data is not None:
         # DeepSpeed would give every worker the same samples, since it sees one worker's ranks only.
@@ -377,17 +382,36 @@ def _take_local_steps(engine: DeepSpeedEngine, qsr: QSRConfig, groups: WorkerGro
     engine._set_learning_rate()
 
 
+_FLAT_MASTERS = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+
+
 def _averager(engine: DeepSpeedEngine, qsr: QSRConfig, groups: WorkerGroups | None) -> Averager:
     """What is averaged at a boundary: the masters, in place."""
     if groups is None:
         return Averager([], None)
     optimizer = engine.optimizer
-    for masters in ("single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
-        if hasattr(optimizer, masters):
-            flat = [master.detach() for master in getattr(optimizer, masters)]
-            return Averager(flat, groups.across, shard_group=groups.worker)
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return Averager(flat_buckets(held, int(qsr.averaging.bucket_mb * 1e6)), groups.across)
+    masters = next((name for name in _FLAT_MASTERS if hasattr(optimizer, name)), None)
+    if masters is not None:
+        flat = [master.detach() for master in getattr(optimizer, masters)]
+        return Averager(flat, groups.across, groups.worker, tensors=lambda: list(getattr(optimizer, masters)))
+
+    def held() -> list[Tensor]:
+        return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    return Averager(flat_buckets(held(), int(qsr.averaging.bucket_mb * 1e6)), groups.across, tensors=held)
+
+
+def _describe_optimizer(engine: DeepSpeedEngine) -> dict[str, dict[str, str]]:
+    """Which parameters are averaged, in which order: it must be the same on every rank."""
+    optimizer = engine.optimizer
+    groups = next(
+        (getattr(optimizer, name) for name in ("bit16_groups", "bf16_groups") if hasattr(optimizer, name)),
+        [group["params"] for group in optimizer.param_groups],
+    )
+    return {
+        f"group {number}": {f"parameter {place}": engine.param_names.get(p, "?") for place, p in enumerate(group)}
+        for number, group in enumerate(groups)
+    }
 
 
 def _gradients(engine: DeepSpeedEngine) -> list[Tensor]:

@@ -30,6 +30,9 @@ def check_supported(config: Mapping[str, Any], qsr: QSRConfig) -> None:
     Raises:
         ConfigError: with the key's path, the reason and the nearest setting that works.
     """
+    for key in ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler"):
+        if not isinstance(config.get(key) or {}, Mapping):
+            raise ConfigError(f"{key} is {config[key]!r}; in DeepSpeed's configuration it is a block of keys")
     zero = config.get("zero_optimization") or {}
     stage = zero.get("stage", 0)
     bf16 = _enabled(config.get("bf16", config.get("bfloat16")))

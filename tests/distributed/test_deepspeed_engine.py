@@ -356,14 +356,67 @@ def test_a_step_past_the_end_is_refused_and_changes_nothing(processes: Processes
     assert "the run ended at step 12, which is qsr.total_steps" in processes.run(past_the_end_job)[0]
 
 
-def buffers_job(strategy: str, buffers: str) -> list[torch.Tensor]:
+def moved_job(way: str) -> str:
+    """The model's storage is replaced after initialize(), on rank 1 only."""
+    import torch.distributed as dist
+
+    from qsr_engine.averaging import BoundaryError
+
+    engine = start(QSR)
+    weight = next(engine.module.parameters())
+    if dist.get_rank() == 1:
+        if way == "data":
+            weight.data = weight.data.clone()
+        elif way == "to":
+            engine.module.to(torch.float64).to(torch.float32)
+        else:
+            engine.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+    try:
+        step(engine)
+        step(engine)
+    except BoundaryError as error:
+        return str(error)
+    return "it averaged"
+
+
+@pytest.mark.parametrize(("way", "count"), [("data", 1), ("to", 6), ("group", 1)])
+def test_parameters_that_left_the_buckets_are_an_error_on_every_rank(
+    processes: Processes, way: str, count: int
+) -> None:
+    for said in processes.run(moved_job, way=way):
+        assert f"after step 2, {count} of the parameters are no longer where they are averaged, on rank 1" in said
+
+
+def order_job(orders: list[list[int]]) -> None:
+    import torch.distributed as dist
+
+    import qsr_engine
+
+    model = nn.ModuleList(nn.Linear(3, 3) for _ in range(2))
+    dist.init_process_group("gloo")
+    parameters = list(model.parameters())
+    optimizer = torch.optim.SGD([parameters[place] for place in orders[dist.get_rank()]], lr=0.1)
+    qsr_engine.initialize(model=model, optimizer=optimizer, config={"train_batch_size": 8, "qsr": QSR})
+
+
+def test_parameters_in_another_order_are_refused(processes: Processes) -> None:
+    """Parameter groups made from a set come in another order in every process; layers would be mixed up."""
+    processes.run(order_job, orders=[[2, 1, 0], [2, 1, 0]])
+    with pytest.raises(JobError) as caught:
+        processes.run(order_job, orders=[[0, 1, 2, 3], [2, 1, 0, 3]])
+    for error in caught.value.by_rank:
+        assert error is not None
+        assert error[0] == "AgreementError"
+        assert "optimizer.group 0.parameter 0: '0.weight' on rank 0; '1.weight' on rank 1" in error[1]
+
+
+def buffers_job(strategy: str, buffers: str, worker_size: int) -> list[torch.Tensor]:
     """Running statistics after a run, and after an evaluation would have asked for their average."""
     norm = nn.BatchNorm1d(6)
     model = nn.Sequential(nn.Linear(training.FEATURES, 6), norm, nn.Linear(6, training.OUTPUTS))
     assert norm.running_mean is not None
-    engine = start(
-        {"strategy": strategy, "h_base": 2, "total_steps": 4, "lr": QSR["lr"], "averaging": {"buffers": buffers}}, model
-    )
+    block = {"strategy": strategy, "h_base": 2, "total_steps": 4, "lr": QSR["lr"], "worker_size": worker_size}
+    engine = start({**block, "averaging": {"buffers": buffers}}, model)
     while not engine.local_steps.finished:
         step(engine)
     after_run = norm.running_mean.clone()
@@ -372,16 +425,23 @@ def buffers_job(strategy: str, buffers: str) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "buffers", "equal"),
+    ("strategy", "buffers", "worker_size", "equal"),
     [
-        ("constant", "average", [True, True]),
-        ("constant", "local", [False, False]),
-        ("parallel", "average", [False, True]),  # DeepSpeed's own data parallel leaves them to each rank
+        ("constant", "average", 1, [True, True]),
+        ("constant", "average", 2, [True, True]),
+        ("constant", "local", 1, [False, False]),
+        ("parallel", "average", 1, [False, True]),  # DeepSpeed's own data parallel leaves them to each rank
     ],
 )
-def test_batch_norm_statistics(processes: Processes, strategy: str, buffers: str, equal: list[bool]) -> None:
-    first, second = processes.run(buffers_job, strategy=strategy, buffers=buffers)
-    assert [torch.equal(a, b) for a, b in zip(first, second, strict=True)] == equal
+def test_batch_norm_statistics(
+    processes: Processes, strategy: str, buffers: str, worker_size: int, equal: list[bool]
+) -> None:
+    ranks = 2 * worker_size
+    first, *others = processes.run(
+        buffers_job, ranks=ranks, strategy=strategy, buffers=buffers, worker_size=worker_size
+    )
+    for other in others:
+        assert [torch.equal(a, b) for a, b in zip(first, other, strict=True)] == equal
 
 
 def tied_job() -> list[torch.Tensor]:
@@ -462,11 +522,29 @@ def test_an_engine_resumed_from_a_checkpoint_gives_the_same_bits(
         assert one["state"] == other["state"]
 
 
+def shorter_job(folder: str) -> tuple[list[int], torch.Tensor]:
+    """Go on from step 4 of 12 in a run of 9 steps with longer rounds."""
+    engine = start({**QSR, "strategy": "constant", "h_base": 4, "alpha": None, "total_steps": 9})
+    engine.load_checkpoint(folder)
+    ends = []
+    while not engine.local_steps.finished:
+        if step(engine):
+            ends.append(engine.local_steps.step)
+    return ends, training.flat(engine.module.parameters())
+
+
+def test_a_shorter_run_that_goes_on_still_ends_on_a_boundary(processes: Processes, tmp_path: Path) -> None:
+    processes.run(train_job, folder=str(tmp_path), save_at=4, load=False, config={}, worker_size=1)
+    (ends, first), (_, second) = processes.run(shorter_job, folder=str(tmp_path))
+    assert ends == [8, 9]
+    assert torch.equal(first, second)
+
+
 def refused_checkpoints_job(folder: str) -> list[str]:
     engine = start({**QSR, "h_base": 4})
     step(engine)
     messages = []
-    for action in (engine.save_checkpoint, engine.load_checkpoint):
+    for action in (engine.save_checkpoint, engine.load_checkpoint, partial(engine.load_checkpoint, tag="nope")):
         try:
             action(folder)
         except (RuntimeError, FileNotFoundError) as error:
@@ -478,4 +556,5 @@ def test_checkpoints_inside_a_round_or_missing_are_refused(processes: Processes,
     for messages in processes.run(refused_checkpoints_job, folder=str(tmp_path)):
         assert "step 1 is inside a round of 4 steps" in messages[0]
         assert "there is no checkpoint that this engine wrote" in messages[1]
+        assert "there is no checkpoint with the tag 'nope' here" in messages[2]
     assert not any(tmp_path.iterdir())

@@ -75,7 +75,8 @@ def refusals_job() -> list[str]:
     state = make(BLOCKS[2])
     saved = state.state_dict()
     messages = []
-    for wrong in ({**saved, "step": 11}, {**saved, "round_start": 3}, {"step": 3}, {**saved, "more": 1}):
+    inside = {**saved, "step": 9, "round_start": 8, "period": 4}
+    for wrong in ({**saved, "step": 11}, {**saved, "round_start": 3}, inside, {"step": 3}, {**saved, "more": 1}):
         try:
             state.load_state_dict(wrong)
         except ValueError as error:
@@ -85,8 +86,9 @@ def refusals_job() -> list[str]:
 
 def test_states_of_other_runs_are_refused(processes: Processes) -> None:
     messages = processes.run(refusals_job, ranks=1)[0]
-    assert len(messages) == 4
+    assert len(messages) == 5
     assert "the state is at step 11" in messages[0]
     assert "this run has 10 steps" in messages[0]
     assert "round that began at step 3" in messages[1]
-    assert all("a local-step state has the keys" in message for message in messages[2:])
+    assert "inside a round that ends at step 12, and this run has 10 steps" in messages[2]
+    assert all("a local-step state has the keys" in message for message in messages[3:])

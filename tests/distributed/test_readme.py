@@ -24,7 +24,7 @@ def test_the_readmes_example_takes_local_steps(processes: Processes) -> None:
     first, second = processes.run(example_job, code=code)
     assert second == ""
     lines = first.splitlines()
-    assert lines[0].startswith("step 4, next period 4, loss ")
+    assert lines[0].startswith("step 4, averaged 1 times, loss ")
     assert lines[-1].startswith("step 400, ")
     losses = [float(line.rsplit(" ", 1)[1]) for line in lines]
     assert losses[-1] < losses[0] / 4

@@ -92,6 +92,8 @@ def test_split_deepspeed_config(tmp_path: Path) -> None:
     assert "qsr" in config, "the caller's dict is left as it is"
     with pytest.raises(ConfigError, match=r'no "qsr" block; did you mean \'qsrr\''):
         split_deepspeed_config({"qsrr": BLOCK})
+    with pytest.raises(ConfigError, match=r"did you mean 'QSR'"):
+        split_deepspeed_config({"QSR": BLOCK})
     with pytest.raises(ConfigError, match="cannot read"):
         split_deepspeed_config(tmp_path / "missing.json")
     path.write_text("{")
@@ -152,6 +154,8 @@ def test_digest_tells_configurations_apart() -> None:
         ({"optimizer": {"type": "OneBitAdam"}}, "'OneBitAdam' communicates by itself"),
         ({"scheduler": {"type": "WarmupLR"}}, "both qsr.lr and scheduler"),
         ({"sequence_parallel_size": 2}, "sequence_parallel_size is set"),
+        ({"optimizer": "AdamW"}, "optimizer is 'AdamW'; in DeepSpeed's configuration it is a block"),
+        ({"zero_optimization": True}, "zero_optimization is True; in DeepSpeed's configuration it is a block"),
     ],
 )
 def test_what_does_not_work_yet_is_refused_by_name(config: dict[str, Any], words: str) -> None:
@@ -216,6 +220,7 @@ def test_a_recipe_extends_another_and_is_overridden(tmp_path: Path) -> None:
 
 def test_epochs_become_steps_and_the_resolved_recipe_reads_back(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, "a.yaml", RECIPE))
+    assert load_recipe(write(tmp_path, "my recipé (2).yaml", RECIPE)).logging.name == "my-recipé-2-"
     resolved = resolve_recipe(recipe, samples=6500)  # 101 steps an epoch, 36 samples left over
     assert resolved.epochs is None
     assert resolved.qsr.total_steps == 1010
@@ -243,6 +248,9 @@ def test_switch_and_decay_in_epochs(tmp_path: Path) -> None:
         ("model.name=resnet50", "model.name: found 'resnet50'"),
         ("precision.dtype=fp16", "precision.dtype: found 'fp16'"),
         ("precision.zero_stage=3", "precision.zero_stage: found 3"),
+        ("precision.dtype=bf16", "precision: dtype is 'bf16' and zero_stage is 0"),
+        ("seed=99999999999999999999", "seed: found 99999999999999999999"),
+        ("logging.name=..", "logging.name: found '..'"),
         ("qsr.total_steps=5", "found both of epochs and qsr.total_steps"),
         ("epochs=null", "found neither of epochs and qsr.total_steps"),
         ("logging.name=a/b", "logging.name: found 'a/b'"),
@@ -281,6 +289,7 @@ def test_impossible_durations_are_refused(tmp_path: Path, changes: dict[str, Any
         ("- 1", "a mapping of blocks"),
         ("", "a mapping of blocks"),
         ("extends: [1]", "extends: found [1]"),
+        ("a: &x {b: 1}\nc: *x", "the alias *x is not read here"),
         ("extends: missing.yaml", "cannot read this recipe"),
         ("extends: a.yaml", "in a circle"),
         ("!!python/object/apply:os.system ['true']", "not a YAML file"),
