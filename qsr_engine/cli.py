@@ -19,7 +19,7 @@ from types import FrameType
 from qsr_engine.config import ConfigError, Recipe, check_world_size
 from qsr_engine.data import DataError, Index, check_shards, index_shards, read_index, write_digits, write_imagefolder
 from qsr_engine.monitor import SUMMARY, check_run_folder
-from qsr_engine.recipe import load_recipe, resolve_recipe
+from qsr_engine.recipe import load_recipe, resolve_recipe, resolve_recipe_batch
 from qsr_engine.report import ReportError, report
 
 USER_ERROR = 2  # exit code, as argparse's own
@@ -105,6 +105,7 @@ def _train(args: argparse.Namespace) -> int:
     check_run_folder(recipe.run_dir)
     if args.ranks is not None:
         check_world_size(args.ranks, recipe.qsr.worker_size)
+        resolve_recipe_batch(recipe, args.ranks)
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(_free_port())]
     if args.ranks is not None:
         launcher += ["--num_gpus", str(args.ranks)]

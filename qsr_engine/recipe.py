@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from qsr_engine.config import ConfigError, QSRConfig, Recipe, validate
+from qsr_engine.config import ConfigError, QSRConfig, Recipe, resolve_batch, validate
 
 
 class _RecipeLoader(yaml.SafeLoader):
@@ -141,6 +142,27 @@ def resolve_recipe(recipe: Recipe, samples: int) -> Recipe:
     _epochs_to_steps(qsr["lr"], "decay_epochs", "decay_steps", steps_per_epoch, "qsr.lr")
     validate(QSRConfig, qsr, where="recipe", prefix="qsr.")
     return validate(Recipe, raw, where="recipe")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """DeepSpeed's three batch sizes, in samples and micro-batches; train counts all ranks."""
+
+    train: int
+    micro: int
+    accumulation: int
+
+
+def resolve_recipe_batch(recipe: Recipe, ranks: int) -> Batch:
+    """Batch sizes for so many ranks. Raises ConfigError where they contradict one another."""
+    return Batch(
+        *resolve_batch(
+            ranks,
+            train_batch_size=recipe.batch.train_batch_size,
+            micro_batch_size=recipe.batch.train_micro_batch_size_per_gpu,
+            accumulation=recipe.batch.gradient_accumulation_steps,
+        )
+    )
 
 
 def _epochs_to_steps(block: dict[str, Any], epochs_key: str, steps_key: str, per_epoch: int, path: str) -> None:

@@ -25,12 +25,12 @@ from torch.nn import functional as F
 
 import qsr_engine
 from qsr_engine.averaging import check_agreement
-from qsr_engine.config import Recipe, check_world_size, resolve_batch
+from qsr_engine.config import Recipe, check_world_size
 from qsr_engine.data import Index
 from qsr_engine.data.loader import EvalLoader, TrainLoader
 from qsr_engine.models import create_model
 from qsr_engine.monitor import Monitor, Record, check_run_folder, open_run_folder
-from qsr_engine.recipe import dump_recipe
+from qsr_engine.recipe import Batch, dump_recipe, resolve_recipe_batch
 
 MODEL_FILE = "model.safetensors"
 
@@ -93,27 +93,6 @@ def train(recipe: Recipe, index: Index) -> dict[str, Any]:
             _save_model(engine.module, recipe)
             monitor.summary(**summary)
     return summary
-
-
-@dataclass(frozen=True)
-class Batch:
-    """DeepSpeed's three batch sizes, in samples and micro-batches; train counts all ranks."""
-
-    train: int
-    micro: int
-    accumulation: int
-
-
-def resolve_recipe_batch(recipe: Recipe, ranks: int) -> Batch:
-    """Batch sizes for so many ranks. Raises ConfigError where they contradict one another."""
-    return Batch(
-        *resolve_batch(
-            ranks,
-            train_batch_size=recipe.batch.train_batch_size,
-            micro_batch_size=recipe.batch.train_micro_batch_size_per_gpu,
-            accumulation=recipe.batch.gradient_accumulation_steps,
-        )
-    )
 
 
 def deepspeed_config(recipe: Recipe, batch: Batch) -> dict[str, Any]:

@@ -18,12 +18,11 @@ The strategy `parallel` is DeepSpeed's own data parallel over all ranks, with no
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import deepspeed
 import deepspeed.comm
@@ -39,56 +38,8 @@ from torch.utils.data import DistributedSampler
 from qsr_engine.averaging import Averager, average_packed, check_agreement, flat_buckets, ring_bytes
 from qsr_engine.config import ConfigError, QSRConfig, check_world_size, digest, split_deepspeed_config
 from qsr_engine.engines.deepspeed_config import check_supported, resolve_deepspeed_config, shared_part
+from qsr_engine.engines.worker_groups import WorkerGroups
 from qsr_engine.local_steps import LocalSteps
-
-# ---------------------------------------------------------------------------------------------------- workers
-
-
-@dataclasses.dataclass(frozen=True)
-class WorkerGroups:
-    """The process groups of this rank, with the interface that DeepSpeed expects of its mpu.
-
-    worker: the ranks of this rank's worker. alone: this rank. across: the ranks that hold the same part of the
-    parameters, one from each worker; averaging goes over them.
-    """
-
-    worker: dist.ProcessGroup
-    alone: dist.ProcessGroup
-    across: dist.ProcessGroup
-    worker_index: int
-
-    @classmethod
-    def make(cls, worker_size: int) -> WorkerGroups:
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-        index, place = divmod(rank, worker_size)
-
-        # Made by their members alone, so that starting does not slow down with the square of the number of ranks.
-        def group(ranks: range) -> dist.ProcessGroup:
-            return cast(dist.ProcessGroup, dist.new_group(list(ranks), use_local_synchronization=True))
-
-        alone = group(range(rank, rank + 1))
-        first = index * worker_size
-        worker = alone if worker_size == 1 else group(range(first, first + worker_size))
-        across = alone if worker_size == world_size else group(range(place, world_size, worker_size))
-        return cls(worker, alone, across, index)
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self.worker
-
-    def get_data_parallel_rank(self) -> int:
-        return dist.get_rank(self.worker)
-
-    def get_data_parallel_world_size(self) -> int:
-        return dist.get_world_size(self.worker)
-
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return self.alone
-
-    def get_model_parallel_rank(self) -> int:
-        return 0
-
-    def get_model_parallel_world_size(self) -> int:
-        return 1
 
 
 @contextlib.contextmanager
@@ -104,9 +55,6 @@ def _deepspeed_uses(workers: WorkerGroups | None) -> Iterator[None]:
         yield
     finally:
         deepspeed_groups.mpu = before
-
-
-# ----------------------------------------------------------------------------------------------------- engine
 
 
 class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has no types
