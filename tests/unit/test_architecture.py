@@ -12,8 +12,21 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "qsr_engine"
 # The order in which data flows; a module imports from its own entry and from those before it.
-ORDER = ("config", "recipe", "schedule", "averaging", "local_steps", "engines", "data", "models")
-ORDER += ("monitor", "report", "train", "cli", "__main__")
+ORDER = [
+    "config",
+    "recipe",
+    "schedule",
+    "averaging",
+    "local_steps",
+    "engines",
+    "data",
+    "models",
+    "monitor",
+    "report",
+    "train",
+    "cli",
+    "__main__",
+]
 
 
 def imports(path: Path) -> Iterator[str]:
