@@ -275,7 +275,10 @@ def _sum_of_squares(flat: Tensor) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What every rank says of itself at a boundary. All but sum_of_squares must be the same on all ranks."""
+    """What every rank says of itself at a boundary.
+
+    The first four must be the same on all ranks, sum_of_squares finite and moved 0.
+    """
 
     step: int  # optimizer steps done
     period: int  # H of the round that ends here
@@ -299,7 +302,8 @@ def exchange_headers(header: Header, device: torch.device, group: Group = None) 
     """Gather the headers of all ranks of the group (48 bytes each) and check that they agree.
 
     Raises:
-        BoundaryError: on every rank, if the ranks disagree or parameters are not finite on one of them.
+        BoundaryError: on every rank, if the ranks disagree, or if parameters of one of them are not finite or have
+            left the buckets.
     """
     mine = header.encode().to(device)
     ranks = dist.get_world_size(group)

@@ -17,7 +17,16 @@ from collections.abc import Sequence
 from types import FrameType
 
 from qsr_engine.config import ConfigError, Recipe, check_world_size
-from qsr_engine.data import DataError, Index, check_shards, index_shards, read_index, write_digits, write_imagefolder
+from qsr_engine.data import (
+    DataError,
+    Index,
+    check_shards,
+    index_shards,
+    read_index,
+    verify_checksums,
+    write_digits,
+    write_imagefolder,
+)
 from qsr_engine.monitor import SUMMARY, check_run_folder
 from qsr_engine.recipe import load_recipe, resolve_recipe, resolve_recipe_batch
 from qsr_engine.report import ReportError, report
@@ -77,6 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     index = shards.add_parser("index", help="write the index.json of a folder of shards made elsewhere")
     index.add_argument("folder")
     index.set_defaults(run=lambda args: _say(args.folder, index_shards(args.folder)))
+    verify = shards.add_parser("verify", help="read every shard and compare its checksum with index.json")
+    verify.add_argument("folder")
+    verify.set_defaults(run=_verify)
     return parser
 
 
@@ -90,6 +102,12 @@ def whole_number(text: str) -> int:
 def _write_imagefolder(args: argparse.Namespace) -> int:
     options = {"samples_per_shard": args.samples_per_shard, "seed": args.seed, "split": args.split}
     return _say(args.out, write_imagefolder(args.root, args.out, **options))
+
+
+def _verify(args: argparse.Namespace) -> int:
+    index = read_index(args.folder)
+    verify_checksums(args.folder, index)
+    return _say(args.folder, index)
 
 
 def _say(folder: str, index: Index) -> int:

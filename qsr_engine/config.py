@@ -21,9 +21,6 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-STRATEGIES = ("qsr", "constant", "parallel", "post_local", "swap")
-SCHEDULES = ("cosine", "linear", "step", "cosine_step", "constant")
-
 PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]

@@ -97,7 +97,7 @@ class LocalSteps:
         """Count one optimizer step; at the end of the round, average. Returns True at a boundary.
 
         Raises:
-            BoundaryError: on every rank, if the ranks disagree or parameters are not finite; nothing was averaged.
+            BoundaryError: on every rank, as exchange_headers() says; nothing was averaged.
             RuntimeError: the run has ended already.
         """
         if self.finished:

@@ -1,5 +1,18 @@
+from pathlib import Path
+
+import pytest
 import torch
+
+from qsr_engine.data import write_digits
 
 # The processes of tests/distributed use one thread each. With another number of threads a matrix product adds in
 # another order, and the oracle would differ from them in the last bit.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of scikit-learn's digits, to read and not to change."""
+    folder = tmp_path_factory.mktemp("digits")
+    write_digits(folder)
+    return folder

@@ -72,7 +72,7 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
         Returns:
             True at a boundary, False inside a round or inside gradient accumulation.
         Raises:
-            BoundaryError: on every rank, if the ranks disagree or parameters are not finite; nothing was averaged.
+            BoundaryError: on every rank, as averaging.exchange_headers() says; nothing was averaged.
             RuntimeError: the run has taken its total_steps already.
         """
         if self.local_steps.finished:
@@ -238,6 +238,8 @@ def initialize(
         raise ConfigError("initialize() needs model=..., a torch.nn.Module")
     ds_config, qsr = split_deepspeed_config(config)
     check_supported(ds_config, qsr)
+    if optimizer is None and not ds_config.get("optimizer"):
+        raise ConfigError('there is no optimizer; give initialize() one, or write an "optimizer" block')
     for name, given in (("mpu", mpu), ("mesh_param", mesh_param)):
         if given is not None:
             raise ConfigError(f"initialize({name}=...): local steps set the process groups themselves; leave it out")

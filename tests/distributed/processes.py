@@ -46,7 +46,7 @@ class Processes:
     def outcomes(self, job: Callable[..., Any], ranks: int, seconds: float, **kwargs: Any) -> list[tuple[str, Any]]:
         while len(self._children) < ranks:
             self._start()
-        port = _free_port()
+        port = free_port()
         pipes = [pipe for _, pipe in self._children[:ranks]]
         for rank, pipe in enumerate(pipes):
             pipe.send((job, kwargs, _environment(rank, ranks, port)))
@@ -85,7 +85,7 @@ def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
     }
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

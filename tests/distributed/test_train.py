@@ -27,16 +27,9 @@ from qsr_engine.models import create_model
 from qsr_engine.monitor import TAGS
 from qsr_engine.recipe import load_recipe
 from tests import reference
-from tests.distributed.processes import Processes, _free_port
+from tests.distributed.processes import Processes, free_port
 
 STEPS = 14
-
-
-@pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("digits")
-    write_digits(folder)
-    return folder
 
 
 @pytest.fixture
@@ -316,7 +309,7 @@ def bin_folder() -> Path:
 
 
 def test_a_real_deepspeed_launch(recipe: Path, tmp_path: Path) -> None:
-    deepspeed = [str(bin_folder() / "deepspeed"), "--num_gpus", "2", "--master_port", str(_free_port())]
+    deepspeed = [str(bin_folder() / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
     done = launch(*deepspeed, "--module", "qsr_engine", "train", str(recipe), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"step {STEPS}/{STEPS}" in done.stdout

@@ -51,13 +51,6 @@ def samples(folder: Path, index: Index, split: str) -> list[Sample]:
     ]
 
 
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("digits")
-    write_digits(folder)
-    return folder
-
-
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
     """Two shards of two samples in "train", one in "val", and their index."""
