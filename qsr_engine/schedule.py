@@ -41,9 +41,11 @@ def learning_rate(lr: LearningRateConfig, step: int, total_steps: int) -> float:
     """
     if step < lr.warmup_steps:
         return lr.min + step * (lr.peak - lr.min) / lr.warmup_steps
-    t = min(1.0, (step - lr.warmup_steps) / max(1, total_steps - lr.warmup_steps))
+    span, done = max(1, total_steps - lr.warmup_steps), step - lr.warmup_steps
+    t = min(1.0, done / span)
     if lr.schedule == "linear":
-        return lr.min + (lr.peak - lr.min) * (1 - t)
+        # Not 1 - t: at the end of a long run the subtraction would leave few of its digits.
+        return lr.min + (lr.peak - lr.min) * max(0, span - done) / span
     if lr.schedule == "step":
         return float(lr.peak * lr.factor ** sum(step >= decay for decay in lr.decay_steps))
     if lr.schedule == "constant":

@@ -1,9 +1,16 @@
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from qsr_engine.data import write_digits
+
+# In continuous integration every run tries the same examples, so that a change is judged by what it changed.
+settings.register_profile("ci", derandomize=True, deadline=None)
+settings.register_profile("local", deadline=None)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 # The processes of tests/distributed use one thread each. With another number of threads a matrix product adds in
 # another order, and the oracle would differ from them in the last bit.

@@ -41,21 +41,57 @@ def learning_rate(lr: dict[str, Any], step: int, total: int) -> float:
     return float(value)
 
 
-def quadratic_period(qsr: dict[str, Any], step: int, lr: float) -> int:
+def exact_learning_rate(lr: dict[str, Any], step: int, total: int) -> Decimal:
+    """The same formulas in 60 digits, from the numbers as a person wrote them.
+
+    The rule takes a floor, so a float that is one rounding off 1/3000 would give 2 where alpha / lr is 3.
+    """
+    with localcontext() as context:
+        context.prec = 60
+        low, peak = (Decimal(repr(float(lr.get(key, 0.0)))) for key in ("min", "peak"))
+        warmup = int(lr.get("warmup_steps", 0))
+        if step < warmup:
+            return low + step * (peak - low) / warmup
+        done = Decimal(step - warmup) / (total - warmup) if total > warmup else Decimal(0)
+        cosine = low + (peak - low) * (1 + _cos_pi(done)) / 2
+        if lr["schedule"] == "cosine":
+            return cosine
+        if lr["schedule"] == "linear":
+            return low + (peak - low) * (1 - done)
+        if lr["schedule"] == "constant":
+            return peak
+        if lr["schedule"] == "cosine_step":
+            base = Decimal(repr(float(lr.get("base", 2.0))))
+            return base ** round(cosine.ln() / base.ln()) if cosine > 0 else Decimal(0)
+        decays = sum(1 for decay in lr["decay_steps"] if step >= decay)
+        return peak * Decimal(repr(float(lr.get("factor", 0.1)))) ** decays
+
+
+def _cos_pi(x: Decimal) -> Decimal:
+    """cos(pi x) for x from 0 to 1, by its power series in the precision of the context."""
+    pi = Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899")
+    term = total = Decimal(1)
+    for n in range(1, 60):
+        term *= -((pi * x) ** 2) / (2 * n * (2 * n - 1))
+        total += term
+    return total
+
+
+def quadratic_period(qsr: dict[str, Any], step: int, lr: Decimal) -> int:
     """max(h_base, floor((alpha / lr)^power)), not yet cut to the end of the run; exact decimal arithmetic."""
     h_base, alpha = qsr.get("h_base", 1), qsr.get("alpha") or 0.0
     if alpha == 0 or step < qsr.get("lr", {}).get("warmup_steps", qsr.get("warmup_steps") or 0):
         return int(h_base)
-    if lr == 0:
+    if lr < Decimal(10) ** -50:  # what 60 digits leave of 0
         return int(qsr["total_steps"])
     with localcontext() as context:
         context.prec = 60
-        value = (Decimal(repr(alpha)) / Decimal(repr(lr))) ** Decimal(repr(qsr.get("power", 2.0)))
-        # 60 digits cannot hold 1/3 either: (0.1 / 0.3 x 3) must count as whole.
+        value = (Decimal(repr(alpha)) / lr) ** Decimal(repr(qsr.get("power", 2.0)))
+        # 60 digits cannot hold 1/3 either: 0.001 / (1 / 3000) must count as 3.
         return max(int(h_base), int(value * (1 + Decimal(10) ** -40)))
 
 
-def boundaries(qsr: dict[str, Any], lr: Callable[[int], float]) -> list[tuple[int, str]]:
+def boundaries(qsr: dict[str, Any]) -> list[tuple[int, str]]:
     """(steps done, mode) at the end of every round, found by counting single steps as the authors' code does."""
     total, switch = qsr["total_steps"], qsr.get("switch_step") or 0
     found: list[tuple[int, str]] = []
@@ -65,7 +101,7 @@ def boundaries(qsr: dict[str, Any], lr: Callable[[int], float]) -> list[tuple[in
         if since == 0:
             period = 1 if parallel else qsr.get("h_base", 1)
             if qsr["strategy"] == "qsr":
-                period = quadratic_period(qsr, step, lr(step))
+                period = quadratic_period(qsr, step, exact_learning_rate(qsr["lr"], step, total))
             if qsr["strategy"] == "swap" and step >= switch:
                 period = total
         since += 1
@@ -102,7 +138,7 @@ def simulate(
     total = qsr["total_steps"]
     models = [make_model() for _ in range(workers)]
     optimizers = [make_optimizer(list(model.parameters())) for model in models]
-    ends = dict(boundaries(qsr, lambda step: learning_rate(qsr["lr"], step, total)))
+    ends = dict(boundaries(qsr))
     first_local = next((step for step, mode in ends.items() if mode == "local"), total + 1)
     distances = []
     for step in range(total):

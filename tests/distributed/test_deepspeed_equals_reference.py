@@ -100,7 +100,7 @@ def expected(
     models, distances = reference.simulate(
         partial(training.rounded_model, dtype, compute_dtype), optimizer_of, batches, qsr, workers, clip, compute_dtype
     )
-    ends = [step for step, _ in reference.boundaries(qsr, lambda s: reference.learning_rate(qsr["lr"], s, STEPS))]
+    ends = [step for step, _ in reference.boundaries(qsr)]
     return {"parameters": training.flat(models[0].parameters()), "ends": ends, "distances": distances}
 
 
