@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -62,34 +62,45 @@ class LearningRateConfig(StrictModel):
 
 
 class AveragingConfig(StrictModel):
-    """How parameters are averaged at a boundary. Values that later work will bring are refused by name."""
+    """How parameters are averaged at a boundary."""
 
-    bucket_mb: Positive = 64.0  # size of a bucket in MB (1e6 bytes)
-    wire_dtype: str = "fp32"
-    overlap: str = "none"
+    bucket_mb: Positive | None = None  # size of a bucket in MB (1e6 bytes); None: the default of the backend
+    shared_memory: bool = True  # on CPUs: average in shared memory where all ranks of a group are on one host
+    wire_dtype: Literal["fp32", "bf16", "fp16", "int8"] = "fp32"
+    overlap: Literal["none", "next_forward", "delayed"] = "none"
+    delay_steps: PositiveInt | None = None  # overlap "delayed": steps between the snapshot and its average
     cuda_graph: bool = False
     state: list[str] = []
     buffers: Literal["average", "local"] = "average"  # floating-point buffers, such as batch-norm statistics
 
-    @field_validator("wire_dtype", "overlap", "cuda_graph", "state")
+    @field_validator("state")
     @classmethod
-    def _available(cls, value: Any, info: ValidationInfo) -> Any:
-        assert info.field_name is not None
-        available = cls.model_fields[info.field_name].default
-        if value != available:
-            planned = _PLANNED[info.field_name]
-            reason = "is not there yet" if planned is None or value in planned else "is not a value of this key"
-            raise ValueError(f"found {value!r}, which {reason}; write {available!r}")
+    def _not_yet(cls, value: list[str]) -> list[str]:
+        if value:
+            raise ValueError(f"found {value!r}, and averaging optimizer state is not there yet; write []")
         return value
 
-
-# Values that a later version will bring; None stands for any value.
-_PLANNED: dict[str, tuple[object, ...] | None] = {
-    "wire_dtype": ("bf16", "fp16", "int8"),
-    "overlap": ("next_forward", "delayed"),
-    "cuda_graph": (True,),
-    "state": None,
-}
+    @model_validator(mode="after")
+    def _consistent(self) -> AveragingConfig:
+        if self.overlap == "delayed" and self.delay_steps is None:
+            raise ValueError("delay_steps is missing, and overlap 'delayed' needs it; write for example 1")
+        if self.overlap != "delayed" and self.delay_steps is not None:
+            raise ValueError(
+                f"delay_steps is {self.delay_steps}, and overlap {self.overlap!r} does not read it; write null, or the "
+                "overlap 'delayed'"
+            )
+        if self.overlap == "delayed" and self.wire_dtype != "fp32":
+            raise ValueError(
+                f"wire_dtype is {self.wire_dtype!r} and overlap is 'delayed': after a delayed averaging no two workers "
+                "hold the same parameters, from which differences could be sent; write wire_dtype 'fp32', or the "
+                "overlap 'next_forward'"
+            )
+        if self.cuda_graph and (self.overlap != "none" or self.wire_dtype != "fp32"):
+            raise ValueError(
+                f"cuda_graph is true, overlap is {self.overlap!r} and wire_dtype is {self.wire_dtype!r}; a graph holds "
+                "the plain averaging only, so write overlap 'none' and wire_dtype 'fp32', or cuda_graph false"
+            )
+        return self
 
 
 class QSRConfig(StrictModel):

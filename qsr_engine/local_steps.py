@@ -4,20 +4,32 @@
     H optimizer steps      of the worker's own optimizer; no communication between workers
     boundary               headers exchanged, parameters averaged; the next round begins
 
-An engine calls `advance()` after each of its optimizer steps (not micro-batches). In a `parallel` round the engine
-averages the gradients itself, and its boundary exchanges nothing. Strategies that change mode during a run follow
-from the schedule: `mode` says what the current step is.
+For every optimizer step (not micro-batch) an engine calls `begin_forward()` before the forward, `begin_update()` before
+its optimizer changes the parameters, and `advance()` after it. In a `parallel` round the engine averages the gradients
+itself, and its boundary exchanges nothing. Strategies that change mode during a run follow from the schedule: `mode`
+says what the current step is.
+
+With `averaging.overlap` a boundary begins an averaging, and something else ends it:
+
+    next_forward   begins in advance(); the model's reads wait; ended by begin_update(). The same numbers.
+    delayed        begins in begin_forward(), from a snapshot; delay_steps later, or at the next boundary if that is
+                   earlier, advance() adds (average - snapshot). Another algorithm: what a worker does in these steps
+                   does not know the average yet. Sources: DaSGD (Zhou et al., arXiv 2006.00441), CO2 (Sun et al.,
+                   ICLR 2024), Streaming DiLoCo (Douillard et al., arXiv 2501.18512).
+
+`wait()` ends either at once, so that the parameters are the average. The end of the run does the same.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from qsr_engine.averaging import Averager, Header, average_packed, exchange_headers
+from qsr_engine.averaging import Averager, CollectiveError, Header, average_packed, exchange_headers
 from qsr_engine.config import QSRConfig
 from qsr_engine.schedule import Mode, Round, learning_rate, mode, period
 
@@ -60,6 +72,10 @@ class LocalSteps:
         self.seconds_averaging = 0.0
         self.relative_distance: float | None = None
         self._buffers_differ = False
+        self._headers: list[Header] = []  # of the averaging that is due or under way
+        self._due = False  # a delayed averaging that begins with the next forward
+        self._apply_at: int | None = None  # the step after which a delayed averaging takes effect
+        self._averaged_at = -1
         self._round = self._begin()
 
     @property
@@ -85,7 +101,7 @@ class LocalSteps:
 
     @property
     def on_boundary(self) -> bool:
-        """Whether the parameters are the same on every worker: between two rounds, at the start and at the end."""
+        """Whether it stands between two rounds: the parameters are the same on every worker, after wait()."""
         return self.finished or self.step == self._round.start
 
     @property
@@ -98,6 +114,7 @@ class LocalSteps:
 
         Raises:
             BoundaryError: on every rank, as exchange_headers() says; nothing was averaged.
+            CollectiveError: a collective failed or timed out.
             RuntimeError: the run has ended already.
         """
         if self.finished:
@@ -106,14 +123,13 @@ class LocalSteps:
         self._buffers_differ = True
         if self.mode == "parallel":
             self.bytes_sent += self._parallel_bytes
-        if self.step < self._round.start + self._round.length:
+        at_the_end = self.step == self._round.start + self._round.length
+        if self._apply_at is not None and (self.step == self._apply_at or at_the_end):
+            self._apply()
+        if not at_the_end:
             return False
         if self.mode == "local":
-            if self.averager.buckets[0].is_cuda:
-                torch.cuda.synchronize()  # so that steps still under way do not count as averaging
-            started = time.perf_counter()
             self._average()
-            self.seconds_averaging += time.perf_counter() - started
         self.averagings += 1
         if not self.finished:
             self.round += 1
@@ -124,20 +140,88 @@ class LocalSteps:
         return Round(self.step, period(self.qsr, self.step, self.learning_rate), mode(self.qsr, self.step))
 
     def _average(self) -> None:
-        buckets = self.averager.buckets
-        header = Header(
-            self.step,
-            self.period,
-            self.learning_rate,
-            self._digest,
-            self.averager.sum_of_squares(),
-            self.averager.moved(),
-        )
-        headers = exchange_headers(header, buckets[0].device)
-        self.averager.average()
-        self.relative_distance = self.averager.relative_distance(headers)
-        self.bytes_sent += self.averager.bytes_per_averaging + self.average_buffers()
+        if self.averager.buckets[0].is_cuda:
+            torch.cuda.synchronize()  # so that steps still under way do not count as averaging
+        with self._timed():
+            self._headers = exchange_headers(self._header(), self.averager.buckets[0].device)
+            self.bytes_sent += self.averager.bytes_per_averaging + self.average_buffers()
+            overlap = "none" if self.finished else self.qsr.averaging.overlap
+            if overlap == "next_forward":
+                self.averager.start()
+            elif overlap == "delayed":
+                self._due = True
+            else:
+                self.averager.average()
+                self._averaged()
+
+    def _header(self) -> Header:
+        squares, moved = self.averager.sum_of_squares(), self.averager.moved()
+        return Header(self.step, self.period, self.learning_rate, self._digest, self._averaged_at, squares, moved)
+
+    def _averaged(self) -> None:
+        self._averaged_at = self.step
+        self.relative_distance = self.averager.relative_distance(self._headers)
         self._after_averaging()
+
+    def begin_forward(self) -> None:
+        """A forward in training begins."""
+        if self._due:
+            with self._timed():
+                self._due = False
+                self._apply_at = self.step + (self.qsr.averaging.delay_steps or 1)
+                self.averager.snapshot()
+        else:
+            self.averager.begin_forward()
+
+    def begin_update(self) -> None:
+        """The optimizer is about to change the parameters.
+
+        Raises:
+            CollectiveError: the averaging in the background failed.
+        """
+        if self._due:  # no forward was seen; the parameters are still those of the boundary
+            self.begin_forward()
+        if self._apply_at is None:
+            self._finish()
+
+    def wait(self) -> None:
+        """End the averaging that the last boundary began: the parameters are the average, the same on every worker.
+
+        Every rank must call it. A delayed averaging that has not begun yet is done without delay; one that steps have
+        followed is left to its own time.
+
+        Raises:
+            CollectiveError: the averaging failed.
+        """
+        if self._due:
+            with self._timed():
+                self._due = False
+                self.averager.average()
+                self._averaged()
+        elif self._apply_at is None:
+            self._finish()
+
+    def _finish(self) -> None:
+        if self.averager.in_background:
+            with self._timed():
+                self.averager.finish()
+                self._averaged()
+
+    def _apply(self) -> None:
+        with self._timed():
+            self._apply_at = None
+            self.averager.apply()
+            self._averaged()
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Seconds that the steps wait for averaging; a failure says at which step."""
+        started = time.perf_counter()
+        try:
+            yield
+        except CollectiveError as error:
+            raise CollectiveError(f"after step {self.step}: {error}") from error
+        self.seconds_averaging += time.perf_counter() - started
 
     def average_buffers(self) -> int:
         """Average the buffers over all ranks; after a `parallel` round, an evaluation asks for it.

@@ -121,6 +121,7 @@ def simulate(
     clip: float = 0.0,
     compute_dtype: torch.dtype | None = None,
     loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.mse_loss,
+    delay: int = 0,
 ) -> tuple[list[nn.Module], list[float]]:
     """Train K workers in one process.
 
@@ -132,6 +133,8 @@ def simulate(
         compute_dtype: forward and backward use a copy of the parameters in this type, the optimizer the parameters
             themselves (the masters); gradients are accumulated and averaged in this type.
         loss: of outputs and targets, a mean over the micro-batch.
+        delay: steps from a boundary until its average takes effect, as x += average - x at the boundary; at the latest
+            at the next boundary, and at once at the last one.
     Returns:
         The K models after the last boundary, and the relative distance of the workers just before each averaging.
     """
@@ -141,6 +144,8 @@ def simulate(
     ends = dict(boundaries(qsr))
     first_local = next((step for step, mode in ends.items() if mode == "local"), total + 1)
     distances = []
+    differences: list[list[Tensor]] = []  # average - x at the boundary, of every worker, while they are delayed
+    apply_at = 0
     for step in range(total):
         for worker, model in enumerate(models):
             _gradient(model, batches(worker, step), compute_dtype, loss)
@@ -153,9 +158,24 @@ def simulate(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(qsr["lr"], step, total)
             optimizer.step()
+        if differences and (step + 1 == apply_at or step + 1 in ends):
+            for model, difference in zip(models, differences, strict=True):
+                for parameter, change in zip(model.parameters(), difference, strict=True):
+                    parameter.data += change
+            differences = []
         if step + 1 in ends and not parallel:
             distances.append(relative_distance(models))
-            _average([[p.data for p in model.parameters()] for model in models])
+            averaged = copy.deepcopy(models)
+            _average([[p.data for p in model.parameters()] for model in averaged])
+            if delay and step + 1 < total:
+                apply_at = step + 1 + delay
+                differences = [
+                    [a.data - p.data for a, p in zip(average.parameters(), model.parameters(), strict=True)]
+                    for average, model in zip(averaged, models, strict=True)
+                ]
+            else:
+                for average, model in zip(averaged, models, strict=True):
+                    model.load_state_dict(average.state_dict())
     return models, distances
 
 

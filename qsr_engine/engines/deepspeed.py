@@ -35,7 +35,14 @@ from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
-from qsr_engine.averaging import Averager, average_packed, check_agreement, flat_buckets, ring_bytes
+from qsr_engine.averaging import (
+    Averager,
+    average_packed,
+    bucket_bytes,
+    check_agreement,
+    flat_buckets,
+    ring_bytes,
+)
 from qsr_engine.config import ConfigError, QSRConfig, check_world_size, digest, split_deepspeed_config
 from qsr_engine.engines.deepspeed_config import check_supported, resolve_deepspeed_config, shared_part
 from qsr_engine.engines.worker_groups import WorkerGroups
@@ -66,6 +73,20 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
     local_steps: LocalSteps
     worker_groups: WorkerGroups | None  # None under the strategy `parallel`
 
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """As DeepSpeed's forward(). Under averaging.overlap it may wait for parameters; in evaluation, for all."""
+        if self.module.training:
+            self.local_steps.begin_forward()
+        else:
+            self.local_steps.wait()
+        return super().forward(*inputs, **kwargs)
+
+    def eval(self) -> None:
+        """As DeepSpeed's eval(). On a boundary, every rank calls it, and the parameters are the average from here."""
+        if self.local_steps.on_boundary:
+            self.local_steps.wait()
+        super().eval()
+
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> bool:
         """As DeepSpeed's step(); at the end of a round, average the parameters over the workers.
 
@@ -80,8 +101,10 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
                 f"the run ended at step {self.local_steps.step}, which is qsr.total_steps; a longer run needs a larger "
                 "total_steps from its start, since the learning rate and the last round depend on it"
             )
-        if self.is_gradient_accumulation_boundary() and self.worker_groups and self.local_steps.mode == "parallel":
-            self._average_gradients(self.worker_groups.across)
+        if self.is_gradient_accumulation_boundary():
+            self.local_steps.begin_update()
+            if self.worker_groups and self.local_steps.mode == "parallel":
+                self._average_gradients(self.worker_groups.across)
         steps_before = self.global_steps
         with _deepspeed_uses(self.worker_groups):
             super().step(lr_kwargs)
@@ -114,7 +137,7 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
     def _average_gradients(self, group: dist.ProcessGroup) -> None:
         """Average over the workers what DeepSpeed reduced inside this one; the first phase of `post_local`."""
         started = time.perf_counter()
-        average_packed(_gradients(self), group, int(self.local_steps.qsr.averaging.bucket_mb * 1e6))
+        average_packed(_gradients(self), group, bucket_bytes(self.local_steps.qsr.averaging.bucket_mb, group))
         self.local_steps.seconds_averaging += time.perf_counter() - started
 
     def allreduce_gradients(self, *args: Any, **kwargs: Any) -> None:
@@ -157,6 +180,7 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
                 f"step {self.local_steps.step} is inside a round of {self.local_steps.period} steps, where every "
                 "worker has parameters of its own; save when engine.step() has returned True"
             )
+        self.local_steps.wait()
         names = ("tag", "client_state", "save_latest", "exclude_frozen_parameters")
         kwargs.update(zip(names, args, strict=False))
         tag = str(kwargs.pop("tag", None) or f"global_step{self.global_steps}")
@@ -165,6 +189,9 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
         folder.mkdir(parents=True, exist_ok=True)  # DeepSpeed does it on rank 0 of all ranks only
         with _deepspeed_uses(self.worker_groups):
             saved = bool(super().save_checkpoint(str(folder), tag=tag, client_state=state, **kwargs))
+        carried = self.local_steps.averager.state_dict()
+        if carried:
+            torch.save(carried, folder / tag / self._averager_file)
         if kwargs.get("save_latest", True) and self.worker_groups and self.worker_groups.get_data_parallel_rank() == 0:
             (folder / "latest").write_text(tag, encoding="utf-8")
         dist.barrier()
@@ -178,6 +205,7 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
         Raises:
             FileNotFoundError: there is no checkpoint of this worker in load_dir.
         """
+        self.local_steps.wait()
         folder = self._worker_folder(load_dir)
         tag = kwargs.get("tag", args[0] if args else None)
         if tag is not None and not (folder / str(tag)).is_dir():
@@ -190,8 +218,22 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
                 "save_checkpoint() was given, and start as many workers as wrote it"
             )
         self.local_steps.load_state_dict(client_state.pop(_STATE_KEY))
+        self.local_steps.averager.restart()
+        carried = Path(path).parent / self._averager_file
+        if carried.exists():
+            self.local_steps.averager.load_state_dict(torch.load(carried, weights_only=True))
         self._set_learning_rate()
         return path, client_state
+
+    @property
+    def _averager_file(self) -> str:
+        """What this rank carries over from one averaging to the next (wire_dtype int8), beside DeepSpeed's files."""
+        return f"averager_rank_{self.global_rank:05d}.pt"
+
+    def destroy(self) -> None:
+        """As DeepSpeed's destroy(); call it before the process group is destroyed."""
+        self.local_steps.averager.close()
+        super().destroy()
 
     def _worker_folder(self, folder: str | os.PathLike[str]) -> Path:
         return Path(folder) / f"worker-{self.worker_groups.worker_index:05d}" if self.worker_groups else Path(folder)
@@ -332,23 +374,70 @@ def _take_local_steps(engine: DeepSpeedEngine, qsr: QSRConfig, groups: WorkerGro
     engine._set_learning_rate()
 
 
-_FLAT_MASTERS = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+# Of DeepSpeed's optimizers with flat fp32 masters: the masters, the low-precision copies, flat and by parameter.
+_FLAT_MASTERS = (
+    ("single_partition_of_fp32_groups", "bit16_groups_flat", "bit16_groups"),
+    ("fp32_groups_flat_partition", "bf16_groups_flat", "bf16_groups"),
+)
 
 
 def _averager(engine: DeepSpeedEngine, qsr: QSRConfig, groups: WorkerGroups | None) -> Averager:
     """What is averaged at a boundary: the masters, in place."""
     if groups is None:
         return Averager([], None)
-    optimizer = engine.optimizer
-    masters = next((name for name in _FLAT_MASTERS if hasattr(optimizer, name)), None)
-    if masters is not None:
-        flat = [master.detach() for master in getattr(optimizer, masters)]
-        return Averager(flat, groups.across, groups.worker, tensors=lambda: list(getattr(optimizer, masters)))
+    optimizer, options = engine.optimizer, qsr.averaging
+    names = next((names for names in _FLAT_MASTERS if hasattr(optimizer, names[0])), None)
+    if names is not None:
+        masters, copies, parameters = (getattr(optimizer, name) for name in names)
+        flat = [master.detach() for master in masters]
+        averager = Averager(
+            flat, groups.across, options, shard_group=groups.worker, tensors=lambda: list(getattr(optimizer, names[0]))
+        )
+        if options.overlap == "next_forward":
+            _overlap_masters(averager, engine.module, copies, parameters, qsr.worker_size)
+        return averager
 
     def held() -> list[Tensor]:
         return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
-    return Averager(flat_buckets(held(), int(qsr.averaging.bucket_mb * 1e6)), groups.across, tensors=held)
+    buckets = flat_buckets(held(), bucket_bytes(options.bucket_mb, groups.across))
+    averager = Averager(buckets, groups.across, options, tensors=held)
+    if options.overlap == "next_forward":
+        places = [(parameter, *_place_in(parameter, buckets)) for parameter in held() if parameter.numel()]
+        averager.overlap_with(engine.module, places, refresh=lambda part: None)
+    return averager
+
+
+def _overlap_masters(
+    averager: Averager, module: nn.Module, copies: list[Tensor], parameters: list[list[Tensor]], worker_size: int
+) -> None:
+    """The model reads low-precision copies, which lie in their flat tensors as the masters do in theirs."""
+    if worker_size > 1:
+        raise ConfigError(
+            f"qsr.averaging.overlap is 'next_forward' and qsr.worker_size is {worker_size} under ZeRO: a rank holds a "
+            "part of the masters, so a parameter is whole only after a collective inside the worker, for which a "
+            "forward cannot wait; write overlap 'none' or 'delayed', or worker_size 1, or ZeRO stage 0"
+        )
+    places = [
+        (parameter, *_place_in(parameter, copies)) for group in parameters for parameter in group if parameter.numel()
+    ]
+
+    @torch.no_grad()
+    def refresh(part: Tensor) -> None:
+        group, start, stop = _place_in(part, averager.buckets)
+        copies[group][start:stop].copy_(part)
+
+    averager.overlap_with(module, places, refresh)
+
+
+def _place_in(tensor: Tensor, buckets: list[Tensor]) -> tuple[int, int, int]:
+    """(number of the bucket, start, stop) in elements, of the memory that a dense tensor covers."""
+    for number, bucket in enumerate(buckets):
+        start, rest = divmod(tensor.data_ptr() - bucket.data_ptr(), bucket.element_size())
+        if rest == 0 and 0 <= start < bucket.numel():
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            return number, start, start + last + 1
+    raise RuntimeError(f"a parameter of shape {tuple(tensor.shape)} is in none of the buckets")
 
 
 def _describe_optimizer(engine: DeepSpeedEngine) -> dict[str, dict[str, str]]:

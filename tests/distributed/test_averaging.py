@@ -12,7 +12,6 @@ import torch.distributed as dist
 from qsr_engine.averaging import (
     Averager,
     Header,
-    all_reduce_mean,
     average_packed,
     check_agreement,
     exchange_headers,
@@ -65,7 +64,7 @@ def group_job() -> torch.Tensor:
     rank = dist.get_rank()
     groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
     value = torch.tensor([float(10**rank)])
-    all_reduce_mean([value], cast(dist.ProcessGroup, groups[rank % 2]))
+    Averager([value], cast(dist.ProcessGroup, groups[rank % 2])).average()
     return value
 
 
@@ -92,7 +91,9 @@ def test_averaging_makes_no_copy_of_the_model(processes: Processes) -> None:
 
 
 def header(**changes: Any) -> Header:
-    return Header(**{"step": 12, "period": 4, "lr": 0.1, "digest": 2**62 + 1, "sum_of_squares": 3.5, **changes})
+    return Header(
+        **{"step": 12, "period": 4, "lr": 0.1, "digest": 2**62 + 1, "averaged": 8, "sum_of_squares": 3.5, **changes}
+    )
 
 
 def header_job(per_rank: list[dict[str, Any]]) -> list[Header]:

@@ -73,18 +73,18 @@ def count_job(qsr: dict[str, Any], config: dict[str, Any], clip: float) -> list[
     return counts
 
 
-@pytest.mark.parametrize("clip", [0.0, 1.0])
+@pytest.mark.parametrize(("clip", "shared"), [(0.0, True), (1.0, False)])
 @pytest.mark.parametrize(("worker_size", "ranks"), [(1, 2), (2, 4)])
 @pytest.mark.parametrize("config", [{}, STAGE_1], ids=["stage0-fp32", "stage1-bf16"])
 def test_no_collective_crosses_workers_between_boundaries(
-    processes: Processes, config: dict[str, Any], worker_size: int, ranks: int, clip: float
+    processes: Processes, config: dict[str, Any], worker_size: int, ranks: int, clip: float, shared: bool
 ) -> None:
-    qsr = {**QSR, "worker_size": worker_size}
+    qsr = {**QSR, "worker_size": worker_size, "averaging": {"shared_memory": shared}}
     results = processes.run(count_job, ranks=ranks, qsr=qsr, config=config, clip=clip)
     for counts in results:
         assert [count for boundary, count in counts if not boundary] == [0] * (len(counts) - 5)
-        # One header and one all-reduce: the model is one bucket.
-        assert [count for boundary, count in counts if boundary] == [2] * 5
+        # One header and one all-reduce: the model is one bucket. In shared memory, the header and two meetings.
+        assert [count for boundary, count in counts if boundary] == [3 if shared else 2] * 5
 
 
 def test_the_counter_sees_data_parallel(processes: Processes) -> None:

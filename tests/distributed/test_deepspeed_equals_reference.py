@@ -87,6 +87,7 @@ def expected(
     clip: float = 0.0,
     dtype: torch.dtype = torch.float64,
     compute_dtype: torch.dtype | None = None,
+    delay: int = 0,
 ) -> dict[str, Any]:
     """The same from the reference; the ranks of a worker are micro-batches of it."""
 
@@ -98,10 +99,21 @@ def expected(
 
     optimizer_of = partial(training.make_optimizer, optimizer)
     models, distances = reference.simulate(
-        partial(training.rounded_model, dtype, compute_dtype), optimizer_of, batches, qsr, workers, clip, compute_dtype
+        partial(training.rounded_model, dtype, compute_dtype),
+        optimizer_of,
+        batches,
+        qsr,
+        workers,
+        clip,
+        compute_dtype,
+        delay=delay,
     )
     ends = [step for step, _ in reference.boundaries(qsr)]
     return {"parameters": training.flat(models[0].parameters()), "ends": ends, "distances": distances}
+
+
+def averaging(qsr: dict[str, Any], **options: Any) -> dict[str, Any]:
+    return {**qsr, "averaging": options}
 
 
 def assert_all_equal(results: list[dict[str, Any]]) -> None:
@@ -215,3 +227,89 @@ def test_bf16_with_fp32_gradient_accumulation(processes: Processes) -> None:
     assert_all_equal(results)
     assert torch.equal(results[0]["masters"], oracle["parameters"])
     assert torch.equal(results[0]["parameters"], oracle["parameters"].bfloat16())
+
+
+# ------------------------------------------------------------------------------------------------- overlap
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "stage0-fp64": {},
+    "stage1-bf16": {"ds_config": BF16, "dtype": torch.float32, "compute_dtype": torch.bfloat16},
+}
+TINY = 0.0003  # MB: a bucket of 300 bytes, so that the small model is in many pieces
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("shared", [False, True], ids=["gloo", "shared_memory"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_overlapped_with_the_next_forward_the_numbers_are_the_same(
+    processes: Processes, setting: str, shared: bool, accumulation: int
+) -> None:
+    """Bit for bit, from many small buckets, by both ways of averaging."""
+    qsr = block("qsr", "adamw")
+    overlapped = averaging(qsr, overlap="next_forward", bucket_mb=TINY, shared_memory=shared)
+    options = SETTINGS[setting]
+    results = processes.run(train, ranks=2, qsr=overlapped, optimizer="adamw", accumulation=accumulation, **options)
+    types = {key: value for key, value in options.items() if key != "ds_config"}
+    oracle = expected(qsr, "adamw", workers=2, accumulation=accumulation, **types)
+    assert_all_equal(results)
+    assert results[0]["ends"] == oracle["ends"]
+    assert torch.equal(results[0]["parameters"], oracle["parameters"].to(results[0]["parameters"].dtype))
+    if "compute_dtype" not in options:  # a distance is known when the averaging has ended, a boundary later
+        assert results[0]["distances"][1:-1] == pytest.approx(oracle["distances"][:-2], rel=1e-6)
+        assert results[0]["distances"][-1] == pytest.approx(oracle["distances"][-1], rel=1e-6)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("strategy", ["qsr", "constant"])
+@pytest.mark.parametrize("delay", [1, 3, 100])
+def test_a_delayed_average_equals_the_reference(processes: Processes, setting: str, strategy: str, delay: int) -> None:
+    """Bit for bit: also where the delay is as long as a round, or longer than any."""
+    qsr = block(strategy, "sgd")
+    delayed = averaging(qsr, overlap="delayed", delay_steps=delay)
+    options = SETTINGS[setting]
+    results = processes.run(train, ranks=2, qsr=delayed, optimizer="sgd", **options)
+    types = {key: value for key, value in options.items() if key != "ds_config"}
+    oracle = expected(qsr, "sgd", workers=2, delay=delay, **types)
+    assert_all_equal(results)
+    assert results[0]["ends"] == oracle["ends"]
+    assert torch.equal(results[0]["parameters"], oracle["parameters"].to(results[0]["parameters"].dtype))
+    plain = expected(qsr, "sgd", workers=2, **types)
+    assert not torch.equal(plain["parameters"], oracle["parameters"]), "the delay was meant to matter"
+
+
+def test_a_delayed_average_in_workers_of_two_ranks(processes: Processes) -> None:
+    """Under ZeRO a rank delays the average of its part; tolerance as in test_workers_of_two_ranks above."""
+    qsr = block("qsr", "sgd", worker_size=2)
+    zero: dict[str, Any] = {"zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
+    results = processes.run(
+        train,
+        ranks=4,
+        qsr=averaging(qsr, overlap="delayed", delay_steps=2),
+        optimizer="sgd",
+        dtype=torch.float32,
+        ds_config=zero,
+    )
+    assert_all_equal(results)
+    oracle = expected(qsr, "sgd", workers=2, worker_size=2, dtype=torch.float32, delay=2)
+    torch.testing.assert_close(results[0]["parameters"], oracle["parameters"], rtol=0, atol=2e-6)
+
+
+# ------------------------------------------------------------------------------------------------- wire types
+
+
+@pytest.mark.parametrize("overlap", ["none", "next_forward"])
+@pytest.mark.parametrize(("wire", "bits"), [("bf16", 8), ("fp16", 11), ("int8", 7)])
+def test_fewer_bits_on_the_wire_stay_near_the_reference(
+    processes: Processes, wire: str, bits: int, overlap: str
+) -> None:
+    """Each of the 9 averagings rounds the differences of a round twice, to 2^-bits relative of the largest. The
+    differences are at most a few steps of 0.05; in sum the run ends within 9 x 2 x 2^-bits x 0.1 of the reference, the
+    feedback of such errors through the later gradients left aside (a factor of 2 allows for it)."""
+    qsr = block("qsr", "sgd")
+    results = processes.run(
+        train, ranks=2, qsr=averaging(qsr, wire_dtype=wire, overlap=overlap), optimizer="sgd", dtype=torch.float32
+    )
+    assert_all_equal(results)
+    oracle = expected(qsr, "sgd", workers=2, dtype=torch.float32)
+    error = (results[0]["parameters"] - oracle["parameters"]).abs().max()
+    assert 0 < error < 9 * 2 * 2.0**-bits * 0.1 * 2

@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qsr_engine.averaging import ALIGNMENT, flat_buckets, plan_buckets, ring_bytes
+from qsr_engine.averaging.buckets import (
+    ALIGNMENT,
+    Piece,
+    flat_buckets,
+    packed_pieces,
+    pieces_in_place,
+    plan_buckets,
+)
+from qsr_engine.averaging.collectives import ring_bytes
 
 
 @given(st.lists(st.integers(0, 50), max_size=30), st.integers(1, 40), st.integers(1, 16))
@@ -76,6 +84,41 @@ def test_buckets_hold_nothing_twice(tensors: list[Tensor]) -> None:
     size = sum(bucket.numel() * bucket.element_size() for bucket in flat_buckets(tensors, 1000))
     gaps = 4 * 40 * 8  # of strided slices
     assert covered <= size <= covered + len(tensors) * (ALIGNMENT + gaps)
+
+
+KINDS = [torch.float32, torch.float64, torch.bfloat16]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 400_000), st.sampled_from(KINDS)), max_size=12),
+    st.sampled_from([64, 300, 5_000, 1_000_000, 100_000_000]),
+    st.booleans(),
+)
+def test_every_element_is_in_exactly_one_piece(
+    sizes: list[tuple[int, torch.dtype]], capacity: int, in_place: bool
+) -> None:
+    """Whole tensors or parts of them; found once by a bug that averaged buckets of 300 bytes twice."""
+    sizes = [(size if capacity > 300 else size % 1000, dtype) for size, dtype in sizes]
+    tensors = [torch.zeros(size, dtype=dtype) for size, dtype in sizes]
+    pieces: list[Piece] = (pieces_in_place if in_place else packed_pieces)(tensors, capacity)
+    for piece in pieces:
+        assert piece.nbytes <= max(capacity, ALIGNMENT) or len(piece.tensors) == 1
+        assert {tensor.dtype for tensor in piece.tensors} == {piece.dtype}
+        assert piece.in_place <= (len(piece.tensors) == 1)
+        for tensor in piece.tensors:
+            tensor += 1
+    assert all(bool((tensor == 1).all()) for tensor in tensors)
+
+
+def test_small_buckets_travel_together() -> None:
+    tensors = [torch.zeros(100), torch.zeros(1_000_000), torch.zeros(50), torch.zeros(7, dtype=torch.float64)]
+    pieces = pieces_in_place(tensors, 64_000_000)
+    assert [[tensor.numel() for tensor in piece.tensors] for piece in pieces] == [[1_000_000], [7], [100, 50]]
+
+
+def test_a_tensor_that_is_not_contiguous_is_packed_whole() -> None:
+    tensor = torch.zeros(10, 30).t()
+    assert [piece.tensors for piece in packed_pieces([tensor], 64)] == [(tensor,)]
 
 
 def _offsets(tensor: Tensor) -> list[int]:

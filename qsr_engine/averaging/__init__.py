@@ -1,0 +1,45 @@
+"""Averaging of tensors over the workers, in flat buckets and in place.
+
+What happens at a boundary, in this order:
+
+1. every rank reads its buckets once: their sum of squares says whether they are finite, and gives the distance;
+2. all ranks exchange a header (`agreement`); where they disagree, every rank raises and nothing is averaged;
+3. the buckets become their mean over the workers, in pieces that are in flight together;
+4. the sum of squares of the average gives the distance of the workers from it.
+
+This package knows tensors, modules and process groups, and no engine. Its files, in the order of their imports:
+
+    buckets        packing plans; parameters become views of flat buckets, once, so that an averaging copies nothing
+    collectives    the mean of pieces over a group: in place, or packed through at most two staging buckets
+    agreement      the header and the comparison of facts
+    shared_memory  the mean inside one host on CPUs, where every rank sees the buckets of the others
+    wire           the mean of differences in bf16, fp16 or int8
+    cuda_graph     the mean captured in a CUDA graph
+    overlap        the mean in the background: behind the next forward, or behind whole steps
+    averager       all of it for one rank
+"""
+
+from qsr_engine.averaging.agreement import (
+    AgreementError,
+    BoundaryError,
+    Header,
+    check_agreement,
+    exchange_headers,
+)
+from qsr_engine.averaging.averager import Averager
+from qsr_engine.averaging.buckets import flat_buckets
+from qsr_engine.averaging.collectives import CollectiveError, average_packed, bucket_bytes, ring_bytes
+
+__all__ = [
+    "AgreementError",
+    "Averager",
+    "BoundaryError",
+    "CollectiveError",
+    "Header",
+    "average_packed",
+    "bucket_bytes",
+    "check_agreement",
+    "exchange_headers",
+    "flat_buckets",
+    "ring_bytes",
+]

@@ -1,0 +1,161 @@
+"""What ranks say to one another: the header at a boundary, and the facts with which they were started.
+
+A header travels before every averaging. Where the ranks disagree, or one of them holds parameters that are not finite,
+every rank raises the same error and nothing is averaged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qsr_engine.averaging.collectives import Group, collective
+from qsr_engine.config import digest
+
+
+class BoundaryError(RuntimeError):
+    """The ranks met at a boundary and cannot average; every rank raises it, and no parameter was changed."""
+
+
+class AgreementError(RuntimeError):
+    """The ranks were started with different facts (configuration, data, model); every rank raises it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What every rank says of itself at a boundary.
+
+    The first five must be the same on all ranks, sum_of_squares finite and moved 0.
+    """
+
+    step: int  # optimizer steps done
+    period: int  # H of the round that ends here
+    lr: float  # learning rate of the next round's first step, from which the next H follows
+    digest: int  # of the configuration (config.digest), below 2^63
+    averaged: int  # step after which the averaging before this one took effect; -1 for none
+    sum_of_squares: float  # of the parameters that this rank holds; not finite if any of them is not
+    moved: int = 0  # tensors that have left the buckets on this rank (Averager.moved)
+
+    _FORMAT = struct.Struct("<qqdqqdq")
+
+    def encode(self) -> Tensor:
+        raw = self._FORMAT.pack(*dataclasses.astuple(self))
+        return torch.frombuffer(bytearray(raw), dtype=torch.int64)
+
+    @classmethod
+    def decode(cls, words: Tensor) -> Header:
+        return cls(*cls._FORMAT.unpack(words.contiguous().numpy().tobytes()))
+
+
+def exchange_headers(header: Header, device: torch.device, group: Group = None) -> list[Header]:
+    """Gather the headers of all ranks of the group (56 bytes each) and check that they agree.
+
+    Raises:
+        BoundaryError: on every rank, if the ranks disagree, or if parameters of one of them are not finite or have
+            left the buckets.
+        CollectiveError: a rank did not come.
+    """
+    mine = header.encode().to(device)
+    ranks = dist.get_world_size(group)
+    gathered = torch.empty(ranks * mine.numel(), dtype=mine.dtype, device=device)
+    with collective("exchanging the boundary's headers", group):
+        dist.all_gather_into_tensor(gathered, mine, group=group)
+    headers = [Header.decode(words) for words in gathered.cpu().view(ranks, -1)]
+    _check_headers(headers)
+    return headers
+
+
+def _check_headers(headers: Sequence[Header]) -> None:
+    names = {
+        "step": "step",
+        "period": "period H",
+        "lr": "learning rate",
+        "digest": "digest of the configuration",
+        "averaged": "step at which the last averaging took effect",
+    }
+
+    wrong = []
+    for field, name in names.items():
+        found = _ranks_by_value([struct.pack("<d", h.lr) if field == "lr" else getattr(h, field) for h in headers])
+        if len(found) > 1:
+            values = "; ".join(f"{getattr(headers[r[0]], field)} on {_ranks(r)}" for r in found.values())
+            wrong.append(f"  {name}: {values}")
+    if wrong:
+        raise BoundaryError(
+            "the ranks disagree at a boundary, so nothing was averaged:\n" + "\n".join(wrong) + "\n"
+            "Every rank must run the same configuration and take the same number of steps, with a learning rate that "
+            "depends on the step alone."
+        )
+    moved = [rank for rank, header in enumerate(headers) if header.moved]
+    if moved:
+        raise BoundaryError(
+            f"after step {headers[0].step}, {headers[moved[0]].moved} of the parameters are no longer where they are "
+            f"averaged, on {_ranks(moved)}: they were given new storage (model.to(...), p.data = ...), or the "
+            "optimizer was given others. Change layout, type and parameter groups before initialize()"
+        )
+    bad = [rank for rank, header in enumerate(headers) if not math.isfinite(header.sum_of_squares)]
+    if bad:
+        raise BoundaryError(
+            f"after step {headers[0].step} the parameters are not finite (NaN or infinity) on {_ranks(bad)}, so "
+            "nothing was averaged and the parameters of the other ranks are unharmed; a lower learning rate, a longer "
+            "warm-up or gradient clipping helps against divergence"
+        )
+
+
+_LINES = 20  # differences that an error spells out
+
+
+def check_agreement(facts: Mapping[str, Any], device: torch.device, group: Group = None) -> None:
+    """Compare facts (nested mappings of plain values) between all ranks of the group.
+
+    Digests are compared first, so that facts travel only where they differ.
+
+    Raises:
+        AgreementError: on every rank, naming each fact that differs, its values, and the ranks.
+    """
+    ranks = dist.get_world_size(group)
+    digests = torch.empty(ranks, dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(digests, torch.tensor([digest(facts)], device=device), group=group)
+    if bool((digests == digests[0]).all()):
+        return
+    gathered: list[dict[str, Any]] = [{} for _ in range(ranks)]
+    dist.all_gather_object(gathered, dict(_flatten(facts)), group=group)
+    lines = []
+    for key in sorted(set().union(*gathered)):
+        found = _ranks_by_value([repr(ranks_facts.get(key, "nothing")) for ranks_facts in gathered])
+        if len(found) > 1:
+            lines.append(f"  {key}: " + "; ".join(f"{value} on {_ranks(ranks)}" for value, ranks in found.items()))
+    if lines:
+        more = [f"  ... and {len(lines) - _LINES} more"] if len(lines) > _LINES else []
+        raise AgreementError(
+            "the ranks were not started alike:\n"
+            + "\n".join(lines[:_LINES] + more)
+            + "\nStart every rank with the same configuration."
+        )
+
+
+def _flatten(facts: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in facts.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _ranks_by_value(values: Sequence[Any]) -> dict[Any, list[int]]:
+    found: dict[Any, list[int]] = {}
+    for rank, value in enumerate(values):
+        found.setdefault(value, []).append(rank)
+    return found
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    shown = ", ".join(str(rank) for rank in ranks[:8]) + (", ..." if len(ranks) > 8 else "")
+    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"

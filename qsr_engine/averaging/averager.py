@@ -1,0 +1,293 @@
+"""What one rank averages with the others, and how: the pieces of its buckets, their mean, and when it is waited for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from qsr_engine.averaging.agreement import Header
+from qsr_engine.averaging.buckets import Piece, pieces_in_place
+from qsr_engine.averaging.collectives import AllReduce, Group, Mean, bucket_bytes, sum_of_squares
+from qsr_engine.averaging.cuda_graph import Captured
+from qsr_engine.averaging.overlap import Background, Gate
+from qsr_engine.averaging.shared_memory import share
+from qsr_engine.averaging.wire import Compressed
+from qsr_engine.config import AveragingConfig
+
+
+class Averager:
+    """Averages buckets over the ranks of a group, in place.
+
+    `average()` blocks. `start()` and `finish()` average in the background, while a model that was given to
+    `overlap_with()` waits for each parameter when it reads it. `snapshot()` and `apply()` average what the buckets
+    hold now, and add what that changes later, when the buckets have moved on.
+
+    Args:
+        buckets: 1-d contiguous floating-point tensors, of the same sizes and order on every rank of the group.
+        group: the ranks that average with one another, one from each worker.
+        options: how; every rank of the run must make its Averager at the same time.
+        shard_group: the ranks of one worker where each holds a part of the parameters (ZeRO); None where every rank
+            holds them all.
+        tensors: gives the tensors whose values the buckets hold, always the same ones; `moved()` looks at them.
+    Raises:
+        ConfigError: options.cuda_graph, and the buckets cannot be averaged in a CUDA graph.
+    """
+
+    def __init__(
+        self,
+        buckets: Sequence[Tensor],
+        group: Group,
+        options: AveragingConfig | None = None,
+        *,
+        shard_group: Group = None,
+        tensors: Callable[[], Sequence[Tensor]] = lambda: (),
+    ) -> None:
+        self.buckets = list(buckets)
+        self.group = group
+        self.options = options = options or AveragingConfig(shared_memory=False)
+        self.workers = dist.get_world_size(group)
+        capacity = bucket_bytes(options.bucket_mb, group)
+        shared = None
+        if options.shared_memory and options.wire_dtype == "fp32" and not options.cuda_graph:
+            alone = [piece for bucket in self.buckets for piece in pieces_in_place([bucket], capacity)]
+            shared = share(alone, group)  # moves the buckets' memory, so addresses are read after it
+        self._mean: Mean = shared or _mean(pieces_in_place(self.buckets, capacity), group, options)
+        self.pieces = list(self._mean.pieces)
+        self._order = list(range(len(self.pieces)))
+        self._tensors = tensors
+        self._places = [_place(tensor) for tensor in tensors()]
+        self._shard_group = shard_group if shard_group and dist.get_world_size(shard_group) > 1 else None
+        self._squares: dict[int, float | Tensor] = {}  # of every piece's average
+        self._background: Background | None = None
+        self._gate: Gate | None = None
+        self._unguarded: list[int] = []  # pieces that a forward may read without being seen
+        self._refresh: Callable[[Tensor], None] = lambda part: None
+        self._snapshots: list[Tensor] = []
+        self._differences: AllReduce | None = None
+
+    @property
+    def bytes_per_averaging(self) -> int:
+        """Bytes that this rank sends to others in one averaging; 0 through shared memory."""
+        return self._mean.bytes_sent
+
+    @property
+    def way(self) -> str:
+        """How the mean is computed: the name of a class of this package."""
+        return type(self._mean).__name__
+
+    # ------------------------------------------------------------------------------------------- blocking
+
+    def average(self) -> None:
+        """Replace every bucket by its mean over the group.
+
+        Raises:
+            CollectiveError: a collective failed or timed out; the buckets may be half averaged.
+        """
+        for _ in self._run():
+            pass
+
+    def _run(self) -> Iterator[int]:
+        self._squares.clear()
+        for index, squares in self._mean.run(self._order):
+            self._squares[index] = self._squares_of(self.pieces[index]) if squares is None else squares
+            for part in self.pieces[index].tensors:
+                self._refresh(part)
+            yield index
+
+    # ---------------------------------------------------------------------------- behind the next forward
+
+    def overlap_with(
+        self, module: nn.Module, parameters: Sequence[tuple[Tensor, int, int, int]], refresh: Callable[[Tensor], None]
+    ) -> None:
+        """Say who reads the buckets, before `start()` is used.
+
+        Args:
+            module: the model; its reads of a parameter wait for that parameter.
+            parameters: (parameter, bucket, start, stop) for each; it is a view of, or derives from, these elements.
+            refresh: called with every averaged part of a bucket, a 1-d view; updates what derives from it.
+        """
+        needs: dict[Tensor, tuple[int, ...]] = {}
+        spans = [(index, *_span(part)) for index, piece in enumerate(self.pieces) for part in piece.tensors]
+        for parameter, bucket, start, stop in parameters:
+            first, _ = _span(self.buckets[bucket])
+            size = self.buckets[bucket].element_size()
+            lo, hi = first + start * size, first + stop * size
+            needs[parameter] = tuple(dict.fromkeys(index for index, a, b in spans if a < hi and lo < b))
+        self._gate = Gate(module, needs)
+        self._refresh = refresh
+        self._ordered = False
+
+    def begin_forward(self) -> None:
+        """A forward in training begins: wait for what it may read unseen; the first one is recorded."""
+        if self._gate is None:
+            return
+        if self._background is not None:
+            for index in self._unguarded:
+                self._background.wait(index)
+        elif not self._ordered:
+            self._gate.record()
+
+    def start(self) -> None:
+        """Begin to average in the background, in the order in which the recorded forward read the parameters.
+
+        Until finish(), the group and the buckets are not to be used otherwise.
+        """
+        assert self._gate is not None, "overlap_with() comes first"
+        if not self._ordered:
+            self._agree_on_order(self._gate)
+        background = Background(self._run(), len(self.pieces), self.buckets[0].device)
+        self._gate.guard(background.wait)
+        self._background = background
+
+    def _agree_on_order(self, gate: Gate) -> None:
+        """Everybody takes the order of the group's first rank, once; collectives must match."""
+        order, unseen = gate.order(len(self.pieces))
+        self._unguarded = sorted({index for parameter in unseen for index in gate.needs[parameter]})
+        told: list[Any] = [order]
+        if self.workers > 1:
+            first = dist.get_global_rank(self.group, 0) if self.group is not None else 0
+            dist.broadcast_object_list(told, src=first, group=self.group)
+        self._order = told[0]
+        self._ordered = True
+
+    @property
+    def in_background(self) -> bool:
+        return self._background is not None
+
+    def finish(self) -> None:
+        """Wait for what start() began. Again is harmless.
+
+        Raises:
+            CollectiveError: as average().
+        """
+        if self._background is None:
+            return
+        try:
+            self._background.finish()
+        finally:
+            self._background = None
+            if self._gate is not None:
+                self._gate.remove()
+
+    # ----------------------------------------------------------------------------------- behind whole steps
+
+    def snapshot(self) -> None:
+        """Copy the buckets and begin to average the copies in the background; the buckets may then be changed.
+
+        The copies take as much memory as the buckets, from the first snapshot on, and two staging buckets.
+        """
+        if self._differences is None:
+            self._snapshots = [torch.empty_like(bucket) for bucket in self.buckets]
+            capacity = bucket_bytes(self.options.bucket_mb, self.group)
+            pieces = [piece for copy in self._snapshots for piece in pieces_in_place([copy], capacity)]
+            self._differences = AllReduce(pieces, self.group, difference=True)
+        for copy, bucket in zip(self._snapshots, self.buckets, strict=True):
+            copy.copy_(bucket)
+        differences = self._differences
+        self._squares.clear()
+
+        def run() -> Iterator[int]:
+            for index, squares in differences.run(range(len(differences.pieces))):
+                assert squares is not None
+                self._squares[index] = squares
+                yield index
+
+        self._background = Background(run(), len(differences.pieces), self.buckets[0].device)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Add to the buckets what the averaging would have changed at the snapshot: average - snapshot.
+
+        Raises:
+            CollectiveError: as average().
+        """
+        self.finish()
+        for bucket, difference in zip(self.buckets, self._snapshots, strict=True):
+            bucket.add_(difference)
+
+    # --------------------------------------------------------------------------------------------- figures
+
+    def moved(self) -> int:
+        """How many tensors have left the buckets since they were made: were given new storage, added or taken away.
+
+        Averaging the buckets would not reach them.
+        """
+        places = [_place(tensor) for tensor in self._tensors()]
+        changed = sum(now != before for now, before in zip(places, self._places, strict=False))
+        return changed + abs(len(places) - len(self._places))
+
+    def sum_of_squares(self) -> float:
+        """Sum of squares of all elements; not finite if and only if an element is not."""
+        return _total([self._squares_of(piece) for piece in self.pieces])
+
+    @staticmethod
+    def _squares_of(piece: Piece) -> Tensor:
+        return torch.stack([sum_of_squares(tensor.view(-1)) for tensor in piece.tensors]).sum()
+
+    def relative_distance(self, headers: Sequence[Header]) -> float:
+        """Distance of the workers from their average, relative to it: sqrt(mean_k |x_k - x|^2) / |x|, |.| the L2 norm.
+
+        Called when the averaging has ended, with the headers exchanged before it. Uses
+        sum_k |x_k - x|^2 = sum_k |x_k|^2 - K |x|^2, so that no copy of the parameters is needed. Below about 1e-4 the
+        rounding of fp32 sums drowns it.
+        """
+        after = torch.tensor(_total(list(self._squares.values())), dtype=torch.float64)
+        copies = len(headers)
+        if self._shard_group is not None:
+            after = after.to(self.buckets[0].device)
+            dist.all_reduce(after, group=self._shard_group)
+            copies = self.workers
+        total = after.item() * copies
+        before = sum(header.sum_of_squares for header in headers)
+        return math.sqrt(max(0.0, before / total - 1)) if total > 0 else 0.0
+
+    # ----------------------------------------------------------------------------------------------- state
+
+    def restart(self) -> None:
+        """The buckets have been loaded, the same on every worker: forget what earlier averagings left."""
+        if isinstance(self._mean, Compressed):
+            self._mean.restart()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank carries over from one averaging to the next; empty but for the wire type int8."""
+        return self._mean.state_dict() if isinstance(self._mean, Compressed) else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state_dict(), after restart(). Raises ValueError if it is of other buckets."""
+        if isinstance(self._mean, Compressed):
+            self._mean.load_state_dict(state)
+
+    def close(self) -> None:
+        """Wait for the background and free what must not outlive the process group."""
+        self.finish()
+        if isinstance(self._mean, Captured):
+            self._mean.close()
+
+
+def _mean(pieces: Sequence[Piece], group: Group, options: AveragingConfig) -> Mean:
+    if options.wire_dtype != "fp32":
+        alone = [Piece((tensor,), in_place=True) for piece in pieces for tensor in piece.tensors]
+        return Compressed(alone, group, options.wire_dtype)
+    mean = AllReduce(pieces, group)
+    return Captured(mean, group) if options.cuda_graph else mean
+
+
+def _total(squares: Sequence[float | Tensor]) -> float:
+    """The sum, with one wait for the device."""
+    tensors = [value for value in squares if isinstance(value, Tensor)]
+    plain = math.fsum(value for value in squares if not isinstance(value, Tensor))
+    return plain + (torch.stack(tensors).sum().item() if tensors else 0.0)
+
+
+def _place(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...], torch.dtype]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """First and last address of a 1-d tensor's bytes, the last one excluded."""
+    return tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()

@@ -1,0 +1,194 @@
+"""Flat buckets: where every element of many tensors lies, and which pieces of them one collective carries."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 64  # bytes; segments of a bucket start on a cache line, where vector instructions are fastest
+SMALL = 1_000_000  # bytes; smaller tensors travel together, since a collective of their own costs as much as 1 MB does
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """Placement of segments in one flat buffer: (index of the segment, offset), both in elements."""
+
+    numel: int
+    slots: tuple[tuple[int, int], ...]
+
+
+def plan_buckets(sizes: Sequence[int], capacity: int, alignment: int = 1) -> list[Bucket]:
+    """Pack segments of `sizes` elements into buckets of about `capacity` elements, in their order.
+
+    Every segment is in exactly one bucket, whole; one that is larger than a bucket gets a bucket of its own. Offsets
+    are multiples of `alignment` elements. Empty segments are left out.
+    """
+    buckets: list[Bucket] = []
+    slots: list[tuple[int, int]] = []
+    end = 0
+    for index, size in enumerate(sizes):
+        if size == 0:
+            continue
+        offset = math.ceil(end / alignment) * alignment
+        if slots and offset + size > capacity:
+            buckets.append(Bucket(end, tuple(slots)))
+            slots, offset = [], 0
+        slots.append((index, offset))
+        end = offset + size
+    if slots:
+        buckets.append(Bucket(end, tuple(slots)))
+    return buckets
+
+
+@dataclasses.dataclass
+class _Segment:
+    """A run of elements in one storage, start .. stop, and the tensors that lie in it."""
+
+    start: int
+    stop: int
+    tensors: list[Tensor]
+
+
+def _segments(tensors: Iterable[Tensor]) -> list[_Segment]:
+    """Runs of elements that the tensors occupy; tensors that overlap in memory share one."""
+    by_storage: dict[int, list[_Segment]] = defaultdict(list)
+    for tensor in {id(tensor): tensor for tensor in tensors}.values():
+        if tensor.numel():
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            start = int(tensor.storage_offset())
+            by_storage[tensor.untyped_storage().data_ptr()].append(_Segment(start, start + int(last) + 1, [tensor]))
+    merged: list[_Segment] = []
+    for found in by_storage.values():
+        found.sort(key=lambda segment: segment.start)
+        current = found[0]
+        merged.append(current)
+        for segment in found[1:]:
+            if segment.start < current.stop:
+                current.stop = max(current.stop, segment.stop)
+                current.tensors += segment.tensors
+            else:
+                current = segment
+                merged.append(current)
+    return merged
+
+
+def flat_buckets(tensors: Iterable[Tensor], bucket_bytes: int) -> list[Tensor]:
+    """Move tensors into flat buckets; each keeps its shape, strides and values and becomes a view of its bucket.
+
+    Tensors that overlap in memory (shared weights) still overlap afterwards. A tensor given twice is moved once.
+
+    Args:
+        tensors: floating-point tensors; their `.data` is replaced, once.
+        bucket_bytes: size of a bucket; a larger tensor has a bucket of its own.
+    Returns:
+        The buckets, 1-d and contiguous, each of one data type and device. Gaps between segments are zero.
+    Raises:
+        TypeError: a tensor is not a dense floating-point tensor.
+    """
+    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        if not tensor.is_floating_point() or tensor.layout != torch.strided:
+            raise TypeError(
+                f"a tensor of dtype {tensor.dtype}, layout {tensor.layout} and shape {tuple(tensor.shape)} cannot be "
+                "averaged; only dense floating-point tensors can"
+            )
+        by_kind[tensor.device, tensor.dtype].append(tensor)
+    buckets = []
+    for (device, dtype), same in by_kind.items():
+        segments = _segments(same)
+        sizes = [segment.stop - segment.start for segment in segments]
+        for plan in plan_buckets(sizes, bucket_bytes // dtype.itemsize, max(1, ALIGNMENT // dtype.itemsize)):
+            flat = torch.zeros(plan.numel, dtype=dtype, device=device)
+            for index, offset in plan.slots:
+                _move(segments[index], flat, offset)
+            buckets.append(flat)
+    return buckets
+
+
+@torch.no_grad()
+def _move(segment: _Segment, flat: Tensor, offset: int) -> None:
+    size = segment.stop - segment.start
+    source = torch.as_strided(segment.tensors[0].detach(), (size,), (1,), segment.start)
+    flat[offset : offset + size].copy_(source)
+    for tensor in segment.tensors:
+        start = offset + tensor.storage_offset() - segment.start
+        tensor.data = torch.as_strided(flat, tensor.shape, tensor.stride(), start)
+
+
+# ----------------------------------------------------------------------------------------------------- pieces
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What one collective carries: one flat tensor, in place, or several tensors that are packed for it."""
+
+    tensors: tuple[Tensor, ...]
+    in_place: bool
+
+    @property
+    def numel(self) -> int:
+        return sum(tensor.numel() for tensor in self.tensors)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensors[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+def pieces_in_place(buckets: Sequence[Tensor], capacity: int) -> list[Piece]:
+    """Pieces of about `capacity` bytes of flat buckets. Every element is in exactly one piece.
+
+    A bucket that is larger is split evenly. Buckets below SMALL bytes are packed together, where there are several.
+    """
+    small = [bucket for bucket in buckets if 0 < _nbytes(bucket) < min(SMALL, capacity)]
+    packed = packed_pieces(small, capacity) if len(small) > 1 else []
+    together = {id(tensor) for piece in packed if len(piece.tensors) > 1 for tensor in piece.tensors}
+    alone = [
+        Piece((part,), in_place=True)
+        for bucket in buckets
+        if bucket.numel() and id(bucket) not in together
+        for part in _split(bucket, capacity)
+    ]
+    return alone + [piece for piece in packed if len(piece.tensors) > 1]
+
+
+def packed_pieces(tensors: Sequence[Tensor], capacity: int) -> list[Piece]:
+    """Pieces of at most `capacity` bytes of tensors that must stay where they are.
+
+    A contiguous tensor that is larger is split; one that is not contiguous is packed whole.
+    """
+    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        parts = _split(tensor.detach().view(-1), capacity) if tensor.is_contiguous() else [tensor.detach()]
+        whole = len(parts) == 1
+        by_kind[tensor.device, tensor.dtype] += [tensor] if whole else parts
+    return [
+        Piece(tuple(same[index] for index, _ in plan.slots), in_place=False)
+        for (_, dtype), same in by_kind.items()
+        for plan in plan_buckets([tensor.numel() for tensor in same], capacity // dtype.itemsize)
+    ]
+
+
+def _split(flat: Tensor, capacity: int) -> list[Tensor]:
+    """Equal parts of at most about capacity bytes, cut on cache lines; a tensor that fits stays the same object."""
+    parts = math.ceil(_nbytes(flat) / capacity)
+    if parts <= 1:
+        return [flat]
+    line = max(1, ALIGNMENT // flat.element_size())
+    return list(torch.split(flat, math.ceil(flat.numel() / parts / line) * line))
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

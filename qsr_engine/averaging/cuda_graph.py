@@ -1,0 +1,70 @@
+"""The mean captured in a CUDA graph and replayed at every boundary: packing, all-reduce and unpacking in one launch.
+
+The first run is eager, as NCCL and the allocator must have warmed up; the second captures, and replays from then on.
+Capture takes place on a side stream in thread-local mode, so that other threads may call CUDA meanwhile. Replays have
+no watchdog: a rank that does not come is waited for without a time-out. Source for both:
+https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+"""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qsr_engine.averaging.collectives import Mean
+from qsr_engine.config import ConfigError
+
+
+class Captured(Mean):
+    """A mean that is captured once and replayed.
+
+    Raises:
+        ConfigError: a piece is not on a GPU, or the group's backend is not NCCL.
+    """
+
+    def __init__(self, mean: Mean, group: dist.ProcessGroup | None) -> None:
+        devices = sorted({piece.device.type for piece in mean.pieces})
+        backend = dist.get_backend(group)
+        if devices != ["cuda"] or "nccl" not in backend:
+            raise ConfigError(
+                f"qsr.averaging.cuda_graph is true, and the parameters are on {', '.join(devices) or 'no device'} with "
+                f"the backend {backend}; only NCCL on GPUs can be captured, so write cuda_graph: false"
+            )
+        self.pieces = mean.pieces
+        self.bytes_sent = mean.bytes_sent
+        self._mean = mean
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._warm = False
+        atexit.register(self.close)  # a graph that outlives its process group crashes the process at its end
+
+    def run(self, order: Sequence[int]) -> Iterator[tuple[int, Tensor | float | None]]:
+        """As Mean.run; `order` is that of the capture."""
+        if not self._warm:
+            self._warm = True
+            yield from self._mean.run(order)
+            return
+        if self._graph is None:
+            self._graph = self._capture(order)
+        self._graph.replay()
+        yield from ((index, None) for index in order)
+
+    def _capture(self, order: Sequence[int]) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            for _ in self._mean.run(order):
+                pass
+        return graph
+
+    def close(self) -> None:
+        """Free the graph; call it before the process group is destroyed. Again is harmless."""
+        if self._graph is not None:
+            torch.cuda.synchronize()
+            self._graph.reset()
+            self._graph = None
+        atexit.unregister(self.close)

@@ -1,0 +1,185 @@
+"""Averaging in the background, and a model that waits for each parameter when it reads it.
+
+`Background` drives a Mean on a side stream of the GPU, or in a thread on a CPU. `Gate` stands between a model and its
+parameters meanwhile: reading a parameter waits for the pieces that it lies in, and for no others.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Background:
+    """Runs an averaging beside the caller, and lets it wait for single pieces.
+
+    Args:
+        run: gives the index of each piece when it is finished.
+        pieces: how many there are.
+        device: where they are. On a GPU, `run` is driven on a side stream and must not wait for the device.
+    """
+
+    def __init__(self, run: Iterator[int], pieces: int, device: torch.device) -> None:
+        self._error: BaseException | None = None
+        self._events: dict[int, torch.cuda.Event] = {}
+        self._done = [threading.Event() for _ in range(pieces)]
+        self._thread: threading.Thread | None = None
+        if device.type == "cuda":
+            self._drive_on_a_side_stream(run, device)
+        else:
+            self._thread = threading.Thread(target=self._drive, args=(run,), name="qsr averaging", daemon=True)
+            self._thread.start()
+
+    def _drive(self, run: Iterator[int]) -> None:
+        try:
+            with torch.no_grad():
+                for index in run:
+                    self._done[index].set()
+        except BaseException as error:  # raised again where somebody waits
+            self._error = error
+        finally:
+            for event in self._done:
+                event.set()
+
+    def _drive_on_a_side_stream(self, run: Iterator[int], device: torch.device) -> None:
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream), torch.no_grad():
+            for index in run:
+                self._events[index] = stream.record_event()
+
+    def wait(self, index: int) -> None:
+        """Wait for one piece: on a GPU, the current stream does. Raises what the averaging raised."""
+        if self._events:
+            torch.cuda.current_stream().wait_event(self._events[index])
+            return
+        self._done[index].wait()
+        if self._error is not None:
+            raise self._error
+
+    def finish(self) -> None:
+        """Wait for all pieces. Raises what the averaging raised."""
+        for index in range(len(self._done)):
+            self.wait(index)
+        if self._thread is not None:
+            self._thread.join()
+
+
+class _Guarded(dict[str, Any]):
+    """The parameters of a module, by name; reading one waits for it.
+
+    It takes the place of `module._parameters`, where every access of torch ends: `module.weight`, also from outside
+    of its forward, `state_dict()`, `named_parameters()`. DeepSpeed gathers the parameters of ZeRO-3 in the same way.
+    """
+
+    def __init__(self, parameters: Mapping[str, Any], wait: Callable[[Tensor], None]) -> None:
+        super().__init__(parameters)
+        self._wait = wait
+
+    def _read(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            self._wait(value)
+        return value
+
+    def __getitem__(self, name: str) -> Any:
+        return self._read(super().__getitem__(name))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self._read(super().get(name, default))
+
+    def items(self) -> Any:
+        return [(name, self[name]) for name in self]
+
+    def values(self) -> Any:
+        return [self[name] for name in self]
+
+    def copy(self) -> dict[str, Any]:
+        return dict(self.items())
+
+    def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles of the module are plain
+        return dict, (self.copy(),)
+
+
+class Gate:
+    """Lets a model's own reads of its parameters wait, and tells in which order a forward reads them.
+
+    Args:
+        module: the model.
+        needs: for every parameter that is averaged, the pieces that it lies in.
+    """
+
+    def __init__(self, module: nn.Module, needs: Mapping[Tensor, Sequence[int]]) -> None:
+        self.needs = needs
+        self._compiled = any(_is_compiled(child) for child in module.modules())
+        self._owners = [
+            child for child in module.modules() if any(p is not None and p in needs for p in child._parameters.values())
+        ]
+        self._hooks: list[Any] = []
+        self._plain: list[tuple[nn.Module, dict[str, Any]]] = []  # what `_parameters` was before
+        self._seen: dict[Tensor, None] | None = None  # the parameters in the order of a recorded forward
+
+    def record(self) -> None:
+        """From now on, note in which order the parameters are read."""
+        self._seen = {}
+        self._install(self._note)
+
+    def order(self, pieces: int) -> tuple[list[int], list[Tensor]]:
+        """Ends the recording.
+
+        Returns:
+            All pieces, in the order in which the forward needs them; and the parameters that no read was seen of. They
+            may be read in ways that cannot be seen (a list that holds them, compiled code), so a forward must not
+            begin before they are averaged, and their pieces come first.
+        """
+        self.remove()
+        seen, self._seen = self._seen or {}, None
+        unseen = [parameter for parameter in self.needs if parameter not in seen or self._compiled]
+        wanted = [index for parameter in (*unseen, *seen) for index in self.needs[parameter]]
+        return list(dict.fromkeys([*wanted, *range(pieces)])), unseen
+
+    def guard(self, wait: Callable[[int], None]) -> None:
+        """From now on, a read of a parameter waits for its pieces."""
+
+        def wait_for(parameter: Tensor) -> None:
+            for index in self.needs.get(parameter, ()):
+                wait(index)
+
+        self._install(wait_for)
+
+    def remove(self) -> None:
+        """Reads go on as if there had never been a gate. Again is harmless."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        for module, plain in self._plain:
+            plain.clear()
+            plain.update(dict.items(module._parameters))  # as they are now: a read may have been a replacement
+            module.__dict__["_parameters"] = plain
+        self._plain.clear()
+
+    def _note(self, parameter: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            self._compiled = True
+        if self._seen is not None and parameter in self.needs:
+            self._seen[parameter] = None
+
+    def _install(self, wait: Callable[[Tensor], None]) -> None:
+        self.remove()
+        for module in self._owners:
+            self._plain.append((module, module._parameters))
+            module.__dict__["_parameters"] = _Guarded(module._parameters, wait)
+            # Recurrent layers hold their parameters in a list as well, so reading is not all.
+            self._hooks.append(module.register_forward_pre_hook(_read_own_parameters))
+
+
+def _read_own_parameters(module: nn.Module, _: Any) -> None:
+    module._parameters.values()
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    optimized = getattr(torch._dynamo.eval_frame, "OptimizedModule", ()) if hasattr(torch, "_dynamo") else ()
+    return getattr(module, "_compiled_call_impl", None) is not None or isinstance(module, optimized)
