@@ -17,7 +17,8 @@ With `averaging.overlap` a boundary begins an averaging, and something else ends
                    does not know the average yet. Sources: DaSGD (Zhou et al., arXiv 2006.00441), CO2 (Sun et al.,
                    ICLR 2024), Streaming DiLoCo (Douillard et al., arXiv 2501.18512).
 
-`wait()` ends either at once, so that the parameters are the average. The end of the run does the same.
+`wait()` ends either at once, so that the parameters are the average; an evaluation or a checkpoint asks for it, and the
+last boundary of the run does it itself.
 """
 
 from __future__ import annotations
@@ -75,7 +76,6 @@ class LocalSteps:
         self._headers: list[Header] = []  # of the averaging that is due or under way
         self._due = False  # a delayed averaging that begins with the next forward
         self._apply_at: int | None = None  # the step after which a delayed averaging takes effect
-        self._averaged_at = -1
         self._round = self._begin()
 
     @property
@@ -156,10 +156,9 @@ class LocalSteps:
 
     def _header(self) -> Header:
         squares, moved = self.averager.sum_of_squares(), self.averager.moved()
-        return Header(self.step, self.period, self.learning_rate, self._digest, self._averaged_at, squares, moved)
+        return Header(self.step, self.period, self.learning_rate, self._digest, squares, moved)
 
     def _averaged(self) -> None:
-        self._averaged_at = self.step
         self.relative_distance = self.averager.relative_distance(self._headers)
         self._after_averaging()
 
@@ -181,30 +180,32 @@ class LocalSteps:
         """
         if self._due:  # no forward was seen; the parameters are still those of the boundary
             self.begin_forward()
-        if self._apply_at is None:
-            self._finish()
+        self.finish()
 
-    def wait(self) -> None:
-        """End the averaging that the last boundary began: the parameters are the average, the same on every worker.
-
-        Every rank must call it. A delayed averaging that has not begun yet is done without delay; one that steps have
-        followed is left to its own time.
+    def finish(self) -> None:
+        """End an averaging that runs behind the forward. Only this rank waits.
 
         Raises:
             CollectiveError: the averaging failed.
         """
+        if self.averager.in_background and self._apply_at is None:
+            with self._timed():
+                self.averager.finish()
+                self._averaged()
+
+    def wait(self) -> None:
+        """End the averaging that the boundary just passed began: the parameters are the average on every worker.
+
+        Every rank must call it, on a boundary: a delayed averaging is then done at once, without delay.
+
+        Raises:
+            CollectiveError: the averaging failed.
+        """
+        self.finish()
         if self._due:
             with self._timed():
                 self._due = False
                 self.averager.average()
-                self._averaged()
-        elif self._apply_at is None:
-            self._finish()
-
-    def _finish(self) -> None:
-        if self.averager.in_background:
-            with self._timed():
-                self.averager.finish()
                 self._averaged()
 
     def _apply(self) -> None:

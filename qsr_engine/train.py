@@ -213,8 +213,9 @@ class _Run:
     def _evaluate(self) -> dict[str, float]:
         """Accuracy (%) and loss over the whole evaluation split, on the averaged parameters, over all ranks."""
         started = time.perf_counter()
-        self.engine.eval()
+        self.engine.local_steps.wait()
         self.engine.local_steps.average_buffers()
+        self.engine.eval()
         totals = torch.zeros(3, dtype=torch.float64, device=self.engine.device)  # samples, right ones, summed loss
         for images, labels in self.evaluation:
             scores = self.engine.module(images.to(self.engine.device, self.dtype)).float()

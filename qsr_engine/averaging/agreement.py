@@ -32,18 +32,17 @@ class AgreementError(RuntimeError):
 class Header:
     """What every rank says of itself at a boundary.
 
-    The first five must be the same on all ranks, sum_of_squares finite and moved 0.
+    The first four must be the same on all ranks, sum_of_squares finite and moved 0.
     """
 
     step: int  # optimizer steps done
     period: int  # H of the round that ends here
     lr: float  # learning rate of the next round's first step, from which the next H follows
     digest: int  # of the configuration (config.digest), below 2^63
-    averaged: int  # step after which the averaging before this one took effect; -1 for none
     sum_of_squares: float  # of the parameters that this rank holds; not finite if any of them is not
     moved: int = 0  # tensors that have left the buckets on this rank (Averager.moved)
 
-    _FORMAT = struct.Struct("<qqdqqdq")
+    _FORMAT = struct.Struct("<qqdqdq")
 
     def encode(self) -> Tensor:
         raw = self._FORMAT.pack(*dataclasses.astuple(self))
@@ -55,7 +54,7 @@ class Header:
 
 
 def exchange_headers(header: Header, device: torch.device, group: Group = None) -> list[Header]:
-    """Gather the headers of all ranks of the group (56 bytes each) and check that they agree.
+    """Gather the headers of all ranks of the group (48 bytes each) and check that they agree.
 
     Raises:
         BoundaryError: on every rank, if the ranks disagree, or if parameters of one of them are not finite or have
@@ -78,7 +77,6 @@ def _check_headers(headers: Sequence[Header]) -> None:
         "period": "period H",
         "lr": "learning rate",
         "digest": "digest of the configuration",
-        "averaged": "step at which the last averaging took effect",
     }
 
     wrong = []

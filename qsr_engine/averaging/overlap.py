@@ -113,6 +113,7 @@ class Gate:
     """
 
     def __init__(self, module: nn.Module, needs: Mapping[Tensor, Sequence[int]]) -> None:
+        self._module = module
         self.needs = needs
         self._compiled = any(_is_compiled(child) for child in module.modules())
         self._owners = [
@@ -123,9 +124,10 @@ class Gate:
         self._seen: dict[Tensor, None] | None = None  # the parameters in the order of a recorded forward
 
     def record(self) -> None:
-        """From now on, note in which order the parameters are read."""
+        """Note in which order the parameters are read, until the model's forward ends."""
         self._seen = {}
         self._install(self._note)
+        self._hooks.append(self._module.register_forward_hook(lambda *_: self.remove(), always_call=True))
 
     def order(self, pieces: int) -> tuple[list[int], list[Tensor]]:
         """Ends the recording.

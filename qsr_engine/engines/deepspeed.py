@@ -78,13 +78,12 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
         if self.module.training:
             self.local_steps.begin_forward()
         else:
-            self.local_steps.wait()
+            self.local_steps.finish()
         return super().forward(*inputs, **kwargs)
 
     def eval(self) -> None:
-        """As DeepSpeed's eval(). On a boundary, every rank calls it, and the parameters are the average from here."""
-        if self.local_steps.on_boundary:
-            self.local_steps.wait()
+        """As DeepSpeed's eval(). Under overlap "delayed", call `local_steps.wait()` on every rank before it."""
+        self.local_steps.finish()
         super().eval()
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> bool:

@@ -91,9 +91,7 @@ def test_averaging_makes_no_copy_of_the_model(processes: Processes) -> None:
 
 
 def header(**changes: Any) -> Header:
-    return Header(
-        **{"step": 12, "period": 4, "lr": 0.1, "digest": 2**62 + 1, "averaged": 8, "sum_of_squares": 3.5, **changes}
-    )
+    return Header(**{"step": 12, "period": 4, "lr": 0.1, "digest": 2**62 + 1, "sum_of_squares": 3.5, **changes})
 
 
 def header_job(per_rank: list[dict[str, Any]]) -> list[Header]:
