@@ -16,7 +16,7 @@ from qsr_engine.averaging.collectives import AllReduce, Group, Mean, bucket_byte
 from qsr_engine.averaging.cuda_graph import Captured
 from qsr_engine.averaging.overlap import Background, Gate
 from qsr_engine.averaging.shared_memory import share
-from qsr_engine.averaging.wire import Compressed
+from qsr_engine.averaging.wire import PIECE, Compressed
 from qsr_engine.config import AveragingConfig
 
 
@@ -51,18 +51,13 @@ class Averager:
         self.group = group
         self.options = options = options or AveragingConfig(shared_memory=False)
         self.workers = dist.get_world_size(group)
-        capacity = bucket_bytes(options.bucket_mb, group)
-        shared = None
-        if options.shared_memory and options.wire_dtype == "fp32" and not options.cuda_graph:
-            alone = [piece for bucket in self.buckets for piece in pieces_in_place([bucket], capacity)]
-            shared = share(alone, group)  # moves the buckets' memory, so addresses are read after it
-        self._mean: Mean = shared or _mean(pieces_in_place(self.buckets, capacity), group, options)
+        self._mean = _mean(self.buckets, group, options)  # may move the buckets' memory: addresses are read after it
         self.pieces = list(self._mean.pieces)
         self._order = list(range(len(self.pieces)))
         self._tensors = tensors
         self._places = [_place(tensor) for tensor in tensors()]
         self._shard_group = shard_group if shard_group and dist.get_world_size(shard_group) > 1 else None
-        self._squares: dict[int, float | Tensor] = {}  # of every piece's average
+        self._squares: dict[int, float | Tensor] = {}  # of every piece's average, where it was measured on the way
         self._background: Background | None = None
         self._gate: Gate | None = None
         self._unguarded: list[int] = []  # pieces that a forward may read without being seen
@@ -94,7 +89,8 @@ class Averager:
     def _run(self) -> Iterator[int]:
         self._squares.clear()
         for index, squares in self._mean.run(self._order):
-            self._squares[index] = self._squares_of(self.pieces[index]) if squares is None else squares
+            if squares is not None:
+                self._squares[index] = squares
             for part in self.pieces[index].tensors:
                 self._refresh(part)
             yield index
@@ -232,11 +228,12 @@ class Averager:
     def relative_distance(self, headers: Sequence[Header]) -> float:
         """Distance of the workers from their average, relative to it: sqrt(mean_k |x_k - x|^2) / |x|, |.| the L2 norm.
 
-        Called when the averaging has ended, with the headers exchanged before it. Uses
+        Called when the averaging has ended, before the buckets change, with the headers exchanged before it. Uses
         sum_k |x_k - x|^2 = sum_k |x_k|^2 - K |x|^2, so that no copy of the parameters is needed. Below about 1e-4 the
         rounding of fp32 sums drowns it.
         """
-        after = torch.tensor(_total(list(self._squares.values())), dtype=torch.float64)
+        squares = list(self._squares.values()) or [self._squares_of(piece) for piece in self.pieces]
+        after = torch.tensor(_total(squares), dtype=torch.float64)
         copies = len(headers)
         if self._shard_group is not None:
             after = after.to(self.buckets[0].device)
@@ -269,11 +266,17 @@ class Averager:
             self._mean.close()
 
 
-def _mean(pieces: Sequence[Piece], group: Group, options: AveragingConfig) -> Mean:
+def _mean(buckets: Sequence[Tensor], group: Group, options: AveragingConfig) -> Mean:
+    capacity = bucket_bytes(options.bucket_mb, group)
     if options.wire_dtype != "fp32":
-        alone = [Piece((tensor,), in_place=True) for piece in pieces for tensor in piece.tensors]
+        alone = [piece for bucket in buckets for piece in pieces_in_place([bucket], min(capacity, PIECE))]
         return Compressed(alone, group, options.wire_dtype)
-    mean = AllReduce(pieces, group)
+    if options.shared_memory and not options.cuda_graph:
+        alone = [piece for bucket in buckets for piece in pieces_in_place([bucket], capacity)]
+        shared = share(alone, group)
+        if shared is not None:
+            return shared
+    mean = AllReduce(pieces_in_place(buckets, capacity), group)
     return Captured(mean, group) if options.cuda_graph else mean
 
 

@@ -16,8 +16,9 @@ from qsr_engine.averaging.buckets import Piece, packed_pieces
 Group = dist.ProcessGroup | None  # None is the group of all ranks
 
 # Size of a bucket in MB (1e6 bytes) where the configuration gives none, for the backend of the group. Measured for
-# gloo by benchmarks/averaging.py --buckets; for NCCL it is gloo's, not measured.
-BUCKET_MB = {"gloo": 64.0, "nccl": 64.0}
+# gloo (benchmarks/averaging.py --bucket-sizes): from 16 to 256 MB an averaging takes the same time, and the smaller the
+# first bucket, the sooner a forward that waits for it begins. For NCCL it is not measured.
+BUCKET_MB = {"gloo": 25.0, "nccl": 64.0}
 
 
 class CollectiveError(RuntimeError):
@@ -159,12 +160,16 @@ class AllReduce(Mean):
         with collective(self._name(index), self.group):
             work.wait()
         flat = buffer[: piece.numel]
+        views, tensors = _views(flat, piece), list(piece.tensors)
+        if not (flat.is_cuda or self._is_in_place(piece) or self._difference) and flat.numel() > len(views) * CHUNK:
+            for tensor, view in zip(tensors, views, strict=True):
+                torch.div(view, self.ranks, out=tensor)  # divided on the way back: one pass over memory less
+            return None
         if not flat.is_cuda:
             flat.div_(self.ranks)
         if self._is_in_place(piece):
             return None
         squares = sum_of_squares(flat) if self._difference else None  # of the mean, which nobody sees afterwards
-        views, tensors = _views(flat, piece), list(piece.tensors)
         if self._difference:
             torch._foreach_sub_(views, tensors)
         torch._foreach_copy_(tensors, views)

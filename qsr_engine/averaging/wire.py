@@ -34,6 +34,7 @@ from qsr_engine.averaging.collectives import Group, Mean, collective, piece_name
 WireType = Literal["bf16", "fp16", "int8"]
 BLOCK = 512  # elements with one scale
 _STEP = {"cpu": 256 * BLOCK, "cuda": 32768 * BLOCK}  # elements worked on at once: cache of a core, launches of a GPU
+PIECE = 16_000_000  # bytes of what is averaged that are on their way as one; up to four of them take memory at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,24 +58,24 @@ class Format:
         return part[:end].view(self.dtype), part[end:].view(torch.float32)
 
     def encode(self, source: Tensor, values: Tensor, scales: Tensor) -> None:
-        """Round the fp32 source [numel], a multiple of BLOCK, into values and scales."""
-        if self.name == "bf16":
-            values.copy_(source)
-            return
-        blocks = source.view(-1, BLOCK)
-        largest = torch.linalg.vector_norm(blocks, float("inf"), dim=1)
-        # For fp16 a power of two, so that scaling does not round.
-        scale = largest / 127 if self.name == "int8" else largest.log2().floor().exp2()
-        scale = torch.where(largest > 0, scale, 1.0)
-        scales.copy_(scale)
-        scaled = blocks / scale[:, None]
-        values.view(-1, BLOCK).copy_(scaled.round_().clamp_(-127, 127) if self.name == "int8" else scaled)
+        """Round the fp32 source [numel], a multiple of BLOCK, into values and scales; the source is used up."""
+        if self.name != "bf16":
+            blocks = source.view(-1, BLOCK)
+            largest = torch.maximum(blocks.amax(1), -blocks.amin(1))
+            # For fp16 a power of two, so that scaling does not round.
+            scale = largest / 127 if self.name == "int8" else largest.log2().floor().exp2()
+            scales.copy_(torch.where(largest > 0, scale, 1.0))
+            blocks /= scales[:, None]
+            if self.name == "int8":
+                source.round_().clamp_(-127, 127)
+        values.copy_(source)
 
-    def decode(self, values: Tensor, scales: Tensor) -> Tensor:
-        """The fp32 values [numel]."""
+    def add(self, target: Tensor, values: Tensor, scales: Tensor) -> None:
+        """target [numel] += the rounded values."""
         if self.name == "bf16":
-            return values.float()
-        return (values.view(-1, BLOCK).float() * scales[:, None]).view(-1)
+            target += values
+        else:
+            target.view(-1, BLOCK).addcmul_(values.view(-1, BLOCK).float(), scales[:, None])
 
 
 class Compressed(Mean):
@@ -93,6 +94,7 @@ class Compressed(Mean):
         exchanged = sum(self._format.nbytes(part) for part in self._parts)
         self.bytes_sent = 2 * (self._ranks - 1) * exchanged
         self._anchors = [piece.tensors[0].clone() for piece in self.pieces]
+        self._memory: dict[torch.device, Tensor] = {}
         self._residuals: list[tuple[Tensor, Tensor]] = []  # of this rank's differences, of the mean of its part
         if wire == "int8":
             self._residuals = [
@@ -131,13 +133,11 @@ class Compressed(Mean):
         for rank, start, stop in self._steps(index, range(self._ranks)):
             lo = rank * self._parts[index] + start
             n = max(0, min(stop - start, piece.numel - lo))
-            difference = torch.zeros(stop - start, dtype=torch.float32, device=piece.device)
-            difference[:n] = flat[lo : lo + n] - anchor[lo : lo + n]
-            if residual is not None:
-                difference[:n] += residual[lo : lo + n]
-            rounded = self._encode(difference, outgoing[rank], index, start)
-            if residual is not None:
-                residual[lo : lo + n] = (difference - rounded)[:n]
+            difference = self._scratch(index, stop - start)
+            torch.sub(flat[lo : lo + n], anchor[lo : lo + n], out=difference[:n])
+            difference[n:] = 0
+            carried = None if residual is None else residual[lo : lo + n]
+            self._encode(difference, outgoing[rank], index, start, carried)
         incoming = torch.empty_like(outgoing)
         with self._naming(index):
             work = dist.all_to_all_single(incoming, outgoing, group=self.group, async_op=True)
@@ -153,15 +153,11 @@ class Compressed(Mean):
         part = torch.empty(self._format.nbytes(self._parts[index]), dtype=torch.uint8, device=device)
         residual = self._residuals[index][1] if self._residuals else None
         for _, start, stop in self._steps(index, range(1)):
-            mean = torch.zeros(stop - start, dtype=torch.float32, device=device)
+            mean = self._scratch(index, stop - start).zero_()
             for rank in range(self._ranks):
-                mean += self._decode(exchange.incoming[rank], index, start, stop)
+                self._format.add(mean, *self._views(exchange.incoming[rank], index, start, stop))
             mean /= self._ranks
-            if residual is not None:
-                mean += residual[start:stop]
-            rounded = self._encode(mean, part, index, start)
-            if residual is not None:
-                residual[start:stop] = mean - rounded
+            self._encode(mean, part, index, start, None if residual is None else residual[start:stop])
         gathered = exchange.outgoing.view(-1)  # its content has arrived everywhere that it was sent to
         with self._naming(index):
             work = dist.all_gather_into_tensor(gathered, part, group=self.group, async_op=True)
@@ -177,7 +173,13 @@ class Compressed(Mean):
         for rank, start, stop in self._steps(index, range(self._ranks)):
             lo = rank * self._parts[index] + start
             n = max(0, min(stop - start, flat.numel() - lo))
-            anchor[lo : lo + n] += self._decode(exchange.incoming[rank], index, start, stop)[:n]
+            views = self._views(exchange.incoming[rank], index, start, stop)
+            if n == stop - start and anchor.dtype != torch.float64:
+                self._format.add(anchor[lo : lo + n], *views)
+            else:  # the end of a piece, which padding follows
+                mean = self._scratch(index, stop - start).zero_()
+                self._format.add(mean, *views)
+                anchor[lo : lo + n] += mean[:n]
             flat[lo : lo + n] = anchor[lo : lo + n]
 
     def _steps(self, index: int, ranks: range) -> Iterator[tuple[int, int, int]]:
@@ -187,17 +189,34 @@ class Compressed(Mean):
             for start in range(0, part, step):
                 yield rank, start, min(start + step, part)
 
-    def _encode(self, source: Tensor, part: Tensor, index: int, start: int) -> Tensor:
-        """Write source into a part from element `start` on. Returns what was written, as fp32."""
-        values, scales = self._format.views(part, self._parts[index])
-        values = values[start : start + source.numel()]
-        scales = scales[start // BLOCK : (start + source.numel()) // BLOCK]
-        self._format.encode(source, values, scales)
-        return self._format.decode(values, scales) if self._residuals else source
+    def _encode(self, source: Tensor, part: Tensor, index: int, start: int, carried: Tensor | None) -> None:
+        """Write the source, used up, into a part from element `start` on, with what the last rounding left.
 
-    def _decode(self, part: Tensor, index: int, start: int, stop: int) -> Tensor:
+        carried [at most numel]: added before rounding, and replaced by what this rounding leaves.
+        """
+        values, scales = self._views(part, index, start, start + source.numel())
+        if carried is None:
+            self._format.encode(source, values, scales)
+            return
+        n = carried.numel()
+        source[:n] += carried
+        carried.copy_(source[:n])
+        self._format.encode(source, values, scales)
+        rounded = source.zero_()
+        self._format.add(rounded, values, scales)
+        carried -= rounded[:n]
+
+    def _views(self, part: Tensor, index: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """The values and the scales of elements start .. stop in a part."""
         values, scales = self._format.views(part, self._parts[index])
-        return self._format.decode(values[start:stop], scales[start // BLOCK : stop // BLOCK])
+        return values[start:stop], scales[start // BLOCK : stop // BLOCK]
+
+    def _scratch(self, index: int, numel: int) -> Tensor:
+        """fp32 memory of one step, with any content."""
+        device = self.pieces[index].device
+        if device not in self._memory:
+            self._memory[device] = torch.empty(_STEP["cuda" if device.type == "cuda" else "cpu"], device=device)
+        return self._memory[device][:numel]
 
     def _naming(self, index: int) -> contextlib.AbstractContextManager[None]:
         return collective(piece_name(self.pieces, index), self.group)
