@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from qsr_engine.averaging import Averager, Header, exchange_headers, flat_buckets
 from qsr_engine.averaging.buckets import packed_pieces
-from qsr_engine.averaging.collectives import BUCKET_MB, AllReduce, bucket_bytes
+from qsr_engine.averaging.collectives import AllReduce, bucket_bytes
 from qsr_engine.config import AveragingConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -97,7 +97,7 @@ def torch_coalesced(tensors: list[Tensor]) -> Way:
     def way() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dist.all_reduce_coalesced(tensors)  # type: ignore[no-untyped-call]
+            dist.all_reduce_coalesced(tensors)
         torch._foreach_div_(tensors, dist.get_world_size())
 
     return way
@@ -180,7 +180,11 @@ def ways(shapes: list[torch.Size], only: str) -> dict[str, Callable[[], Way | No
 
     def floor() -> Way:
         flat = torch.randn(total).mul_(0.05)
-        return lambda: dist.all_reduce(flat) and None
+
+        def way() -> None:
+            dist.all_reduce(flat)
+
+        return way
 
     found: dict[str, Callable[[], Way | None]] = {FLOOR: floor}
     ours = {
@@ -325,7 +329,7 @@ def overlap(model: str, repeats: int, batch: int) -> dict[str, Any]:
     images = torch.randn(batch, 3, 224, 224)
     parameters = list(net.parameters())
     buckets = flat_buckets(parameters, bucket_bytes(None, None))
-    averager = Averager(buckets, None, AveragingConfig(shared_memory=False))
+    averager = Averager(buckets, None, AveragingConfig(shared_memory=False, overlap="next_forward"))
     places = []
     for parameter in parameters:
         number = next(
@@ -351,7 +355,7 @@ def overlap(model: str, repeats: int, batch: int) -> dict[str, Any]:
         averager.start()
         train()
 
-    train()  # records the order in which the forward reads
+    train()  # the order in which the forward reads is recorded
     behind()
     found = {"nothing": train, "averaging": averager.average, "before": before, "behind": behind}
     seconds: dict[str, list[float]] = {name: [] for name in found}
@@ -367,7 +371,7 @@ def overlap(model: str, repeats: int, batch: int) -> dict[str, Any]:
         "seconds_of_an_averaging": median["averaging"],
         "averaged_before_the_step": median["before"],
         "averaged_behind_the_step": median["behind"],
-        "hidden_percent": 100 * (1 - exposed / (median["before"] - median["nothing"])),
+        "hidden_percent": 100 * (1 - exposed / median["averaging"]),
     }
 
 
@@ -377,8 +381,6 @@ def overlap(model: str, repeats: int, batch: int) -> dict[str, Any]:
 def run(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    if arguments.bucket_mb:
-        BUCKET_MB["gloo"] = arguments.bucket_mb
     only = "bucket sizes" if arguments.bucket_sizes else "link" if arguments.link else ""
     only = "nothing" if arguments.overlap_only else only
     results: list[dict[str, Any]] = []
@@ -443,7 +445,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=0, help="also: hide an averaging behind a step of so many images")
     parser.add_argument("--overlap-only", action="store_true", help="with --batch: leave the table out")
     parser.add_argument("--out", help="write the figures as JSON, too")
-    parser.add_argument("--bucket-mb", type=float, help="size of our buckets instead of the default")
     arguments = parser.parse_args()
     if "RANK" in os.environ:
         run(arguments)

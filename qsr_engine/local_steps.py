@@ -71,7 +71,7 @@ class LocalSteps:
         self.averagings = 0
         self.bytes_sent = 0
         self.seconds_averaging = 0.0
-        self.relative_distance: float | None = None
+        self._distance: torch.Tensor | None = None
         self._buffers_differ = False
         self._headers: list[Header] = []  # of the averaging that is due or under way
         self._due = False  # a delayed averaging that begins with the next forward
@@ -103,6 +103,11 @@ class LocalSteps:
     def on_boundary(self) -> bool:
         """Whether it stands between two rounds: the parameters are the same on every worker, after wait()."""
         return self.finished or self.step == self._round.start
+
+    @property
+    def relative_distance(self) -> float | None:
+        """Distance of the workers from their average, at the last averaging that has ended; None before the first."""
+        return None if self._distance is None else self._distance.item()
 
     @property
     def parallel_bytes_so_far(self) -> int:
@@ -146,11 +151,9 @@ class LocalSteps:
             self._headers = exchange_headers(self._header(), self.averager.buckets[0].device)
             self.bytes_sent += self.averager.bytes_per_averaging + self.average_buffers()
             overlap = "none" if self.finished else self.qsr.averaging.overlap
-            if overlap == "next_forward":
-                self.averager.start()
-            elif overlap == "delayed":
+            if overlap == "delayed":
                 self._due = True
-            else:
+            elif overlap == "none" or not self.averager.start():
                 self.averager.average()
                 self._averaged()
 
@@ -159,7 +162,7 @@ class LocalSteps:
         return Header(self.step, self.period, self.learning_rate, self._digest, squares, moved)
 
     def _averaged(self) -> None:
-        self.relative_distance = self.averager.relative_distance(self._headers)
+        self._distance = self.averager.relative_distance(self._headers)
         self._after_averaging()
 
     def begin_forward(self) -> None:
@@ -263,13 +266,16 @@ class LocalSteps:
                 f"the state is inside a round that ends at step {end}, and this run has {self.qsr.total_steps} steps; "
                 "go on from a state that was saved on a boundary"
             )
-        for key in _STATE:
+        for key in _COUNTS:
             setattr(self, key, state[key])
+        distance = state["relative_distance"]
+        self._distance = None if distance is None else torch.tensor(distance, dtype=torch.float64)
         if state["step"] == state["round_start"] and not self.finished:
             self._round = self._begin()
         else:
             self._round = Round(state["round_start"], state["period"], state["mode"])
 
 
-_STATE = ("step", "round", "averagings", "bytes_sent", "seconds_averaging", "relative_distance")
+_COUNTS = ("step", "round", "averagings", "bytes_sent", "seconds_averaging")
+_STATE = (*_COUNTS, "relative_distance")
 _BUFFER_BUCKET_BYTES = 16_000_000

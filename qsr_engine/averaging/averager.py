@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,7 +11,15 @@ from torch import Tensor, nn
 
 from qsr_engine.averaging.agreement import Header
 from qsr_engine.averaging.buckets import Piece, pieces_in_place
-from qsr_engine.averaging.collectives import AllReduce, Group, Mean, bucket_bytes, sum_of_squares
+from qsr_engine.averaging.collectives import (
+    BUCKET_MB_BEHIND_A_FORWARD,
+    AllReduce,
+    Group,
+    Mean,
+    bucket_bytes,
+    collective,
+    sum_of_squares,
+)
 from qsr_engine.averaging.cuda_graph import Captured
 from qsr_engine.averaging.overlap import Background, Gate
 from qsr_engine.averaging.shared_memory import share
@@ -60,14 +67,13 @@ class Averager:
         self._squares: dict[int, float | Tensor] = {}  # of every piece's average, where it was measured on the way
         self._background: Background | None = None
         self._gate: Gate | None = None
-        self._unguarded: list[int] = []  # pieces that a forward may read without being seen
         self._refresh: Callable[[Tensor], None] = lambda part: None
         self._snapshots: list[Tensor] = []
         self._differences: AllReduce | None = None
 
     @property
     def bytes_per_averaging(self) -> int:
-        """Bytes that this rank sends to others in one averaging; 0 through shared memory."""
+        """Bytes that this rank sends to others in one averaging, or exchanges with them through shared memory."""
         return self._mean.bytes_sent
 
     @property
@@ -117,39 +123,39 @@ class Averager:
         self._gate = Gate(module, needs)
         self._refresh = refresh
         self._ordered = False
+        self._gate.record()
 
     def begin_forward(self) -> None:
-        """A forward in training begins: wait for what it may read unseen; the first one is recorded."""
-        if self._gate is None:
-            return
-        if self._background is not None:
-            for index in self._unguarded:
-                self._background.wait(index)
-        elif not self._ordered:
-            self._gate.record()
+        """A forward begins. What is compiled reads without asking, so it waits for everything."""
+        if self._gate is not None and self._gate.compiled():
+            if self._background is not None:
+                self._background.finish()
+            self._gate.remove()
 
-    def start(self) -> None:
-        """Begin to average in the background, in the order in which the recorded forward read the parameters.
+    def start(self) -> bool:
+        """Begin to average in the background, in the order in which the first forward read the parameters.
 
-        Until finish(), the group and the buckets are not to be used otherwise.
+        Until finish(), the group and the buckets are not to be used otherwise. Where no forward of the whole model has
+        been seen, nobody knows what may be read when; then False, and nothing is begun.
         """
         assert self._gate is not None, "overlap_with() comes first"
-        if not self._ordered:
-            self._agree_on_order(self._gate)
+        if not self._ordered and not self._agree_on_order(self._gate):
+            return False
         background = Background(self._run(), len(self.pieces), self.buckets[0].device)
         self._gate.guard(background.wait)
         self._background = background
+        return True
 
-    def _agree_on_order(self, gate: Gate) -> None:
+    def _agree_on_order(self, gate: Gate) -> bool:
         """Everybody takes the order of the group's first rank, once; collectives must match."""
-        order, unseen = gate.order(len(self.pieces))
-        self._unguarded = sorted({index for parameter in unseen for index in gate.needs[parameter]})
-        told: list[Any] = [order]
+        told: list[Any] = [gate.order(len(self.pieces)) if gate.recorded or gate.compiled() else None]
         if self.workers > 1:
             first = dist.get_global_rank(self.group, 0) if self.group is not None else 0
-            dist.broadcast_object_list(told, src=first, group=self.group)
-        self._order = told[0]
-        self._ordered = True
+            with collective("agreeing on the order of the buckets", self.group):
+                dist.broadcast_object_list(told, src=first, group=self.group)
+        if told[0] is not None:
+            self._order, self._ordered = told[0], True
+        return self._ordered
 
     @property
     def in_background(self) -> bool:
@@ -167,7 +173,7 @@ class Averager:
             self._background.finish()
         finally:
             self._background = None
-            if self._gate is not None:
+            if self._gate is not None and self._ordered:
                 self._gate.remove()
 
     # ----------------------------------------------------------------------------------- behind whole steps
@@ -219,29 +225,29 @@ class Averager:
 
     def sum_of_squares(self) -> float:
         """Sum of squares of all elements; not finite if and only if an element is not."""
-        return _total([self._squares_of(piece) for piece in self.pieces])
+        return _total([self._squares_of(piece) for piece in self.pieces]).item()
 
     @staticmethod
     def _squares_of(piece: Piece) -> Tensor:
         return torch.stack([sum_of_squares(tensor.view(-1)) for tensor in piece.tensors]).sum()
 
-    def relative_distance(self, headers: Sequence[Header]) -> float:
+    def relative_distance(self, headers: Sequence[Header]) -> Tensor:
         """Distance of the workers from their average, relative to it: sqrt(mean_k |x_k - x|^2) / |x|, |.| the L2 norm.
+
+        A scalar on the device of the buckets, for which the host need not wait.
 
         Called when the averaging has ended, before the buckets change, with the headers exchanged before it. Uses
         sum_k |x_k - x|^2 = sum_k |x_k|^2 - K |x|^2, so that no copy of the parameters is needed. Below about 1e-4 the
         rounding of fp32 sums drowns it.
         """
-        squares = list(self._squares.values()) or [self._squares_of(piece) for piece in self.pieces]
-        after = torch.tensor(_total(squares), dtype=torch.float64)
+        after = _total(list(self._squares.values()) or [self._squares_of(piece) for piece in self.pieces])
         copies = len(headers)
         if self._shard_group is not None:
             after = after.to(self.buckets[0].device)
             dist.all_reduce(after, group=self._shard_group)
             copies = self.workers
-        total = after.item() * copies
         before = sum(header.sum_of_squares for header in headers)
-        return math.sqrt(max(0.0, before / total - 1)) if total > 0 else 0.0
+        return torch.where(after > 0, (before / (after * copies) - 1).clamp(min=0).sqrt(), 0.0)
 
     # ----------------------------------------------------------------------------------------------- state
 
@@ -267,7 +273,8 @@ class Averager:
 
 
 def _mean(buckets: Sequence[Tensor], group: Group, options: AveragingConfig) -> Mean:
-    capacity = bucket_bytes(options.bucket_mb, group)
+    behind = options.overlap == "next_forward" and options.bucket_mb is None
+    capacity = bucket_bytes(BUCKET_MB_BEHIND_A_FORWARD if behind else options.bucket_mb, group)
     if options.wire_dtype != "fp32":
         alone = [piece for bucket in buckets for piece in pieces_in_place([bucket], min(capacity, PIECE))]
         return Compressed(alone, group, options.wire_dtype)
@@ -280,11 +287,9 @@ def _mean(buckets: Sequence[Tensor], group: Group, options: AveragingConfig) -> 
     return Captured(mean, group) if options.cuda_graph else mean
 
 
-def _total(squares: Sequence[float | Tensor]) -> float:
-    """The sum, with one wait for the device."""
-    tensors = [value for value in squares if isinstance(value, Tensor)]
-    plain = math.fsum(value for value in squares if not isinstance(value, Tensor))
-    return plain + (torch.stack(tensors).sum().item() if tensors else 0.0)
+def _total(squares: Sequence[float | Tensor]) -> Tensor:
+    device = next((value.device for value in squares if isinstance(value, Tensor)), torch.device("cpu"))
+    return torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in squares]).sum()
 
 
 def _place(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...], torch.dtype]:

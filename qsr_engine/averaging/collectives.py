@@ -16,9 +16,10 @@ from qsr_engine.averaging.buckets import Piece, packed_pieces
 Group = dist.ProcessGroup | None  # None is the group of all ranks
 
 # Size of a bucket in MB (1e6 bytes) where the configuration gives none, for the backend of the group. Measured for
-# gloo (benchmarks/averaging.py --bucket-sizes): from 16 to 256 MB an averaging takes the same time, and the smaller the
-# first bucket, the sooner a forward that waits for it begins. For NCCL it is not measured.
-BUCKET_MB = {"gloo": 25.0, "nccl": 64.0}
+# gloo (benchmarks/averaging.py --bucket-sizes); for NCCL it is gloo's, not measured.
+BUCKET_MB = {"gloo": 64.0, "nccl": 64.0}
+# The same behind a forward, which begins when the first bucket is there.
+BUCKET_MB_BEHIND_A_FORWARD = 16.0
 
 
 class CollectiveError(RuntimeError):

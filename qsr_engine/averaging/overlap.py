@@ -115,42 +115,67 @@ class Gate:
     def __init__(self, module: nn.Module, needs: Mapping[Tensor, Sequence[int]]) -> None:
         self._module = module
         self.needs = needs
-        self._compiled = any(_is_compiled(child) for child in module.modules())
+        self._traced = False  # a compiler looked at a read
         self._owners = [
             child for child in module.modules() if any(p is not None and p in needs for p in child._parameters.values())
         ]
         self._hooks: list[Any] = []
         self._plain: list[tuple[nn.Module, dict[str, Any]]] = []  # what `_parameters` was before
-        self._seen: dict[Tensor, None] | None = None  # the parameters in the order of a recorded forward
+        self._seen: dict[Tensor, None] = {}  # the parameters in the order of the recorded forward
+        self.recorded = False
 
     def record(self) -> None:
-        """Note in which order the parameters are read, until the model's forward ends."""
-        self._seen = {}
-        self._install(self._note)
-        self._hooks.append(self._module.register_forward_hook(lambda *_: self.remove(), always_call=True))
+        """Note in which order the model's next forward reads the parameters."""
+        forward_runs = False
 
-    def order(self, pieces: int) -> tuple[list[int], list[Tensor]]:
-        """Ends the recording.
+        def begin(*_: Any) -> None:
+            nonlocal forward_runs
+            forward_runs = True
 
-        Returns:
-            All pieces, in the order in which the forward needs them; and the parameters that no read was seen of. They
-            may be read in ways that cannot be seen (a list that holds them, compiled code), so a forward must not
-            begin before they are averaged, and their pieces come first.
+        def end(*_: Any) -> None:
+            self.recorded = True
+            self.remove()
+
+        def note(parameter: Tensor) -> None:
+            if torch.compiler.is_compiling():
+                self._traced = True
+            if forward_runs and parameter in self.needs:
+                self._seen[parameter] = None
+
+        self._install(note, first=begin)
+        self._hooks.append(self._module.register_forward_hook(end, always_call=True))
+
+    def order(self, pieces: int) -> list[int]:
+        """All pieces, in the order in which the recorded forward needs them, after those of `unseen()`."""
+        wanted = [index for parameter in (*self.unseen(), *self._seen) for index in self.needs[parameter]]
+        return list(dict.fromkeys([*wanted, *range(pieces)]))
+
+    def unseen(self) -> list[Tensor]:
+        """The parameters that no read was seen of in the recorded forward.
+
+        They may be read in ways that cannot be seen (from a list that holds them, by compiled code), so a forward must
+        not begin before they are averaged.
         """
-        self.remove()
-        seen, self._seen = self._seen or {}, None
-        unseen = [parameter for parameter in self.needs if parameter not in seen or self._compiled]
-        wanted = [index for parameter in (*unseen, *seen) for index in self.needs[parameter]]
-        return list(dict.fromkeys([*wanted, *range(pieces)])), unseen
+        compiled = self.compiled()
+        return [parameter for parameter in self.needs if compiled or parameter not in self._seen]
+
+    def compiled(self) -> bool:
+        """Whether a part of the model is compiled: compiled code reads parameters without asking the module."""
+        return self._traced or any(_is_compiled(module) for module in self._module.modules())
 
     def guard(self, wait: Callable[[int], None]) -> None:
-        """From now on, a read of a parameter waits for its pieces."""
+        """From now on, a read of a parameter waits for its pieces, and a forward for those of `unseen()`."""
+        unseen = self.unseen()
 
         def wait_for(parameter: Tensor) -> None:
             for index in self.needs.get(parameter, ()):
                 wait(index)
 
-        self._install(wait_for)
+        def begin(*_: Any) -> None:
+            for parameter in unseen:
+                wait_for(parameter)
+
+        self._install(wait_for, first=begin)
 
     def remove(self) -> None:
         """Reads go on as if there had never been a gate. Again is harmless."""
@@ -163,14 +188,9 @@ class Gate:
             module.__dict__["_parameters"] = plain
         self._plain.clear()
 
-    def _note(self, parameter: Tensor) -> None:
-        if torch.compiler.is_compiling():
-            self._compiled = True
-        if self._seen is not None and parameter in self.needs:
-            self._seen[parameter] = None
-
-    def _install(self, wait: Callable[[Tensor], None]) -> None:
+    def _install(self, wait: Callable[[Tensor], None], first: Callable[..., None]) -> None:
         self.remove()
+        self._hooks.append(self._module.register_forward_pre_hook(first))
         for module in self._owners:
             self._plain.append((module, module._parameters))
             module.__dict__["_parameters"] = _Guarded(module._parameters, wait)

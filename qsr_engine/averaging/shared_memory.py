@@ -22,7 +22,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsr_engine.averaging.buckets import Piece
-from qsr_engine.averaging.collectives import CHUNK, EXACT, Group, Mean, chunk_of_squares, collective, piece_name
+from qsr_engine.averaging.collectives import (
+    CHUNK,
+    EXACT,
+    Group,
+    Mean,
+    chunk_of_squares,
+    collective,
+    piece_name,
+    ring_bytes,
+)
 
 _SHM = Path("/dev/shm")  # where torch puts shared storages on Linux
 
@@ -33,9 +42,10 @@ class SharedMemory(Mean):
     def __init__(self, pieces: Sequence[Piece], group: Group, everywhere: list[list[Tensor]]) -> None:
         self.pieces = list(pieces)
         self.group = group
-        self.bytes_sent = 0
         self._everywhere = everywhere  # [piece][rank of the group], views of the same elements
         self._rank, self._ranks = dist.get_rank(group), dist.get_world_size(group)
+        # What it reads from the others' memory and writes into it, which is as much as a ring all-reduce would send.
+        self.bytes_sent = ring_bytes(sum(piece.nbytes for piece in self.pieces), self._ranks)
 
     def run(self, order: Sequence[int]) -> Iterator[tuple[int, Tensor | float | None]]:
         """As Mean.run. The mean of a piece is there when all ranks have computed their parts, which a tiny all-reduce

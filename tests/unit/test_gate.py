@@ -45,7 +45,8 @@ def test_the_order_of_reading_is_recorded() -> None:
     gate.record()
     net(torch.randn(2, 4))
     list(net.parameters())  # after the forward, an optimizer may read them all
-    order, unseen = gate.order(len(names))
+    assert gate.recorded
+    order, unseen = gate.order(len(names)), gate.unseen()
     by_number = list(names)
     assert [by_number[index] for index in order] == [
         "never.weight",
@@ -87,6 +88,8 @@ def test_each_read_waits_for_its_own_pieces_only() -> None:
 def test_every_way_to_read_a_parameter_waits(read: object) -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     gate, names = gate_of(net)
+    gate.record()
+    net(torch.randn(2, 4))
     waited: set[int] = set()
     gate.guard(waited.add)
     read(net)  # type: ignore[operator]
@@ -98,11 +101,35 @@ def test_layers_that_hold_their_parameters_otherwise(kind: str) -> None:
     """A recurrent layer reads a list of its own, and attention the weight of a child that it never calls."""
     layer: nn.Module = nn.LSTM(4, 4) if kind == "lstm" else nn.MultiheadAttention(4, 2)
     gate, names = gate_of(layer)
+    x = torch.randn(3, 2, 4)
+    gate.record()
+    layer(x) if kind == "lstm" else layer(x, x, x)
+    assert gate.unseen() == []
     waited: set[int] = set()
     gate.guard(waited.add)
-    x = torch.randn(3, 2, 4)
     layer(x) if kind == "lstm" else layer(x, x, x)
     assert waited == set(names.values())
+
+
+def test_a_forward_waits_at_once_for_what_nobody_saw_being_read() -> None:
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4, bias=False)
+            self.weights = [self.layer.weight]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weights[0]
+
+    net = Hidden()
+    gate, _ = gate_of(net)
+    gate.record()
+    list(net.parameters())  # before the forward, an optimizer may be made
+    net(torch.randn(2, 4))
+    waited: list[int] = []
+    gate.guard(waited.append)
+    net(torch.randn(2, 4))
+    assert waited == [0]
 
 
 def test_shared_weights_wait_in_each_place() -> None:
@@ -145,10 +172,10 @@ def test_what_compiled_code_reads_is_waited_for_beforehand(way: str) -> None:
     else:
         forward = torch.compile(net, backend="eager")
         forward(torch.randn(2, 4))  # compiled before anybody looks
-    gate, names = gate_of(net)
+    gate, _ = gate_of(net)
     gate.record()
     forward(torch.randn(2, 4))
-    _, unseen = gate.order(len(names))
+    unseen = gate.unseen()
     compiled = list(net.parameters()) if way == "function" else list(net.first.parameters())
     assert {id(p) for p in compiled} <= {id(p) for p in unseen}
 
