@@ -92,6 +92,7 @@ class AllReduce(Mean):
         self.bytes_sent = sum(ring_bytes(piece.nbytes, self.ranks) for piece in self.pieces)
         self._difference = difference
         self._staging: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        self._views: dict[tuple[int, int], list[Tensor]] = {}  # of a piece's tensors in a staging bucket
 
     def run(self, order: Sequence[int]) -> Iterator[tuple[int, Tensor | float | None]]:
         if self.ranks == 1:
@@ -148,7 +149,7 @@ class AllReduce(Mean):
         else:
             buffer = free[piece.device, piece.dtype].pop()
             flat = buffer[: piece.numel]
-            torch._foreach_copy_(_views(flat, piece), list(piece.tensors))
+            torch._foreach_copy_(self._views_of(index, buffer), list(piece.tensors))
         op = dist.ReduceOp.AVG if flat.is_cuda else dist.ReduceOp.SUM
         with collective(self._name(index), self.group):
             work = dist.all_reduce(flat, op=op, group=self.group, async_op=True)
@@ -161,20 +162,32 @@ class AllReduce(Mean):
         with collective(self._name(index), self.group):
             work.wait()
         flat = buffer[: piece.numel]
-        views, tensors = _views(flat, piece), list(piece.tensors)
-        if not (flat.is_cuda or self._is_in_place(piece) or self._difference) and flat.numel() > len(views) * CHUNK:
+        if self._is_in_place(piece):
+            if not flat.is_cuda:
+                flat.div_(self.ranks)
+            return None
+        views, tensors = self._views_of(index, buffer), list(piece.tensors)
+        if not (flat.is_cuda or self._difference) and flat.numel() > len(views) * CHUNK:
             for tensor, view in zip(tensors, views, strict=True):
                 torch.div(view, self.ranks, out=tensor)  # divided on the way back: one pass over memory less
             return None
         if not flat.is_cuda:
             flat.div_(self.ranks)
-        if self._is_in_place(piece):
-            return None
         squares = sum_of_squares(flat) if self._difference else None  # of the mean, which nobody sees afterwards
         if self._difference:
             torch._foreach_sub_(views, tensors)
         torch._foreach_copy_(tensors, views)
         return squares
+
+    def _views_of(self, index: int, buffer: Tensor) -> list[Tensor]:
+        """The places of a piece's tensors in a staging bucket, made once: for 1,000 tensors it takes longer than all
+        else."""
+        key = index, buffer.data_ptr()
+        if key not in self._views:
+            sizes = [tensor.numel() for tensor in self.pieces[index].tensors]
+            parts = torch.split(buffer[: sum(sizes)], sizes)
+            self._views[key] = [p.view(t.shape) for p, t in zip(parts, self.pieces[index].tensors, strict=True)]
+        return self._views[key]
 
     def _name(self, index: int) -> str:
         return piece_name(self.pieces, index)
@@ -182,14 +195,6 @@ class AllReduce(Mean):
 
 def piece_name(pieces: Sequence[Piece], index: int) -> str:
     return f"averaging bucket {index + 1} of {len(pieces)} ({pieces[index].nbytes / 1e6:.1f} MB)"
-
-
-def _views(flat: Tensor, piece: Piece) -> list[Tensor]:
-    views, start = [], 0
-    for tensor in piece.tensors:
-        views.append(flat[start : start + tensor.numel()].view(tensor.shape))
-        start += tensor.numel()
-    return views
 
 
 def average_packed(tensors: Sequence[Tensor], group: Group, bucket_bytes: int) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from datetime import timedelta
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from qsr_engine.averaging import Averager
+from qsr_engine.averaging import Averager, CollectiveError, flat_buckets
 from qsr_engine.config import QSRConfig, validate
 from qsr_engine.local_steps import LocalSteps
 from qsr_engine.schedule import communication_percent, rounds
@@ -69,6 +71,53 @@ def test_it_follows_the_schedule(processes: Processes, block: dict[str, Any]) ->
 def test_it_goes_on_from_any_step(processes: Processes, break_at: int) -> None:
     whole = processes.run(walk_job, block=BLOCKS[0], break_at=None)
     assert processes.run(walk_job, block=BLOCKS[0], break_at=break_at) == whole
+
+
+def absent_job(overlap: str) -> str:
+    """Rank 1 comes to the boundary after step 4, and not to its averaging."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=2))
+    across = cast(dist.ProcessGroup, dist.new_group([0, 1], timeout=timedelta(seconds=2)))
+    options = {"shared_memory": False, "overlap": overlap, **({"delay_steps": 1} if overlap == "delayed" else {})}
+    qsr = validate(QSRConfig, {**BLOCKS[2], "averaging": options}, where="test")
+    model = torch.nn.Linear(3, 2, bias=False)
+    averager = Averager(flat_buckets(model.parameters(), 1000), across, qsr.averaging)
+    if overlap == "next_forward":
+        averager.overlap_with(model, [(model.weight, 0, 0, 6)], refresh=lambda part: None)
+    state = LocalSteps(qsr, averager, digest=1, optimizer_lr=lambda: 0.0)
+
+    def stay_away() -> None:
+        time.sleep(4)
+        raise KeyError("it stayed away")
+
+    if dist.get_rank() == 1:
+        for name in ("average", "start", "snapshot"):
+            setattr(averager, name, stay_away)
+    try:
+        for _ in range(6):
+            state.begin_forward()
+            model(torch.ones(1, 3))
+            state.begin_update()
+            state.advance()
+    except CollectiveError as error:
+        return str(error)
+    except KeyError:
+        return ""
+    return "nothing was raised"
+
+
+@pytest.mark.parametrize(
+    ("overlap", "step", "what"),
+    [
+        ("none", 4, "averaging bucket 1 of 1 (0.0 MB)"),
+        ("next_forward", 4, "agreeing on the order of the buckets"),
+        ("delayed", 5, "averaging bucket 1 of 1 (0.0 MB)"),
+    ],
+)
+def test_an_averaging_that_times_out_names_step_bucket_and_ranks(
+    processes: Processes, overlap: str, step: int, what: str
+) -> None:
+    message, _ = processes.run(absent_job, seconds=60, overlap=overlap)
+    assert message.startswith(f"after step {step}: {what} over the ranks [0, 1] failed on rank 0: ")
 
 
 def refusals_job() -> list[str]:

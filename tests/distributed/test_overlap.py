@@ -95,6 +95,8 @@ def odd_job(averaging: dict[str, Any], disturb: str, config: dict[str, Any]) -> 
     be_slow()
     try:
         engine = make(averaging, **config)
+        if disturb == "compiled":
+            engine.module.compile(backend="eager")
         assert len(engine.local_steps.averager.pieces) > 5
         seen: list[Tensor] = []
         overlapped = 0
@@ -140,6 +142,7 @@ STAGE_1: dict[str, Any] = {
         ({"shared_memory": False}, "evaluate without saying so", STAGE_1),
         ({"shared_memory": False}, "state_dict", {}),
         ({"shared_memory": False}, "exception", {}),
+        ({"shared_memory": False}, "compiled", {}),
     ],
 )
 def test_behind_the_forward_every_bit_is_the_same(
