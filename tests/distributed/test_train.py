@@ -94,7 +94,7 @@ def test_a_run_writes_what_it_promises(processes: Processes, recipe: Path) -> No
 
     resolved = yaml.safe_load((run / "recipe.yaml").read_text())
     assert resolved["optimizer"]["gradient_clipping"] == 1.0
-    assert resolved["qsr"]["averaging"]["bucket_mb"] == 64.0, "defaults are written down"
+    assert resolved["qsr"]["averaging"]["wire_dtype"] == "fp32", "defaults are written down"
 
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == STEPS
