@@ -194,12 +194,6 @@ class Gate:
         for module in self._owners:
             self._plain.append((module, module._parameters))
             module.__dict__["_parameters"] = _Guarded(module._parameters, wait)
-            # Recurrent layers hold their parameters in a list as well, so reading is not all.
-            self._hooks.append(module.register_forward_pre_hook(_read_own_parameters))
-
-
-def _read_own_parameters(module: nn.Module, _: Any) -> None:
-    module._parameters.values()
 
 
 def _is_compiled(module: nn.Module) -> bool:
