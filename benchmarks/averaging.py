@@ -149,7 +149,7 @@ def boundary(averager: Averager) -> Way:
 
 
 def packed(tensors: list[Tensor]) -> Way:
-    mean = AllReduce(packed_pieces(tensors, bucket_bytes(None, None)), None)
+    mean = AllReduce(packed_pieces(tensors, 64_000_000), None)
 
     def way() -> None:
         for _ in mean.run(range(len(mean.pieces))):

@@ -64,7 +64,8 @@ class LearningRateConfig(StrictModel):
 class AveragingConfig(StrictModel):
     """How parameters are averaged at a boundary."""
 
-    bucket_mb: Positive | None = None  # size of a bucket in MB (1e6 bytes); None: the default of the backend
+    # Size of a bucket in MB (1e6 bytes), at least 100 bytes; None: the default of the backend.
+    bucket_mb: Annotated[float, Field(ge=1e-4, allow_inf_nan=False)] | None = None
     shared_memory: bool = True  # on CPUs: average in shared memory where all ranks of a group are on one host
     wire_dtype: Literal["fp32", "bf16", "fp16", "int8"] = "fp32"
     overlap: Literal["none", "next_forward", "delayed"] = "none"

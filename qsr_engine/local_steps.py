@@ -148,6 +148,7 @@ class LocalSteps:
         if self.averager.buckets[0].is_cuda:
             torch.cuda.synchronize()  # so that steps still under way do not count as averaging
         with self._timed():
+            self.averager.step = self.step
             self._headers = exchange_headers(self._header(), self.averager.buckets[0].device)
             self.bytes_sent += self.averager.bytes_per_averaging + self.average_buffers()
             overlap = "none" if self.finished else self.qsr.averaging.overlap
@@ -203,11 +204,18 @@ class LocalSteps:
 
         Raises:
             CollectiveError: the averaging failed.
+            RuntimeError: a delayed averaging is under way inside a round.
         """
         self.finish()
-        if self._due:
+        if self._apply_at is not None and not self.on_boundary:
+            raise RuntimeError(
+                f"step {self.step} is inside a round, and the average of its first step takes effect after step "
+                f"{self._apply_at}; call wait() on a boundary, when engine.step() has returned True"
+            )
+        if self._due or self._apply_at is not None:
             with self._timed():
-                self._due = False
+                self.averager.finish()  # a snapshot's; no update has followed it
+                self._due, self._apply_at = False, None
                 self.averager.average()
                 self._averaged()
 
@@ -224,6 +232,8 @@ class LocalSteps:
         try:
             yield
         except CollectiveError as error:
+            if str(error).startswith("after step"):
+                raise
             raise CollectiveError(f"after step {self.step}: {error}") from error
         self.seconds_averaging += time.perf_counter() - started
 
@@ -266,6 +276,8 @@ class LocalSteps:
                 f"the state is inside a round that ends at step {end}, and this run has {self.qsr.total_steps} steps; "
                 "go on from a state that was saved on a boundary"
             )
+        self.averager.finish()
+        self._due, self._apply_at = False, None  # what was under way belongs to the run that is left
         for key in _COUNTS:
             setattr(self, key, state[key])
         distance = state["relative_distance"]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from qsr_engine.averaging.agreement import Header
 from qsr_engine.averaging.buckets import Piece, pieces_in_place
 from qsr_engine.averaging.collectives import (
-    BUCKET_MB_BEHIND_A_FORWARD,
     AllReduce,
+    CollectiveError,
     Group,
     Mean,
     bucket_bytes,
@@ -61,6 +61,7 @@ class Averager:
         self._mean = _mean(self.buckets, group, options)  # may move the buckets' memory: addresses are read after it
         self.pieces = list(self._mean.pieces)
         self._order = list(range(len(self.pieces)))
+        self.step = 0  # of the boundary; errors name it
         self._tensors = tensors
         self._places = [_place(tensor) for tensor in tensors()]
         self._shard_group = shard_group if shard_group and dist.get_world_size(shard_group) > 1 else None
@@ -93,6 +94,12 @@ class Averager:
             pass
 
     def _run(self) -> Iterator[int]:
+        try:
+            yield from self._run_to_the_end()
+        except CollectiveError as error:
+            raise CollectiveError(f"after step {self.step}: {error}") from error
+
+    def _run_to_the_end(self) -> Iterator[int]:
         self._squares.clear()
         for index, squares in self._mean.run(self._order):
             if squares is not None:
@@ -231,15 +238,18 @@ class Averager:
     def _squares_of(piece: Piece) -> Tensor:
         return torch.stack([sum_of_squares(tensor.view(-1)) for tensor in piece.tensors]).sum()
 
-    def relative_distance(self, headers: Sequence[Header]) -> Tensor:
+    def relative_distance(self, headers: Sequence[Header]) -> Tensor | None:
         """Distance of the workers from their average, relative to it: sqrt(mean_k |x_k - x|^2) / |x|, |.| the L2 norm.
 
-        A scalar on the device of the buckets, for which the host need not wait.
+        A scalar on the device of the buckets, for which the host need not wait. None where the workers' average was
+        rounded on the wire: it is not their exact mean, which the formula below needs.
 
         Called when the averaging has ended, before the buckets change, with the headers exchanged before it. Uses
         sum_k |x_k - x|^2 = sum_k |x_k|^2 - K |x|^2, so that no copy of the parameters is needed. Below about 1e-4 the
         rounding of fp32 sums drowns it.
         """
+        if isinstance(self._mean, Compressed):
+            return None
         after = _total(list(self._squares.values()) or [self._squares_of(piece) for piece in self.pieces])
         copies = len(headers)
         if self._shard_group is not None:
@@ -273,8 +283,7 @@ class Averager:
 
 
 def _mean(buckets: Sequence[Tensor], group: Group, options: AveragingConfig) -> Mean:
-    behind = options.overlap == "next_forward" and options.bucket_mb is None
-    capacity = bucket_bytes(BUCKET_MB_BEHIND_A_FORWARD if behind else options.bucket_mb, group)
+    capacity = bucket_bytes(options.bucket_mb, group)
     if options.wire_dtype != "fp32":
         alone = [piece for bucket in buckets for piece in pieces_in_place([bucket], min(capacity, PIECE))]
         return Compressed(alone, group, options.wire_dtype)

@@ -16,10 +16,9 @@ from qsr_engine.averaging.buckets import Piece, packed_pieces
 Group = dist.ProcessGroup | None  # None is the group of all ranks
 
 # Size of a bucket in MB (1e6 bytes) where the configuration gives none, for the backend of the group. Measured for
-# gloo (benchmarks/averaging.py --bucket-sizes); for NCCL it is gloo's, not measured.
-BUCKET_MB = {"gloo": 64.0, "nccl": 64.0}
-# The same behind a forward, which begins when the first bucket is there.
-BUCKET_MB_BEHIND_A_FORWARD = 16.0
+# gloo (benchmarks/averaging.py --bucket-sizes): from 16 MB on the size hardly matters, and a forward that waits for its
+# first bucket begins the sooner, the smaller it is. For NCCL it is not measured.
+BUCKET_MB = {"gloo": 16.0, "nccl": 64.0}
 
 
 class CollectiveError(RuntimeError):

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 
 class Background:
@@ -31,7 +33,7 @@ class Background:
         if device.type == "cuda":
             self._drive_on_a_side_stream(run, device)
         else:
-            self._thread = threading.Thread(target=self._drive, args=(run,), name="qsr averaging", daemon=True)
+            self._thread = threading.Thread(target=self._drive, args=(run,), name="qsr averaging")
             self._thread.start()
 
     def _drive(self, run: Iterator[int]) -> None:
@@ -97,11 +99,37 @@ class _Guarded(dict[str, Any]):
     def values(self) -> Any:
         return [self[name] for name in self]
 
+    def __iter__(self) -> Iterator[str]:  # overridden, so that dict(self) and {**self} go through __getitem__
+        return super().__iter__()
+
     def copy(self) -> dict[str, Any]:
         return dict(self.items())
 
     def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles of the module are plain
         return dict, (self.copy(),)
+
+
+class _Uses(TorchFunctionMode):
+    """Tells of every tensor that a function of torch gets, in this thread, while it is entered."""
+
+    def __init__(self, tell: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self._tell = tell
+        self.on = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                self._tell(leaf)
+        return func(*args, **(kwargs or {}))
+
+    def __enter__(self) -> Any:
+        self.on = True
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *exception: Any) -> None:
+        self.on = False
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
 
 class Gate:
@@ -122,28 +150,36 @@ class Gate:
         self._hooks: list[Any] = []
         self._plain: list[tuple[nn.Module, dict[str, Any]]] = []  # what `_parameters` was before
         self._seen: dict[Tensor, None] = {}  # the parameters in the order of the recorded forward
+        self._hidden: set[Tensor] = set()  # used before it was read, so held by somebody
         self.recorded = False
 
     def record(self) -> None:
         """Note in which order the model's next forward reads the parameters."""
-        forward_runs = False
+        uses = _Uses(self._use_unread)
 
-        def begin(*_: Any) -> None:
-            nonlocal forward_runs
-            forward_runs = True
+        def begin(module: nn.Module, *_: Any) -> None:
+            if module is self._module and not uses.on:  # a copy of the model has the same hooks
+                uses.__enter__()
 
-        def end(*_: Any) -> None:
-            self.recorded = True
-            self.remove()
+        def end(module: nn.Module, *_: Any) -> None:
+            if module is self._module and uses.on:
+                uses.__exit__(None, None, None)
+                self.recorded = True
+                self.remove()
 
         def note(parameter: Tensor) -> None:
             if torch.compiler.is_compiling():
                 self._traced = True
-            if forward_runs and parameter in self.needs:
+            if uses.on and parameter in self.needs:
                 self._seen[parameter] = None
 
         self._install(note, first=begin)
         self._hooks.append(self._module.register_forward_hook(end, always_call=True))
+
+    def _use_unread(self, tensor: Tensor) -> None:
+        """A function got a tensor: if it is a parameter that nobody has read, somebody holds it otherwise."""
+        if tensor in self.needs and tensor not in self._seen:
+            self._hidden.add(tensor)
 
     def order(self, pieces: int) -> list[int]:
         """All pieces, in the order in which the recorded forward needs them, after those of `unseen()`."""
@@ -151,13 +187,13 @@ class Gate:
         return list(dict.fromkeys([*wanted, *range(pieces)]))
 
     def unseen(self) -> list[Tensor]:
-        """The parameters that no read was seen of in the recorded forward.
+        """The parameters that no read was seen of in the recorded forward, or not before they were used.
 
         They may be read in ways that cannot be seen (from a list that holds them, by compiled code), so a forward must
         not begin before they are averaged.
         """
         compiled = self.compiled()
-        return [parameter for parameter in self.needs if compiled or parameter not in self._seen]
+        return [p for p in self.needs if compiled or p not in self._seen or p in self._hidden]
 
     def compiled(self) -> bool:
         """Whether a part of the model is compiled: compiled code reads parameters without asking the module."""
@@ -171,9 +207,10 @@ class Gate:
             for index in self.needs.get(parameter, ()):
                 wait(index)
 
-        def begin(*_: Any) -> None:
-            for parameter in unseen:
-                wait_for(parameter)
+        def begin(module: nn.Module, *_: Any) -> None:
+            if module is self._module:
+                for parameter in unseen:
+                    wait_for(parameter)
 
         self._install(wait_for, first=begin)
 

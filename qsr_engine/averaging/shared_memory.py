@@ -106,26 +106,36 @@ def share(pieces: Sequence[Piece], group: Group) -> SharedMemory | None:
     needed = sum(storage.nbytes() for storage in storages.values() if not storage.is_shared())
     facts = _gather({"host": _host() if possible else None, "needed": needed, "free": _free()})
     shared = _fits(facts, members)
-    told: list[tuple[int, int, int]] = []  # for every piece: file descriptor, offset and size in elements
-    if shared:
-        descriptors = {}
-        for place, storage in storages.items():
-            storage.share_memory_()
-            descriptors[place], _ = storage._share_fd_cpu_()
-        tensors = [piece.tensors[0] for piece in pieces]
-        told = [(descriptors[p], int(t.storage_offset()), t.numel()) for p, t in zip(places, tensors, strict=True)]
-    processes = _gather((os.getpid(), told))
+    told: list[tuple[int, int, int]] | None = None  # for every piece: file descriptor, offset and size in elements
     everywhere: list[list[Tensor]] | None = None
-    if shared:
-        try:
+    try:
+        if shared:
+            descriptors = {}
+            for place, storage in storages.items():
+                storage.share_memory_()
+                descriptors[place], _ = storage._share_fd_cpu_()
+            tensors = [piece.tensors[0] for piece in pieces]
+            told = [(descriptors[p], int(t.storage_offset()), t.numel()) for p, t in zip(places, tensors, strict=True)]
+    except (OSError, RuntimeError) as error:
+        _warn_of(error)
+    processes = _gather((os.getpid(), told))
+    try:
+        if all(processes[rank][1] is not None for rank in members):
             everywhere = [
                 [_open(processes[rank][0], processes[rank][1][index], piece.dtype) for rank in members]
                 for index, piece in enumerate(pieces)
             ]
-        except (OSError, RuntimeError) as error:  # a hardened kernel, or processes of several users
-            warnings.warn(f"the ranks of this host cannot see each other's memory: {error}", stacklevel=2)
+    except (OSError, RuntimeError) as error:
+        _warn_of(error)
     opened = _gather(everywhere is not None)
     return SharedMemory(pieces, group, everywhere) if everywhere and all(opened[rank] for rank in members) else None
+
+
+def _warn_of(error: Exception) -> None:
+    """Too many open files, a hardened kernel, processes of several users."""
+    warnings.warn(
+        f"parameters cannot be averaged in shared memory, so they are averaged through gloo: {error}", stacklevel=3
+    )
 
 
 def _fits(facts: Sequence[dict[str, Any]], members: Sequence[int]) -> bool:

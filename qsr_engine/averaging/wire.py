@@ -246,7 +246,7 @@ class Compressed(Mean):
         if found != expected:
             raise ValueError(
                 f"the rounding errors that int8 carries over were saved for {len(found)} buckets, and this run has "
-                f"{len(expected)}, or others; use the same model, bucket_mb and number of workers"
+                f"{len(expected)}, or others; go on with the same model, averaging.wire_dtype, bucket_mb and workers"
             )
         for mine, saved in zip(self._residuals, state.get("residuals", []), strict=True):
             for residual, value in zip(mine, saved, strict=True):

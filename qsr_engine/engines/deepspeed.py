@@ -204,7 +204,7 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
         Raises:
             FileNotFoundError: there is no checkpoint of this worker in load_dir.
         """
-        self.local_steps.wait()
+        self.local_steps.averager.finish()
         folder = self._worker_folder(load_dir)
         tag = kwargs.get("tag", args[0] if args else None)
         if tag is not None and not (folder / str(tag)).is_dir():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -37,11 +40,12 @@ class Odd(nn.Module):
         self.attention = nn.MultiheadAttention(WIDTH, 2)
         self.recurrent = nn.LSTM(WIDTH, WIDTH)
         self.listed = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
-        self.list = [layer.weight for layer in self.listed]
+        self.list = [parameter for parameter in self.listed.parameters() if parameter.ndim == 2]
         self.scale = nn.Parameter(torch.ones(WIDTH))
         self.fail = False
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x * (1 + self.list[0].mean())  # before its layer reads it
         x = self.twice(torch.tanh(self.twice(self.encoder(x))))
         x = nn.functional.linear(x, self.outside.weight)
         if self.fail:
@@ -49,7 +53,7 @@ class Odd(nn.Module):
         x = checkpoint(self.again, x, use_reentrant=False)
         x, _ = self.attention(x[None], x[None], x[None])
         x, _ = self.recurrent(x)
-        x = self.decoder(x[0]) @ self.list[0] @ self.list[1]
+        x = self.listed[0](self.decoder(x[0])) @ self.list[1]
         out: Tensor = self.head(x * self.scale)
         return out
 
@@ -95,6 +99,7 @@ def odd_job(averaging: dict[str, Any], disturb: str, config: dict[str, Any]) -> 
     be_slow()
     try:
         engine = make(averaging, **config)
+        average = copy.deepcopy(engine.module)  # made before the first forward
         if disturb == "compiled":
             engine.module.compile(backend="eager")
         assert len(engine.local_steps.averager.pieces) > 5
@@ -111,6 +116,10 @@ def odd_job(averaging: dict[str, Any], disturb: str, config: dict[str, Any]) -> 
                     with torch.no_grad():
                         seen.append(engine.module(training.batch(9, number, dtype=dtype)[0]))
                     engine.train()
+                if disturb == "copies":
+                    with torch.no_grad():
+                        average(training.batch(9, number, dtype=torch.float32)[0])
+                        seen.append(copy.deepcopy(engine.module)(training.batch(9, number, dtype=torch.float32)[0]))
                 if disturb == "state_dict":
                     seen += [value.clone() for value in engine.module.state_dict().values()]
                 if disturb == "exception":
@@ -142,6 +151,7 @@ STAGE_1: dict[str, Any] = {
         ({"shared_memory": False}, "evaluate without saying so", STAGE_1),
         ({"shared_memory": False}, "state_dict", {}),
         ({"shared_memory": False}, "exception", {}),
+        ({"shared_memory": False}, "copies", {}),
         ({"shared_memory": False}, "compiled", {}),
     ],
 )
@@ -169,6 +179,8 @@ def saved_job(folder: str, averaging: dict[str, Any], resume: bool) -> dict[str,
             engine.load_checkpoint(folder)
         while not engine.local_steps.finished:
             if step(engine) and engine.local_steps.step == 4 and not resume:
+                with torch.no_grad():
+                    engine(training.batch(9, 0, dtype=torch.float32)[0])  # in training mode: a snapshot is taken
                 engine.save_checkpoint(folder)
                 at_save = training.flat(engine.module.parameters()).clone()
         return {"end": training.flat(engine.module.parameters()), "saved": None if resume else at_save}
@@ -194,6 +206,55 @@ def test_a_checkpoint_right_after_a_boundary_resumes_to_the_same_bits(
     resumed = processes.run(saved_job, folder=str(tmp_path), averaging=averaging, resume=True)
     for one, other in zip(whole, resumed, strict=True):
         assert torch.equal(one["end"], other["end"])
+
+
+def reloaded_job(folder: str) -> tuple[Tensor, Tensor, str]:
+    """Load a checkpoint while a delayed averaging is under way; the same checkpoint in a new engine."""
+    ends, refused = [], ""
+    for fresh in (False, True):
+        engine = make({"overlap": "delayed", "delay_steps": 3})
+        if not fresh:
+            while engine.local_steps.step < 9:
+                if step(engine) and engine.local_steps.step == 4:
+                    engine.save_checkpoint(folder)
+            try:
+                engine.local_steps.wait()
+            except RuntimeError as error:
+                refused = str(error)
+        engine.load_checkpoint(folder)
+        while not engine.local_steps.finished:
+            step(engine)
+        ends.append(training.flat(engine.module.parameters()))
+    return ends[0], ends[1], refused
+
+
+def test_a_loaded_checkpoint_ends_what_was_under_way(processes: Processes, tmp_path: Path) -> None:
+    for reloaded, fresh, refused in processes.run(reloaded_job, folder=str(tmp_path)):
+        assert torch.equal(reloaded, fresh)
+        assert refused.startswith("step 9 is inside a round")
+
+
+LEAVES_EARLY = """
+import torch, torch.distributed as dist
+from torch import nn
+from qsr_engine.averaging import Averager, flat_buckets
+from qsr_engine.config import AveragingConfig
+dist.init_process_group("gloo")
+model = nn.Linear(2000, 2000, bias=False)
+options = AveragingConfig(overlap="next_forward", shared_memory=False, bucket_mb=0.1)
+averager = Averager(flat_buckets(model.parameters(), 10**9), None, options)
+averager.overlap_with(model, [(model.weight, 0, 0, 4_000_000)], lambda part: None)
+model(torch.ones(1, 2000))
+assert averager.start()
+print("left")
+"""
+
+
+def test_a_script_that_ends_during_an_averaging_ends_cleanly() -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python"]
+    done = subprocess.run([*command, sys.executable, "-c", LEAVES_EARLY], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("left") == 2
 
 
 def evaluated_alone_job(alone: bool) -> Tensor:

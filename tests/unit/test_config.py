@@ -64,6 +64,7 @@ def refusal(**changes: Any) -> str:
         ({"switch_step": 3}, ["qsr.switch_step is 3, and strategy 'qsr' does not read it"]),
         ({"strategy": "swap"}, ["qsr.switch_step is missing"]),
         ({"strategy": "post_local", "switch_step": 101}, ["qsr.switch_step is 101 and total_steps is 100"]),
+        ({"averaging": {"bucket_mb": 1e-7}}, ["qsr.averaging.bucket_mb", "found 1e-07", "0.0001"]),
         ({"averaging": {"overlap": "next"}}, ["qsr.averaging.overlap", "found 'next'", "'next_forward'"]),
         ({"averaging": {"overlap": "delayed"}}, ["qsr.averaging: delay_steps is missing"]),
         ({"averaging": {"delay_steps": 2}}, ["delay_steps is 2, and overlap 'none' does not read it"]),

@@ -79,11 +79,12 @@ def test_each_read_waits_for_its_own_pieces_only() -> None:
         lambda net: list(net.parameters()),
         lambda net: dict(net.named_parameters()),
         lambda net: copy.deepcopy(net),
+        lambda net: [(dict(layer._parameters), {**layer._parameters}) for layer in net],
         lambda net: net.double(),
         lambda net: torch.func.functional_call(net, {}, torch.randn(2, 4)),
         lambda net: checkpoint(net, torch.randn(2, 4), use_reentrant=False),
     ],
-    ids=["state_dict", "parameters", "named_parameters", "deepcopy", "to", "functional_call", "checkpoint"],
+    ids=["state_dict", "parameters", "named_parameters", "deepcopy", "dict", "to", "functional_call", "checkpoint"],
 )
 def test_every_way_to_read_a_parameter_waits(read: object) -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
@@ -130,6 +131,52 @@ def test_a_forward_waits_at_once_for_what_nobody_saw_being_read() -> None:
     gate.guard(waited.append)
     net(torch.randn(2, 4))
     assert waited == [0]
+
+
+def test_what_is_used_before_it_is_read_is_waited_for_at_once() -> None:
+    """A list gives the weight to a penalty, and only then the layer reads it."""
+
+    class Penalty(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(2))
+            self.weights = list(self.layers[1].parameters())
+
+        def forward(self, x: Tensor) -> Tensor:
+            penalty = sum(weight.square().sum() for weight in self.weights)
+            for layer in self.layers:
+                x = layer(x)
+            return x + penalty
+
+    net = Penalty()
+    gate, names = gate_of(net)
+    gate.record()
+    net(torch.randn(2, 4))
+    assert [id(parameter) for parameter in gate.unseen()] == [id(net.weights[0])]
+    waited: list[int] = []
+    gate.guard(waited.append)
+    net(torch.randn(2, 4))
+    assert waited[0] == names["layers.1.weight"]
+
+
+def test_a_copy_of_the_model_leaves_the_gate_alone() -> None:
+    """A copy has the hooks of the original, such as an average of the weights that is evaluated at a boundary."""
+    net = Net()
+    gate, _ = gate_of(net)
+    gate.record()
+    early = copy.deepcopy(net)
+    early(torch.randn(2, 4))
+    assert not gate.recorded
+    net(torch.randn(2, 4))
+    waited: list[int] = []
+    gate.guard(waited.append)
+    late = copy.deepcopy(net)
+    waited.clear()
+    for twin in (early, late):
+        twin(torch.randn(2, 4))
+        assert waited == []
+    assert net.first.weight is not None
+    assert waited, "the model itself is still guarded"
 
 
 def test_shared_weights_wait_in_each_place() -> None:
