@@ -177,7 +177,7 @@ def absent_job(shared: bool) -> str:
 def test_a_rank_that_does_not_come_is_an_error_that_names_the_bucket(processes: Processes, shared: bool) -> None:
     message, _ = processes.run(absent_job, seconds=60, shared=shared)
     what = "meeting before the averaging" if shared else "averaging bucket 1 of 1 (0.0 MB)"
-    assert message.startswith(f"{what} over the ranks [0, 1] failed on rank 0: ")
+    assert message.startswith(f"after step 0: {what} over the ranks [0, 1] failed on rank 0: ")
     assert "imed out" in message
 
 
