@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -71,15 +71,8 @@ class AveragingConfig(StrictModel):
     overlap: Literal["none", "next_forward", "delayed"] = "none"
     delay_steps: PositiveInt | None = None  # overlap "delayed": steps between the snapshot and its average
     cuda_graph: bool = False
-    state: list[str] = []
+    state: list[str] = []  # names of optimizer state that is averaged with the parameters, such as exp_avg
     buffers: Literal["average", "local"] = "average"  # floating-point buffers, such as batch-norm statistics
-
-    @field_validator("state")
-    @classmethod
-    def _not_yet(cls, value: list[str]) -> list[str]:
-        if value:
-            raise ValueError(f"found {value!r}, and averaging optimizer state is not there yet; write []")
-        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> AveragingConfig:
@@ -95,6 +88,11 @@ class AveragingConfig(StrictModel):
                 f"wire_dtype is {self.wire_dtype!r} and overlap is 'delayed': after a delayed averaging no two workers "
                 "hold the same parameters, from which differences could be sent; write wire_dtype 'fp32', or the "
                 "overlap 'next_forward'"
+            )
+        if self.overlap == "delayed" and self.state:
+            raise ValueError(
+                f"state is {self.state!r} and overlap is 'delayed': the state would be averaged steps before the "
+                "parameters that it belongs to; write state [], or the overlap 'none' or 'next_forward'"
             )
         if self.cuda_graph and (self.overlap != "none" or self.wire_dtype != "fp32"):
             raise ValueError(
@@ -235,14 +233,10 @@ class OptimizerConfig(StrictModel):
 
 
 class PrecisionConfig(StrictModel):
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    zero_stage: Literal[0, 1] = 0
+    """What the forward and backward pass compute in; the masters are fp32. ZeRO shards inside a worker."""
 
-    @model_validator(mode="after")
-    def _consistent(self) -> PrecisionConfig:
-        if self.dtype == "bf16" and self.zero_stage == 0:
-            raise ValueError("dtype is 'bf16' and zero_stage is 0, which is not there yet; write zero_stage: 1")
-        return self
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    zero_stage: Literal[0, 1, 2, 3] = 0
 
 
 class LoggingConfig(StrictModel):

@@ -30,7 +30,15 @@ from typing import Any
 
 import torch
 
-from qsr_engine.averaging import Averager, CollectiveError, Header, average_packed, exchange_headers
+from qsr_engine.averaging import (
+    Averager,
+    CollectiveError,
+    Header,
+    average_in_place,
+    average_packed,
+    bucket_bytes,
+    exchange_headers,
+)
 from qsr_engine.config import QSRConfig
 from qsr_engine.schedule import Mode, Round, learning_rate, mode, period
 
@@ -44,6 +52,7 @@ class LocalSteps:
         digest: of the configuration; it travels in the boundary header.
         optimizer_lr: reads the optimizer's learning rate; asked only where the configuration has no `lr` block.
         buffers: floating-point tensors averaged beside the parameters (batch-norm statistics); they do not move.
+        optimizer_state: gives the state tensors that are averaged with the parameters; empty if the state is local.
         after_averaging: called once the parameters are averaged; refreshes what derives from them.
         parallel_bytes: bytes that a rank sends at one step of `parallel`.
     """
@@ -56,6 +65,7 @@ class LocalSteps:
         *,
         optimizer_lr: Callable[[], float],
         buffers: list[torch.Tensor] | None = None,
+        optimizer_state: Callable[[], list[torch.Tensor]] = lambda: [],
         after_averaging: Callable[[], None] = lambda: None,
         parallel_bytes: int = 0,
     ) -> None:
@@ -64,6 +74,7 @@ class LocalSteps:
         self._optimizer_lr = optimizer_lr
         self._digest = digest
         self._buffers = buffers or []
+        self._optimizer_state = optimizer_state
         self._after_averaging = after_averaging
         self._parallel_bytes = parallel_bytes
         self.step = 0
@@ -71,6 +82,8 @@ class LocalSteps:
         self.averagings = 0
         self.bytes_sent = 0
         self.seconds_averaging = 0.0
+        self.skipped_steps = 0  # of this worker, because its gradients overflowed; they count as steps
+        self.skipped_steps_of_all_workers = 0  # as told at the last boundary
         self._distance: torch.Tensor | None = None
         self._buffers_differ = False
         self._headers: list[Header] = []  # of the averaging that is due or under way
@@ -145,12 +158,13 @@ class LocalSteps:
         return Round(self.step, period(self.qsr, self.step, self.learning_rate), mode(self.qsr, self.step))
 
     def _average(self) -> None:
-        if self.averager.buckets[0].is_cuda:
+        if self.averager.device.type == "cuda":
             torch.cuda.synchronize()  # so that steps still under way do not count as averaging
         with self._timed():
             self.averager.step = self.step
-            self._headers = exchange_headers(self._header(), self.averager.buckets[0].device)
-            self.bytes_sent += self.averager.bytes_per_averaging + self.average_buffers()
+            self._headers = exchange_headers(self._header(), self.averager.device)
+            self.skipped_steps_of_all_workers = sum(h.skipped for h in self._headers) // self.qsr.worker_size
+            self.bytes_sent += self.averager.bytes_per_averaging + self.average_buffers() + self._average_state()
             overlap = "none" if self.finished else self.qsr.averaging.overlap
             if overlap == "delayed":
                 self._due = True
@@ -160,7 +174,12 @@ class LocalSteps:
 
     def _header(self) -> Header:
         squares, moved = self.averager.sum_of_squares(), self.averager.moved()
-        return Header(self.step, self.period, self.learning_rate, self._digest, squares, moved)
+        return Header(self.step, self.period, self.learning_rate, self._digest, squares, moved, self.skipped_steps)
+
+    def _average_state(self) -> int:
+        """Average the optimizer's state that averaging.state names. Returns the bytes that this rank sent."""
+        tensors, group = self._optimizer_state(), self.averager.group
+        return average_in_place(tensors, group, bucket_bytes(self.qsr.averaging.bucket_mb, group)) if tensors else 0
 
     def _averaged(self) -> None:
         self._distance = self.averager.relative_distance(self._headers)
@@ -288,6 +307,14 @@ class LocalSteps:
             self._round = Round(state["round_start"], state["period"], state["mode"])
 
 
-_COUNTS = ("step", "round", "averagings", "bytes_sent", "seconds_averaging")
+_COUNTS = (
+    "step",
+    "round",
+    "averagings",
+    "bytes_sent",
+    "seconds_averaging",
+    "skipped_steps",
+    "skipped_steps_of_all_workers",
+)
 _STATE = (*_COUNTS, "relative_distance")
 _BUFFER_BUCKET_BYTES = 16_000_000

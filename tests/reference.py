@@ -122,17 +122,27 @@ def simulate(
     compute_dtype: torch.dtype | None = None,
     loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.mse_loss,
     delay: int = 0,
+    worker_size: int = 1,
+    loss_scale: float = 1.0,
+    reduce_dtype: torch.dtype | None = None,
+    zero_step: bool = False,
+    skipped: Callable[[int, int], bool] = lambda worker, step: False,
 ) -> tuple[list[nn.Module], list[float]]:
     """Train K workers in one process.
 
     Args:
         make_model: gives the same initial parameters every time.
         make_optimizer: the local optimizer; its learning rate is set at every step.
-        batches: batches(worker, step) are the micro-batches of one step of one worker; their gradients are averaged.
+        batches: batches(rank, step) are the micro-batches of one step of one rank; their gradients are averaged.
         clip: L2 norm to which each worker clips its gradient, 0 for none.
         compute_dtype: forward and backward use a copy of the parameters in this type, the optimizer the parameters
             themselves (the masters); gradients are accumulated and averaged in this type.
         loss: of outputs and targets, a mean over the micro-batch.
+        worker_size: ranks of a worker; each has batches of its own, and their gradients are averaged.
+        loss_scale: the loss is multiplied by it before the backward pass, and the gradient divided by it after.
+        reduce_dtype: type in which the gradients of a worker's ranks are averaged; without it, the compute type.
+        zero_step: DeepSpeed makes the state of some optimizers by a step with a gradient of zero before the first one.
+        skipped: whether a worker skips its update at a step, as after an overflow.
         delay: steps from a boundary until its average takes effect, as x += average - x at the boundary; at the latest
             at the next boundary, and at once at the last one.
     Returns:
@@ -141,6 +151,11 @@ def simulate(
     total = qsr["total_steps"]
     models = [make_model() for _ in range(workers)]
     optimizers = [make_optimizer(list(model.parameters())) for model in models]
+    if zero_step:
+        for model, optimizer in zip(models, optimizers, strict=True):
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
     ends = dict(boundaries(qsr))
     first_local = next((step for step, mode in ends.items() if mode == "local"), total + 1)
     distances = []
@@ -148,16 +163,24 @@ def simulate(
     apply_at = 0
     for step in range(total):
         for worker, model in enumerate(models):
-            _gradient(model, batches(worker, step), compute_dtype, loss)
+            ranks = range(worker * worker_size, (worker + 1) * worker_size)
+            found = [_gradient(model, batches(rank, step), compute_dtype, loss, loss_scale) for rank in ranks]
+            _average(found, reduce_dtype or compute_dtype)
+            for parameter, gradient in zip(model.parameters(), found[0], strict=True):
+                parameter.grad = gradient.to(parameter.dtype)
         parallel = ends.get(step + 1) == "parallel" and step + 1 < first_local
         if parallel:
             _average([[p.grad for p in model.parameters()] for model in models], compute_dtype)
-        for model, optimizer in zip(models, optimizers, strict=True):
+        for worker, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
+            for parameter in model.parameters():
+                assert parameter.grad is not None
+                parameter.grad *= 1.0 / loss_scale
             if clip:
                 nn.utils.clip_grad_norm_(model.parameters(), clip)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(qsr["lr"], step, total)
-            optimizer.step()
+            if not skipped(worker, step):
+                optimizer.step()
         if differences and (step + 1 == apply_at or step + 1 in ends):
             for model, difference in zip(models, differences, strict=True):
                 for parameter, change in zip(model.parameters(), difference, strict=True):
@@ -184,15 +207,18 @@ def _gradient(
     micro_batches: list[Batch],
     compute_dtype: torch.dtype | None,
     loss: Callable[[Tensor, Tensor], Tensor],
-) -> None:
+    loss_scale: float,
+) -> list[Tensor]:
+    """The gradient of a rank, in the type that it computes in, times loss_scale."""
     computing = copy.deepcopy(model).to(compute_dtype) if compute_dtype else model
     computing.zero_grad()
     for inputs, targets in micro_batches:
         part = loss(computing(inputs), targets) / len(micro_batches)
+        if loss_scale != 1.0:
+            part = part.float() * loss_scale
         part.backward()  # type: ignore[no-untyped-call]
-    for master, parameter in zip(model.parameters(), computing.parameters(), strict=True):
-        assert parameter.grad is not None
-        master.grad = parameter.grad.to(master.dtype)
+    gradients = [parameter.grad for parameter in computing.parameters()]
+    return [gradient.clone() for gradient in gradients if gradient is not None]
 
 
 @torch.no_grad()

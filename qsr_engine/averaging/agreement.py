@@ -32,7 +32,7 @@ class AgreementError(RuntimeError):
 class Header:
     """What every rank says of itself at a boundary.
 
-    The first four must be the same on all ranks, sum_of_squares finite and moved 0.
+    The first four must be the same on all ranks, sum_of_squares finite and moved 0; skipped is for the record.
     """
 
     step: int  # optimizer steps done
@@ -41,8 +41,9 @@ class Header:
     digest: int  # of the configuration (config.digest), below 2^63
     sum_of_squares: float  # of the parameters that this rank holds; not finite if any of them is not
     moved: int = 0  # tensors that have left the buckets on this rank (Averager.moved)
+    skipped: int = 0  # steps whose update this rank's worker skipped because its gradients overflowed
 
-    _FORMAT = struct.Struct("<qqdqdq")
+    _FORMAT = struct.Struct("<qqdqdqq")
 
     def encode(self) -> Tensor:
         raw = self._FORMAT.pack(*dataclasses.astuple(self))
@@ -54,7 +55,7 @@ class Header:
 
 
 def exchange_headers(header: Header, device: torch.device, group: Group = None) -> list[Header]:
-    """Gather the headers of all ranks of the group (48 bytes each) and check that they agree.
+    """Gather the headers of all ranks of the group (56 bytes each) and check that they agree.
 
     Raises:
         BoundaryError: on every rank, if the ranks disagree, or if parameters of one of them are not finite or have

@@ -41,6 +41,7 @@ class Averager:
         shard_group: the ranks of one worker where each holds a part of the parameters (ZeRO); None where every rank
             holds them all.
         tensors: gives the tensors whose values the buckets hold, always the same ones; `moved()` looks at them.
+        device: where the collectives of all ranks and of shard_group run, if not where the buckets are (offload).
     Raises:
         ConfigError: options.cuda_graph, and the buckets cannot be averaged in a CUDA graph.
     """
@@ -53,9 +54,11 @@ class Averager:
         *,
         shard_group: Group = None,
         tensors: Callable[[], Sequence[Tensor]] = lambda: (),
+        device: torch.device | None = None,
     ) -> None:
         self.buckets = list(buckets)
         self.group = group
+        self.device = device or (self.buckets[0].device if self.buckets else torch.device("cpu"))
         self.options = options = options or AveragingConfig(shared_memory=False)
         self.workers = dist.get_world_size(group)
         self._mean = _mean(self.buckets, group, options)  # may move the buckets' memory: addresses are read after it
@@ -253,7 +256,7 @@ class Averager:
         after = _total(list(self._squares.values()) or [self._squares_of(piece) for piece in self.pieces])
         copies = len(headers)
         if self._shard_group is not None:
-            after = after.to(self.buckets[0].device)
+            after = after.to(self.device)
             dist.all_reduce(after, group=self._shard_group)
             copies = self.workers
         before = sum(header.sum_of_squares for header in headers)
@@ -298,6 +301,8 @@ def _mean(buckets: Sequence[Tensor], group: Group, options: AveragingConfig) -> 
 
 def _total(squares: Sequence[float | Tensor]) -> Tensor:
     device = next((value.device for value in squares if isinstance(value, Tensor)), torch.device("cpu"))
+    if not squares:  # of a rank whose part of a small model is empty
+        return torch.zeros((), dtype=torch.float64, device=device)
     return torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in squares]).sum()
 
 

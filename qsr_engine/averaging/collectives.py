@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsr_engine.averaging.buckets import Piece, packed_pieces
+from qsr_engine.averaging.buckets import Piece, packed_pieces, pieces_in_place
 
 Group = dist.ProcessGroup | None  # None is the group of all ranks
 
@@ -203,6 +203,20 @@ def average_packed(tensors: Sequence[Tensor], group: Group, bucket_bytes: int) -
         Bytes that this rank sent (see ring_bytes).
     """
     mean = AllReduce(packed_pieces(tensors, bucket_bytes), group)
+    for _ in mean.run(range(len(mean.pieces))):
+        pass
+    return mean.bytes_sent
+
+
+def average_in_place(tensors: Sequence[Tensor], group: Group, bucket_bytes: int) -> int:
+    """Replace tensors by their mean over the group: large contiguous ones where they are, others as average_packed().
+
+    Returns:
+        Bytes that this rank sent.
+    """
+    flat = [tensor.detach().view(-1) for tensor in tensors if tensor.is_contiguous()]
+    others = packed_pieces([tensor for tensor in tensors if not tensor.is_contiguous()], bucket_bytes)
+    mean = AllReduce(pieces_in_place(flat, bucket_bytes) + others, group)
     for _ in mean.run(range(len(mean.pieces))):
         pass
     return mean.bytes_sent

@@ -6,11 +6,8 @@ model-parallel group is the rank alone. All that DeepSpeed reduces at a step (gr
 then stays inside the worker. The engine that comes back takes the class `LocalStepEngine`, whose `step()` counts steps
 and averages the parameters at boundaries.
 
-Which tensors are averaged (the fp32 masters; what derives from them is refreshed afterwards):
-
-    stage 0, fp32      the parameters themselves, moved into flat buckets
-    stage 1            `single_partition_of_fp32_groups`, flat already, then `update_lp_params()`
-    stage 1, BF16_Optimizer (bf16 with fp32 gradient accumulation)   `fp32_groups_flat_partition`, likewise
+What is averaged are the fp32 masters, in place, and what derives from them is refreshed afterwards; where they are in
+each ZeRO stage and precision is written in deepspeed_masters.py.
 
 The strategy `parallel` is DeepSpeed's own data parallel over all ranks, with nothing in between.
 """
@@ -18,6 +15,7 @@ The strategy `parallel` is DeepSpeed's own data parallel over all ranks, with no
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +29,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero import partitioned_param_coordinator
 from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
@@ -40,13 +39,15 @@ from qsr_engine.averaging import (
     average_packed,
     bucket_bytes,
     check_agreement,
-    flat_buckets,
     ring_bytes,
 )
 from qsr_engine.config import ConfigError, QSRConfig, check_world_size, digest, split_deepspeed_config
-from qsr_engine.engines.deepspeed_config import check_supported, resolve_deepspeed_config, shared_part
+from qsr_engine.engines.deepspeed_config import check_supported, offloads, resolve_deepspeed_config, shared_part
+from qsr_engine.engines.deepspeed_masters import Masters, Stage3, check_state_names, masters_of
 from qsr_engine.engines.worker_groups import WorkerGroups
 from qsr_engine.local_steps import LocalSteps
+
+log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -64,6 +65,43 @@ def _deepspeed_uses(workers: WorkerGroups | None) -> Iterator[None]:
         deepspeed_groups.mpu = before
 
 
+def _compare_inside_the_worker(ints: list[int]) -> None:
+    """Stage 3 checks in its first forwards that all ranks run the same modules in the same order.
+
+    DeepSpeed broadcasts from rank 0 to all ranks for it, also across workers. Here the ranks of a worker compare
+    theirs; without workers it is DeepSpeed's own check.
+    """
+    workers = deepspeed_groups.mpu
+    if not isinstance(workers, WorkerGroups):
+        _compare_with_all_ranks(ints)
+        return
+    found: list[list[int]] = [[] for _ in range(workers.get_data_parallel_world_size())]
+    if len(found) > 1:
+        dist.all_gather_object(found, ints, group=workers.worker)
+        if any(other != ints for other in found):
+            raise RuntimeError(
+                f"the ranks {dist.get_process_group_ranks(workers.worker)} of a worker run different modules or "
+                "parameters under ZeRO stage 3, so their collectives would not match; a worker's ranks must take the "
+                f"same path through the model. Numbers of modules or parameters found: {[len(o) for o in found]}"
+            )
+
+
+_compare_with_all_ranks = partitioned_param_coordinator.assert_ints_same_as_other_ranks
+partitioned_param_coordinator.assert_ints_same_as_other_ranks = _compare_inside_the_worker
+
+
+def _keep_checks_inside_the_worker(engine: DeepSpeedEngine, groups: WorkerGroups) -> None:
+    """Also where the model is called without the engine (`engine.module(...)`), as evaluations do."""
+    coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+    reset_step = coordinator.reset_step
+
+    def reset_step_inside_the_worker() -> None:
+        with _deepspeed_uses(groups):
+            reset_step()
+
+    coordinator.reset_step = reset_step_inside_the_worker
+
+
 class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has no types
     """A DeepSpeed engine whose workers take local steps. Made by `initialize`, never constructed.
 
@@ -72,6 +110,7 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
 
     local_steps: LocalSteps
     worker_groups: WorkerGroups | None  # None under the strategy `parallel`
+    _masters: Masters
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """As DeepSpeed's forward(). Under averaging.overlap it may wait for parameters; in evaluation, for all."""
@@ -79,7 +118,8 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
             self.local_steps.begin_forward()
         else:
             self.local_steps.finish()
-        return super().forward(*inputs, **kwargs)
+        with _deepspeed_uses(self.worker_groups):
+            return super().forward(*inputs, **kwargs)
 
     def eval(self) -> None:
         """As DeepSpeed's eval(). Under overlap "delayed", call `local_steps.wait()` on every rank before it."""
@@ -104,16 +144,42 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
             self.local_steps.begin_update()
             if self.worker_groups and self.local_steps.mode == "parallel":
                 self._average_gradients(self.worker_groups.across)
-        steps_before = self.global_steps
+        steps_before, skipped_before = self.global_steps, self.skipped_steps
         with _deepspeed_uses(self.worker_groups):
             super().step(lr_kwargs)
         if self.global_steps == steps_before:
             return False
+        if self.skipped_steps > skipped_before:
+            self._note_skipped_step(lr_kwargs)
         boundary = self.local_steps.advance()
         self._set_learning_rate()
         if boundary and self.monitor.enabled and self.global_rank == 0:
             self._write_boundary()
         return boundary
+
+    def _note_skipped_step(self, lr_kwargs: dict[str, Any] | None) -> None:
+        """The gradients overflowed on this worker, and DeepSpeed left out the update and the scheduler's step.
+
+        The step counts here as on the other workers, so the scheduler takes it too: else the workers' learning rates
+        would differ from now on, and with them their periods. Under the strategy `parallel` all ranks skip alike, and
+        DeepSpeed's own way is left.
+        """
+        state = self.local_steps
+        state.skipped_steps += 1
+        if self.worker_groups is None:
+            return
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step(**(lr_kwargs or {}))
+        if self.worker_groups.get_data_parallel_rank() == 0:
+            scale = getattr(self.optimizer, "loss_scale", None)
+            log.warning(
+                "step %d: the gradients of worker %d overflowed, so it skipped the update; the step counts (skipped so "
+                "far: %d; loss scale now: %s)",
+                state.step,
+                self.worker_groups.worker_index,
+                state.skipped_steps,
+                scale,
+            )
 
     def _write_boundary(self) -> None:
         """To DeepSpeed's own monitor (TensorBoard, W&B, CSV), on its x axis: samples over all workers."""
@@ -122,6 +188,7 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
             "period": state.period,
             "averagings": state.averagings,
             "bytes_sent": state.bytes_sent,
+            "skipped_steps": state.skipped_steps_of_all_workers,
         }
         if state.relative_distance is not None:
             figures["relative_distance"] = state.relative_distance
@@ -136,7 +203,8 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
     def _average_gradients(self, group: dist.ProcessGroup) -> None:
         """Average over the workers what DeepSpeed reduced inside this one; the first phase of `post_local`."""
         started = time.perf_counter()
-        average_packed(_gradients(self), group, bucket_bytes(self.local_steps.qsr.averaging.bucket_mb, group))
+        average_packed(self._masters.gradients(), group, bucket_bytes(self.local_steps.qsr.averaging.bucket_mb, group))
+        self._masters.gradients_changed()
         self.local_steps.seconds_averaging += time.perf_counter() - started
 
     def allreduce_gradients(self, *args: Any, **kwargs: Any) -> None:
@@ -295,10 +363,11 @@ def initialize(
     workers = check_world_size(dist.get_world_size(), qsr.worker_size)
     parallel = qsr.strategy == "parallel"
     ds_config = resolve_deepspeed_config(ds_config, dist.get_world_size(), 1 if parallel else workers)
-    model.to(device)
-    _copy_from_rank_0(model)
+    groups = None
+    if not parallel:
+        groups = WorkerGroups.make(qsr.worker_size, worker=_zero_init_group(model, qsr), on_cpu=offloads(ds_config))
+    _copy_from_rank_0(model, device, groups)
 
-    groups = None if parallel else WorkerGroups.make(qsr.worker_size)
     with _deepspeed_uses(groups):
         engine, ds_optimizer, _, lr_scheduler = deepspeed.initialize(
             model=model,
@@ -316,6 +385,34 @@ def initialize(
         sampler: DistributedSampler[Any] = DistributedSampler(training_data, dist.get_world_size(), dist.get_rank())
         engine.training_dataloader = engine.deepspeed_io(training_data, data_sampler=sampler)
     return engine, ds_optimizer, engine.training_dataloader, lr_scheduler
+
+
+def zero_init(config: str | os.PathLike[str] | Mapping[str, Any]) -> contextlib.AbstractContextManager[Any]:
+    """`deepspeed.zero.Init` for a configuration with a `"qsr"` block: build a model that no single GPU can hold.
+
+    Parameters are partitioned over the ranks of each worker as they are made. Every worker needs worker_size ranks that
+    can hold the model together. Give the model and the same configuration to initialize() afterwards.
+
+        with qsr_engine.zero_init(config):
+            model = make_model()
+
+    Raises:
+        ConfigError: as initialize(), or the ZeRO stage is not 3.
+    """
+    ds_config, qsr = split_deepspeed_config(config)
+    check_supported(ds_config, qsr)
+    stage = (ds_config.get("zero_optimization") or {}).get("stage", 0)
+    if stage != 3:
+        raise ConfigError(f"zero_init() partitions parameters, and zero_optimization.stage is {stage}; write 3")
+    _start_process_group(29500, None)
+    workers = check_world_size(dist.get_world_size(), qsr.worker_size)
+    parallel = qsr.strategy == "parallel"
+    resolved = resolve_deepspeed_config(ds_config, dist.get_world_size(), 1 if parallel else workers)
+    groups = None if parallel else WorkerGroups.make(qsr.worker_size)
+    init: contextlib.AbstractContextManager[Any] = deepspeed.zero.Init(
+        data_parallel_group=groups.worker if groups else None, config_dict_or_path=resolved, mpu=groups
+    )
+    return init
 
 
 def _start_process_group(port: int, init_required: bool | None) -> None:
@@ -338,15 +435,49 @@ def _start_process_group(port: int, init_required: bool | None) -> None:
 def _describe(model: nn.Module) -> dict[str, str]:
     """Name, type and shape of every parameter and buffer; it must be the same on every rank."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    return {name: f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for name, t in tensors}
+    return {
+        name: f"{str(t.dtype).removeprefix('torch.')} {list(getattr(t, 'ds_shape', t.shape))}" for name, t in tensors
+    }
+
+
+def _zero_init_group(model: nn.Module, qsr: QSRConfig) -> dist.ProcessGroup | None:
+    """The group over which deepspeed.zero.Init has partitioned the model; None if it has not."""
+    groups: set[dist.ProcessGroup] = {parameter.ds_process_group for parameter in _partitioned(model)}
+    first = dist.get_rank() // qsr.worker_size * qsr.worker_size
+    ranks = list(range(first, first + qsr.worker_size))
+    for group in groups:
+        found = dist.get_process_group_ranks(group)
+        if found != ranks:
+            raise ConfigError(
+                f"the model was partitioned by deepspeed.zero.Init over the ranks {found}, and a worker is made of the "
+                f"ranks {ranks}; build it under `with qsr_engine.zero_init(config):`, or without zero.Init"
+            )
+    return next(iter(groups), None)
+
+
+def _partitioned(model: nn.Module) -> list[Any]:
+    """The parameters that deepspeed.zero.Init has partitioned."""
+    return [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
 
 
 @torch.no_grad()
-def _copy_from_rank_0(model: nn.Module) -> None:
-    for tensor in (*model.parameters(), *model.buffers()):
-        contiguous = tensor.detach().contiguous()
-        dist.broadcast(contiguous, 0)
-        tensor.copy_(contiguous)
+def _copy_from_rank_0(model: nn.Module, device: torch.device, groups: WorkerGroups | None) -> None:
+    """Move the model to the device and give every rank the values of rank 0; of partitioned parameters, its part."""
+    partitioned = _partitioned(model)
+    if partitioned:
+        whole = {id(parameter) for parameter in model.parameters()} - {id(parameter) for parameter in partitioned}
+        tensors = [parameter.data for parameter in model.parameters() if id(parameter) in whole]
+        if groups is not None:
+            source = dist.get_global_rank(groups.across, 0)
+            for parameter in partitioned:
+                dist.broadcast(parameter.ds_tensor.data, source, group=groups.across)
+    else:
+        model.to(device)
+        tensors = [parameter.data for parameter in model.parameters()]
+    for tensor in (*tensors, *model.buffers()):
+        there = tensor.detach().to(device).contiguous()
+        dist.broadcast(there, 0)
+        tensor.copy_(there)
 
 
 def _take_local_steps(engine: DeepSpeedEngine, qsr: QSRConfig, groups: WorkerGroups | None, config_digest: int) -> None:
@@ -355,78 +486,79 @@ def _take_local_steps(engine: DeepSpeedEngine, qsr: QSRConfig, groups: WorkerGro
         raise ConfigError(f"deepspeed.initialize gave a {type(engine).__name__}; local steps need a DeepSpeedEngine")
     if qsr.lr is not None:
         _check_learning_rates(engine.optimizer.param_groups)
-    trained = sum(p.numel() * p.element_size() for p in engine.module.parameters() if p.requires_grad)
+    trained = sum(_numel(p) * p.element_size() for p in engine.module.parameters() if p.requires_grad)
     average_buffers = qsr.averaging.buffers == "average"
     if groups and qsr.worker_size == 1 and not engine.zero_optimization():
         engine.enable_backward_allreduce = False  # one rank: reducing would copy every gradient twice for nothing
+    masters = masters_of(engine)
+    state_names = check_state_names(qsr.averaging.state, masters.base_optimizer)
+    if groups and isinstance(masters, Stage3):
+        _keep_checks_inside_the_worker(engine, groups)
     engine.__class__ = LocalStepEngine
     engine.worker_groups = groups
+    engine._masters = masters
     engine.local_steps = LocalSteps(
         qsr,
         _averager(engine, qsr, groups),
         config_digest,
         optimizer_lr=lambda: float(engine.optimizer.param_groups[0]["lr"]),
         buffers=[b for b in engine.module.buffers() if b.is_floating_point() and average_buffers],
-        after_averaging=getattr(engine.optimizer, "update_lp_params", None) or (lambda: None),
+        optimizer_state=lambda: [tensor for name in state_names for tensor in masters.state_to_average(name)],
+        after_averaging=masters.refresh,
         parallel_bytes=ring_bytes(trained, dist.get_world_size()),
     )
     engine._set_learning_rate()
 
 
-# Of DeepSpeed's optimizers with flat fp32 masters: the masters, the low-precision copies, flat and by parameter.
-_FLAT_MASTERS = (
-    ("single_partition_of_fp32_groups", "bit16_groups_flat", "bit16_groups"),
-    ("fp32_groups_flat_partition", "bf16_groups_flat", "bf16_groups"),
-)
+def _numel(parameter: Tensor) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def _averager(engine: DeepSpeedEngine, qsr: QSRConfig, groups: WorkerGroups | None) -> Averager:
+def _averager(engine: LocalStepEngine, qsr: QSRConfig, groups: WorkerGroups | None) -> Averager:
     """What is averaged at a boundary: the masters, in place."""
     if groups is None:
         return Averager([], None)
-    optimizer, options = engine.optimizer, qsr.averaging
-    names = next((names for names in _FLAT_MASTERS if hasattr(optimizer, names[0])), None)
-    if names is not None:
-        masters, copies, parameters = (getattr(optimizer, name) for name in names)
-        flat = [master.detach() for master in masters]
-        averager = Averager(
-            flat, groups.across, options, shard_group=groups.worker, tensors=lambda: list(getattr(optimizer, names[0]))
-        )
-        if options.overlap == "next_forward":
-            _overlap_masters(averager, engine.module, copies, parameters, qsr.worker_size)
-        return averager
-
-    def held() -> list[Tensor]:
-        return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-    buckets = flat_buckets(held(), bucket_bytes(options.bucket_mb, groups.across))
-    averager = Averager(buckets, groups.across, options, tensors=held)
+    masters, options = engine._masters, qsr.averaging
+    averager = Averager(
+        masters.buckets(bucket_bytes(options.bucket_mb, groups.across)),
+        groups.across,
+        options,
+        shard_group=groups.worker if masters.sharded else None,
+        tensors=masters.held,
+        device=engine.device,
+    )
     if options.overlap == "next_forward":
-        places = [(parameter, *_place_in(parameter, buckets)) for parameter in held() if parameter.numel()]
-        averager.overlap_with(engine.module, places, refresh=lambda part: None)
+        _overlap(averager, masters, qsr.worker_size)
     return averager
 
 
-def _overlap_masters(
-    averager: Averager, module: nn.Module, copies: list[Tensor], parameters: list[list[Tensor]], worker_size: int
-) -> None:
-    """The model reads low-precision copies, which lie in their flat tensors as the masters do in theirs."""
-    if worker_size > 1:
-        raise ConfigError(
-            f"qsr.averaging.overlap is 'next_forward' and qsr.worker_size is {worker_size} under ZeRO: a rank holds a "
-            "part of the masters, so a parameter is whole only after a collective inside the worker, for which a "
-            "forward cannot wait; write overlap 'none' or 'delayed', or worker_size 1, or ZeRO stage 0"
+def _overlap(averager: Averager, masters: Masters, worker_size: int) -> None:
+    """Say of which elements of the buckets each parameter of the model is made."""
+    why = masters.why_no_overlap
+    if masters.sharded and worker_size > 1:
+        why = why or (
+            f"qsr.worker_size is {worker_size} under ZeRO, where a rank holds a part of the masters, so a parameter is "
+            "whole only after a collective inside the worker, for which a forward cannot wait"
         )
+    if why:
+        raise ConfigError(
+            f"qsr.averaging.overlap is 'next_forward', and {why}; write overlap 'none' or 'delayed', or a worker_size "
+            "of 1 with ZeRO stage 0, 1 or 2 without offload"
+        )
+    copies = masters.copies(averager.buckets)
     places = [
-        (parameter, *_place_in(parameter, copies)) for group in parameters for parameter in group if parameter.numel()
+        (parameter, *_place_in(parameter, copies or averager.buckets))
+        for parameter in masters.parameters()
+        if parameter.numel()
     ]
 
     @torch.no_grad()
     def refresh(part: Tensor) -> None:
-        group, start, stop = _place_in(part, averager.buckets)
-        copies[group][start:stop].copy_(part)
+        if copies is not None:
+            bucket, start, stop = _place_in(part, averager.buckets)
+            copies[bucket][start:stop].copy_(part)
 
-    averager.overlap_with(module, places, refresh)
+    averager.overlap_with(masters.module, places, refresh)
 
 
 def _place_in(tensor: Tensor, buckets: list[Tensor]) -> tuple[int, int, int]:
@@ -439,31 +571,21 @@ def _place_in(tensor: Tensor, buckets: list[Tensor]) -> tuple[int, int, int]:
     raise RuntimeError(f"a parameter of shape {tuple(tensor.shape)} is in none of the buckets")
 
 
-def _describe_optimizer(engine: DeepSpeedEngine) -> dict[str, dict[str, str]]:
+def _describe_optimizer(engine: DeepSpeedEngine) -> dict[str, Any]:
     """Which parameters are averaged, in which order: it must be the same on every rank."""
     optimizer = engine.optimizer
+    attributes = ("fp16_groups", "bit16_groups", "bf16_groups")
     groups = next(
-        (getattr(optimizer, name) for name in ("bit16_groups", "bf16_groups") if hasattr(optimizer, name)),
+        (getattr(optimizer, name) for name in attributes if hasattr(optimizer, name)),
         [group["params"] for group in optimizer.param_groups],
     )
     return {
-        f"group {number}": {f"parameter {place}": engine.param_names.get(p, "?") for place, p in enumerate(group)}
-        for number, group in enumerate(groups)
+        "type": type(engine.basic_optimizer).__name__,
+        **{
+            f"group {number}": {f"parameter {place}": engine.param_names.get(p, "?") for place, p in enumerate(group)}
+            for number, group in enumerate(groups)
+        },
     }
-
-
-def _gradients(engine: DeepSpeedEngine) -> list[Tensor]:
-    """The gradients of this rank's part of the parameters, reduced inside the worker, not yet clipped."""
-    optimizer = engine.optimizer
-    if hasattr(optimizer, "fp32_groups_gradient_flat_partition"):
-        return list(optimizer.fp32_groups_gradient_flat_partition)
-    if hasattr(optimizer, "averaged_gradients"):
-        return [gradient for group in optimizer.averaged_gradients.values() for gradient in group]
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    for parameter in parameters:
-        if parameter.grad is None:  # not used in this step here; it may be on another worker
-            parameter.grad = torch.zeros_like(parameter)
-    return [parameter.grad for parameter in parameters]
 
 
 def _check_learning_rates(param_groups: list[dict[str, Any]]) -> None:

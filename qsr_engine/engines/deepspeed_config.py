@@ -18,10 +18,26 @@ _LOCAL_KEYS = frozenset(
     | {"steps_per_print", "wall_clock_breakdown", "memory_breakdown"}
 )
 # Blocks with an "enabled" switch, and plain keys, that change what is communicated or what the masters are.
-_REFUSED_BLOCKS = ("fp16", "amp", "torch_autocast", "hybrid_engine", "elasticity", "data_efficiency")
+_REFUSED_BLOCKS = {
+    "amp": "bf16 or fp16",
+    "torch_autocast": "bf16 or fp16, which keep fp32 masters",
+    "hybrid_engine": "no hybrid_engine",
+    "elasticity": "a fixed batch size",
+    "data_efficiency": "no data_efficiency",
+    "nebula": "DeepSpeed's own writer of checkpoints",
+    "zenflow": "no zenflow",
+}
 _REFUSED_KEYS = ("sequence_parallel_size", "data_parallel_size", "expert_parallel", "tensor_parallel", "pipeline")
-_REFUSED_ZERO_KEYS = ("offload_optimizer", "offload_param", "zenflow", "zero_quantized_gradients")
+_REFUSED_ZERO_KEYS = {
+    "zenflow": "it delays a part of the update",
+    "zero_quantized_gradients": "it needs CUDA kernels that were never tried with local steps",
+    "zero_quantized_weights": "it needs CUDA kernels that were never tried with local steps",
+    "zero_quantized_nontrainable_weights": "it needs CUDA kernels that were never tried with local steps",
+    "enable_sanity_checks": "its checks are collectives over all workers",
+    "mics_shard_size": "DeepSpeed has removed it; qsr.worker_size shards inside a worker",
+}
 _REFUSED_OPTIMIZERS = ("onebitadam", "zerooneadam", "onebitlamb", "muon")
+_LOW_PRECISION_MASTERS = ("fp16_master_weights_and_grads", "bf16_master_weights_and_grads")
 
 
 def check_supported(config: Mapping[str, Any], qsr: QSRConfig) -> None:
@@ -34,22 +50,19 @@ def check_supported(config: Mapping[str, Any], qsr: QSRConfig) -> None:
         if not isinstance(config.get(key) or {}, Mapping):
             raise ConfigError(f"{key} is {config[key]!r}; in DeepSpeed's configuration it is a block of keys")
     zero = config.get("zero_optimization") or {}
-    stage = zero.get("stage", 0)
-    bf16 = _enabled(config.get("bf16", config.get("bfloat16")))
-    if stage not in (0, 1):
-        raise ConfigError(f"zero_optimization.stage is {stage}, which local steps do not support yet; write 0 or 1")
-    if bf16 and stage == 0:
-        raise ConfigError("bf16 with ZeRO stage 0 is not supported yet; write zero_optimization.stage 1, or leave bf16")
-    for key in _REFUSED_BLOCKS:
+    _check_zero(zero, qsr)
+    _check_precision(config, zero)
+    for key, instead in _REFUSED_BLOCKS.items():
         if _enabled(config.get(key)):
-            instead = "bf16 with zero_optimization.stage 1, or fp32" if key in ("fp16", "amp") else f"no {key}"
             raise ConfigError(f"{key} is enabled, which local steps do not support yet; use {instead}")
     for key in _REFUSED_KEYS:
         if config.get(key) not in (None, 1, False, {}):
             raise ConfigError(f"{key} is set, which local steps do not support yet; leave it out")
-    for key in _REFUSED_ZERO_KEYS:
-        if zero.get(key) not in (None, False) and zero.get(key) != {"device": "none"}:
-            raise ConfigError(f"zero_optimization.{key} is set, which local steps do not support yet; leave it out")
+    if (config.get("compile") or {}).get("deepcompile"):
+        raise ConfigError(
+            "compile.deepcompile is set: compiled graphs then reduce gradients by themselves, which local steps do not "
+            "support; leave it out (engine.compile() works)"
+        )
     if config.get("managed_gradient_accumulation") is False:
         raise ConfigError("managed_gradient_accumulation is false, which local steps do not support yet; leave it out")
     optimizer = str((config.get("optimizer") or {}).get("type", ""))
@@ -57,6 +70,74 @@ def check_supported(config: Mapping[str, Any], qsr: QSRConfig) -> None:
         raise ConfigError(f"optimizer.type {optimizer!r} communicates by itself; use for example AdamW or SGD")
     if qsr.lr is not None and config.get("scheduler"):
         raise ConfigError("both qsr.lr and scheduler set the learning rate; leave one of them out")
+
+
+def _check_zero(zero: Mapping[str, Any], qsr: QSRConfig) -> None:
+    stage = zero.get("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise ConfigError(f"zero_optimization.stage is {stage!r}; write 0, 1, 2 or 3")
+    for key, reason in _REFUSED_ZERO_KEYS.items():
+        if zero.get(key) not in (None, False, -1):
+            raise ConfigError(f"zero_optimization.{key} is set, and {reason}; leave it out")
+    for key, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
+        device = _offload_device(zero, key)
+        if device == "none":
+            continue
+        if device != "cpu":
+            raise ConfigError(
+                f"zero_optimization.{key}.device is {device!r}: averaging needs the masters in memory; write 'cpu'"
+            )
+        if stage not in stages:
+            near = " or ".join(map(str, stages))
+            raise ConfigError(
+                f"zero_optimization.{key} is set and the stage is {stage}, where DeepSpeed has nothing to offload; "
+                f"write stage {near}, or leave it out"
+            )
+    if (zero.get("offload_optimizer") or {}).get("super_offload"):
+        raise ConfigError("zero_optimization.offload_optimizer.super_offload is set, and untried; leave it out")
+    secondary = zero.get("zero_hpz_partition_size", 1)
+    if qsr.strategy != "parallel" and secondary > 1 and qsr.worker_size % secondary:
+        raise ConfigError(
+            f"zero_optimization.zero_hpz_partition_size is {secondary} and qsr.worker_size is {qsr.worker_size}: "
+            "secondary copies would cross workers; write a size that divides worker_size, or 1"
+        )
+
+
+def _check_precision(config: Mapping[str, Any], zero: Mapping[str, Any]) -> None:
+    bf16, fp16 = config.get("bf16", config.get("bfloat16")), config.get("fp16")
+    if _enabled(bf16) and _enabled(fp16):
+        raise ConfigError("bf16 and fp16 are both enabled; leave one of them out")
+    for name, block in (("bf16", bf16), ("fp16", fp16)):
+        for key in _LOW_PRECISION_MASTERS:
+            if isinstance(block, Mapping) and block.get(key):
+                raise ConfigError(
+                    f"{name}.{key} is set, and averages of masters in {name} lose what small steps have changed; leave "
+                    "it out, so that the masters are fp32"
+                )
+    if _enabled(fp16) and not zero.get("stage", 0):
+        raise ConfigError(
+            "fp16 is enabled and ZeRO is off: DeepSpeed then divides the gradients by a loss scale by which it did not "
+            "multiply them (https://github.com/deepspeedai/DeepSpeed/pull/8393); write zero_optimization.stage 1, "
+            "which shards nothing with worker_size 1, or bf16"
+        )
+    accumulation = (config.get("data_types") or {}).get("grad_accum_dtype")
+    if accumulation in ("fp32", "float32") and (_enabled(bf16) or _enabled(fp16)) and not zero.get("stage", 0):
+        raise ConfigError(
+            "data_types.grad_accum_dtype is fp32 and ZeRO is off, which DeepSpeed does not implement; write "
+            "zero_optimization.stage 1, or leave it out"
+        )
+
+
+def offloads(config: Mapping[str, Any]) -> bool:
+    """Whether the masters lie on the CPU while the model is on a GPU."""
+    return _offload_device(config.get("zero_optimization") or {}, "offload_optimizer") == "cpu"
+
+
+def _offload_device(zero: Mapping[str, Any], key: str) -> str:
+    block = zero.get(key)
+    if block is None or block is False:
+        return "none"
+    return str(block.get("device", "none")) if isinstance(block, Mapping) else str(block)
 
 
 def _enabled(block: Any) -> bool:

@@ -22,18 +22,28 @@ class WorkerGroups:
     worker_index: int
 
     @classmethod
-    def make(cls, worker_size: int) -> WorkerGroups:
+    def make(cls, worker_size: int, *, worker: dist.ProcessGroup | None = None, on_cpu: bool = False) -> WorkerGroups:
+        """Make the groups; every rank must call it.
+
+        Args:
+            worker: the group of this rank's worker, where there is one already.
+            on_cpu: whether what is averaged lies on the CPU (offload), where NCCL cannot reach it.
+        """
         rank, world_size = dist.get_rank(), dist.get_world_size()
         index, place = divmod(rank, worker_size)
 
         # Made by their members alone, so that starting does not slow down with the square of the number of ranks.
-        def group(ranks: range) -> dist.ProcessGroup:
-            return cast(dist.ProcessGroup, dist.new_group(list(ranks), use_local_synchronization=True))
+        def group(ranks: range, backend: str | None = None) -> dist.ProcessGroup:
+            made = dist.new_group(list(ranks), backend=backend, use_local_synchronization=True)
+            return cast(dist.ProcessGroup, made)
 
         alone = group(range(rank, rank + 1))
         first = index * worker_size
-        worker = alone if worker_size == 1 else group(range(first, first + worker_size))
-        across = alone if worker_size == world_size else group(range(place, world_size, worker_size))
+        if worker is None:
+            worker = alone if worker_size == 1 else group(range(first, first + worker_size))
+        across = alone
+        if worker_size < world_size:
+            across = group(range(place, world_size, worker_size), "gloo" if on_cpu else None)
         return cls(worker, alone, across, index)
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:

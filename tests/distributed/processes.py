@@ -121,3 +121,4 @@ def _leave_process_group() -> None:
         else:
             dist.destroy_process_group()
     deepspeed.comm.comm.cdb = None
+    deepspeed.zero.Init.param_id = 0  # stage 3 compares these numbers between ranks, and ranks differ in earlier jobs

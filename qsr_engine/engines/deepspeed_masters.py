@@ -1,0 +1,339 @@
+"""Where DeepSpeed's optimizers keep the fp32 masters, the gradients and the state of one rank, and what derives from
+them.
+
+    stage 0, fp32                      the parameters themselves (`Parameters`)
+    stage 0, bf16 or fp16, FusedAdam   `fp32_groups_flat`, flat (`FlatMasters`)
+    stage 0, bf16 or fp16, others      `fp32_groups`, a tensor a parameter (`MasterPerParameter`)
+    stages 1 and 2                     `single_partition_of_fp32_groups`, flat, a part of them (`Partition`)
+    stage 1, BF16_Optimizer            `fp32_groups_flat_partition`, likewise (`BF16Partition`)
+    stage 3                            `fp32_partitioned_groups_flat`, flat, a part of every parameter (`Stage3`)
+
+A master that changed must be followed by what is made from it: low-precision copies, gathered parameters, the
+parameters that stage 3 keeps gathered, and its secondary copies. `refresh()` does that, inside the worker. (DeepSpeed's
+own `refresh_fp32_params()` goes the other way and would undo an averaging.)
+
+Does not import deepspeed: it knows these classes by their attributes, which engines/deepspeed.py checks when it is
+imported.
+"""
+
+from __future__ import annotations
+
+import abc
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qsr_engine.averaging import flat_buckets
+from qsr_engine.config import ConfigError
+
+Place = tuple[Tensor, int, int, int]  # a parameter, and the bucket, start and stop of the elements that it is made of
+
+
+class Masters(abc.ABC):
+    """The fp32 parameters that this rank's optimizer updates."""
+
+    sharded = False  # whether a rank holds a part of the masters of its worker only
+
+    def __init__(self, engine: Any) -> None:
+        self.optimizer = engine.optimizer  # DeepSpeed's
+        self.module: nn.Module = engine.module
+
+    @property
+    def base_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer whose state belongs to the masters."""
+        optimizer: torch.optim.Optimizer = self.optimizer.optimizer
+        return optimizer
+
+    @abc.abstractmethod
+    def held(self) -> list[Tensor]:
+        """The masters, as the optimizer holds them."""
+
+    def buckets(self, bucket_bytes: int) -> list[Tensor]:
+        """The masters as flat buckets, which averaging changes in place."""
+        return [master.detach() for master in self.held() if master.numel()]
+
+    @abc.abstractmethod
+    def refresh(self) -> None:
+        """The masters have changed: bring what derives from them up to date. Collective inside the worker."""
+
+    @abc.abstractmethod
+    def gradients(self) -> list[Tensor]:
+        """The gradients of the masters, reduced inside the worker, not yet clipped nor unscaled."""
+
+    def gradients_changed(self) -> None:
+        """The gradients have been averaged: bring what DeepSpeed measured on the old ones up to date."""
+        return
+
+    def state(self, name: str) -> list[Tensor | None]:
+        """The optimizer's state of this name, for each of held(); None where it has none (yet)."""
+        states = self.base_optimizer.state
+        return [states[master].get(name) if master in states else None for master in self.held()]
+
+    def state_to_average(self, name: str) -> list[Tensor]:
+        """The state of this name for each of held(), zeros where it has none here: another worker may have some."""
+        return [
+            torch.zeros_like(master) if state is None else state
+            for master, state in zip(self.held(), self.state(name), strict=True)
+        ]
+
+    def copies(self, buckets: Sequence[Tensor]) -> list[Tensor] | None:
+        """Flat low-precision copies, laid out as the buckets; None where the model reads the buckets themselves."""
+        return None
+
+    def parameters(self) -> list[Tensor]:
+        """The model's parameters that are made of the masters, where each is made of elements of this rank only."""
+        return self.held()
+
+    @property
+    def why_no_overlap(self) -> str | None:
+        """Why the next forward cannot wait for single parameters; None where it can."""
+        return None
+
+
+class Parameters(Masters):
+    """Stage 0 in fp32: the optimizer is torch's and holds the parameters."""
+
+    @property
+    def base_optimizer(self) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = self.optimizer
+        return optimizer
+
+    def held(self) -> list[Tensor]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def buckets(self, bucket_bytes: int) -> list[Tensor]:
+        return flat_buckets(self.held(), bucket_bytes)
+
+    def refresh(self) -> None:
+        return
+
+    def gradients(self) -> list[Tensor]:
+        return _dense_gradients(self.held())
+
+
+class MasterPerParameter(Masters):
+    """Stage 0 in bf16 or fp16, FP16_UnfusedOptimizer: a master for every parameter."""
+
+    def held(self) -> list[Tensor]:
+        return [master for group in self.optimizer.fp32_groups for master in group]
+
+    def buckets(self, bucket_bytes: int) -> list[Tensor]:
+        self._bucket_bytes = bucket_bytes // 8 * 8
+        return flat_buckets(self.held(), self._bucket_bytes)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        torch._foreach_copy_(self.parameters(), self.held())
+
+    def gradients(self) -> list[Tensor]:
+        return _dense_gradients(self.parameters())
+
+    def copies(self, buckets: Sequence[Tensor]) -> list[Tensor]:
+        """The parameters move into buckets of the same plan: as many elements, of half the size."""
+        copies = flat_buckets(self.parameters(), self._bucket_bytes // 2)
+        if [copy.numel() for copy in copies] != [bucket.numel() for bucket in buckets]:
+            raise ConfigError(
+                "qsr.averaging.overlap is 'next_forward', and the masters and the low-precision parameters of this "
+                "model do not lie alike (shared or strided parameters); write overlap 'none' or 'delayed'"
+            )
+        return copies
+
+    def parameters(self) -> list[Tensor]:
+        return [parameter for group in self.optimizer.fp16_groups for parameter in group]
+
+
+class FlatMasters(Masters):
+    """Stage 0 in bf16 or fp16, FP16_Optimizer (FusedAdam): a flat master for every parameter group."""
+
+    def held(self) -> list[Tensor]:
+        return list(self.optimizer.fp32_groups_flat)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        for copy, master in zip(self.optimizer.fp16_groups_flat, self.held(), strict=True):
+            copy.copy_(master)
+
+    def gradients(self) -> list[Tensor]:
+        return _dense_gradients(self.parameters())
+
+    def copies(self, buckets: Sequence[Tensor]) -> list[Tensor]:
+        return [copy for copy in self.optimizer.fp16_groups_flat if copy.numel()]
+
+    def parameters(self) -> list[Tensor]:
+        return [parameter for group in self.optimizer.fp16_groups for parameter in group]
+
+
+class Partition(Masters):
+    """Stages 1 and 2: every rank of a worker holds a part of the flat masters, on a CPU under offload_optimizer."""
+
+    sharded = True
+
+    def held(self) -> list[Tensor]:
+        return list(self.optimizer.single_partition_of_fp32_groups)
+
+    def refresh(self) -> None:
+        self.optimizer.update_lp_params()
+
+    def gradients(self) -> list[Tensor]:
+        if self.optimizer.cpu_offload:
+            return [master.grad for master in self.held() if master.grad is not None]
+        return [gradient for group in self.optimizer.averaged_gradients.values() for gradient in group]
+
+    def gradients_changed(self) -> None:
+        """Under offload DeepSpeed measures norm and overflow while it copies the gradients to the CPU."""
+        optimizer = self.optimizer
+        if not optimizer.cpu_offload:
+            return
+        for parameters in optimizer.params_in_partition:
+            for identity in map(optimizer.get_param_id, parameters):
+                group, _, start, size = optimizer.grad_position[identity]
+                gradient = self.held()[group].grad
+                if identity in optimizer.norm_for_param_grads and gradient is not None:
+                    norm = gradient.view(-1).narrow(0, start, size).double().norm(2)
+                    optimizer.norm_for_param_grads[identity] = norm
+        optimizer.local_overflow = not all(bool(g.isfinite().all()) for g in self.gradients())
+
+    def copies(self, buckets: Sequence[Tensor]) -> list[Tensor]:
+        return list(self.optimizer.bit16_groups_flat)
+
+    def parameters(self) -> list[Tensor]:
+        return [parameter for group in self.optimizer.bit16_groups for parameter in group]
+
+    @property
+    def why_no_overlap(self) -> str | None:
+        if self.optimizer.cpu_offload:
+            return "the masters are on the CPU (zero_optimization.offload_optimizer), and their copies elsewhere"
+        return None
+
+
+class BF16Partition(Masters):
+    """Stage 1 in bf16 with gradients accumulated in fp32: DeepSpeed's BF16_Optimizer."""
+
+    sharded = True
+
+    def held(self) -> list[Tensor]:
+        return list(self.optimizer.fp32_groups_flat_partition)
+
+    def refresh(self) -> None:
+        self.optimizer.update_lp_params()
+
+    def gradients(self) -> list[Tensor]:
+        return list(self.optimizer.fp32_groups_gradient_flat_partition)
+
+    def copies(self, buckets: Sequence[Tensor]) -> list[Tensor]:
+        return list(self.optimizer.bf16_groups_flat)
+
+    def parameters(self) -> list[Tensor]:
+        return [parameter for group in self.optimizer.bf16_groups for parameter in group]
+
+
+class Stage3(Masters):
+    """Stage 3: every rank of a worker holds a part of every parameter, in flat sub-groups."""
+
+    sharded = True
+
+    def held(self) -> list[Tensor]:
+        return list(self.optimizer.fp32_partitioned_groups_flat)
+
+    def refresh(self) -> None:
+        """As DeepSpeed does at the end of its step."""
+        optimizer = self.optimizer
+        optimizer._partition_all_parameters()  # a forward since the step may have left some gathered
+        for number in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(number)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        optimizer.invalidate_secondary_tensor()
+
+    def gradients(self) -> list[Tensor]:
+        return [self.optimizer.grad_partitions_flat_buffer]
+
+    def gradients_changed(self) -> None:
+        if self.optimizer.offload_optimizer:
+            self.optimizer._finalize_offload_gradient_accumulation()
+
+    def parameters(self) -> list[Tensor]:
+        return []
+
+    @property
+    def why_no_overlap(self) -> str | None:
+        return "stage 3 gathers a parameter by a collective when it is read, for which a forward cannot wait"
+
+
+def masters_of(engine: Any) -> Masters:
+    """The masters of a DeepSpeed engine.
+
+    Raises:
+        ConfigError: its optimizer is of a kind that is not known here.
+    """
+    optimizer = engine.optimizer
+    kinds: tuple[tuple[str, type[Masters]], ...] = (
+        ("fp32_partitioned_groups_flat", Stage3),
+        ("single_partition_of_fp32_groups", Partition),
+        ("fp32_groups_flat_partition", BF16Partition),
+        ("fp32_groups_flat", FlatMasters),
+        ("fp32_groups", MasterPerParameter),
+    )
+    kind = next((kind for attribute, kind in kinds if hasattr(optimizer, attribute)), None)
+    if kind is None and isinstance(optimizer, torch.optim.Optimizer):
+        kind = Parameters
+    if kind is None:
+        raise ConfigError(
+            f"DeepSpeed made a {type(optimizer).__name__} for this configuration, and where it keeps its fp32 masters "
+            "is not known here; write ZeRO stage 0 to 3 with a plain optimizer such as AdamW or SGD"
+        )
+    masters = kind(engine)
+    strange = {str(m.dtype) for m in masters.held() if m.dtype not in (torch.float32, torch.float64)}
+    if strange:
+        raise ConfigError(
+            f"the masters are {', '.join(sorted(strange))}, in which averages lose what small steps have changed; "
+            "write bf16 or fp16 with fp32 masters (leave out bf16_master_weights_and_grads and the like)"
+        )
+    return masters
+
+
+def _dense_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    found = list(_made_dense(parameters))
+    return [gradient for gradient in found if gradient is not None]
+
+
+def _made_dense(parameters: Sequence[Tensor]) -> Iterator[Tensor | None]:
+    for parameter in parameters:
+        if parameter.requires_grad and parameter.grad is None:  # not used in this step here; maybe on another worker
+            parameter.grad = torch.zeros_like(parameter)
+        yield parameter.grad
+
+
+def check_state_names(names: Sequence[str], optimizer: torch.optim.Optimizer) -> Sequence[str]:
+    """Check averaging.state against the state that an optimizer keeps for a parameter, before any training.
+
+    One step of an optimizer of its class on a parameter of its own tells what it keeps; a class that cannot be made
+    from its own defaults is trusted.
+
+    Raises:
+        ConfigError: the optimizer keeps nothing of this name.
+    """
+    if not names:
+        return names
+    parameter = nn.Parameter(torch.zeros(2, device=optimizer.param_groups[0]["params"][0].device))
+    parameter.grad = torch.zeros_like(parameter)
+    accepted = inspect.signature(type(optimizer).__init__).parameters
+    try:
+        trial = type(optimizer)(
+            [parameter],
+            **{key: value for key, value in optimizer.param_groups[0].items() if key in accepted and key != "params"},
+        )
+        trial.step()
+    except Exception:
+        return names
+    kept = sorted(k for k, v in trial.state[parameter].items() if isinstance(v, Tensor) and v.shape == parameter.shape)
+    unknown = [name for name in names if name not in kept]
+    if unknown:
+        raise ConfigError(
+            f"qsr.averaging.state names {unknown}, and {type(optimizer).__name__} as configured keeps {kept}; write "
+            "names among these, or []"
+        )
+    return names
