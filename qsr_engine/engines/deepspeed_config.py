@@ -48,7 +48,9 @@ def check_supported(config: Mapping[str, Any], qsr: QSRConfig) -> None:
         if config.get(key) not in (None, 1, False, {}):
             raise ConfigError(f"{key} is set, which local steps do not support yet; leave it out")
     for key in _REFUSED_ZERO_KEYS:
-        if zero.get(key) not in (None, False) and zero.get(key) != {"device": "none"}:
+        block = zero.get(key)
+        nowhere = isinstance(block, Mapping) and block.get("device") == "none"  # what else it says is not read then
+        if block not in (None, False) and not nowhere:
             raise ConfigError(f"zero_optimization.{key} is set, which local steps do not support yet; leave it out")
     if config.get("managed_gradient_accumulation") is False:
         raise ConfigError("managed_gradient_accumulation is false, which local steps do not support yet; leave it out")
