@@ -282,7 +282,7 @@ def split_deepspeed_config(config: str | os.PathLike[str] | Mapping[str, Any]) -
         ConfigError: the file cannot be read, or there is no `"qsr"` block, or it is wrong.
     """
     where = "config" if isinstance(config, Mapping) else str(config)
-    raw = dict(config) if isinstance(config, Mapping) else _read_json(Path(os.fspath(config)))
+    raw = read_deepspeed_config(config)
     if "qsr" not in raw:
         near = [key for key in raw if difflib.get_close_matches("qsr", [str(key).lower()], cutoff=0.5)]
         hint = f"; did you mean {near[0]!r} to be 'qsr'?" if near else "."
@@ -292,6 +292,15 @@ def split_deepspeed_config(config: str | os.PathLike[str] | Mapping[str, Any]) -
         )
     qsr = validate(QSRConfig, raw.pop("qsr"), where=where, prefix="qsr.")
     return raw, qsr
+
+
+def read_deepspeed_config(config: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a DeepSpeed configuration, in a dict of their own.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    return dict(config) if isinstance(config, Mapping) else _read_json(Path(os.fspath(config)))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -198,9 +198,13 @@ class LocalSteps:
     def begin_update(self) -> None:
         """The optimizer is about to change the parameters.
 
+        The round's first step fixes H: a scheduler that steps after the engine has done so by now.
+
         Raises:
             CollectiveError: the averaging in the background failed.
         """
+        if self.qsr.lr is None and self.step == self._round.start:
+            self._round = self._begin()
         if self._due:  # no forward was seen; the parameters are still those of the boundary
             self.begin_forward()
         self.finish()

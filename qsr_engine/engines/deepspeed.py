@@ -18,7 +18,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ from qsr_engine.engines.worker_groups import WorkerGroups
 from qsr_engine.local_steps import LocalSteps
 
 log = logging.getLogger(__name__)
+_deepspeed_initialize = deepspeed.initialize  # itself, also while replace_deepspeed_initialize() has another one there
 
 
 @contextlib.contextmanager
@@ -111,6 +112,7 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
     local_steps: LocalSteps
     worker_groups: WorkerGroups | None  # None under the strategy `parallel`
     _masters: Masters
+    _learning_rates: Sequence[float] = ()  # of the parameter groups, as qsr.lr set them last
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """As DeepSpeed's forward(). Under averaging.overlap it may wait for parameters; in evaluation, for all."""
@@ -133,7 +135,8 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
             True at a boundary, False inside a round or inside gradient accumulation.
         Raises:
             BoundaryError: on every rank, as averaging.exchange_headers() says; nothing was averaged.
-            RuntimeError: the run has taken its total_steps already.
+            RuntimeError: the run has taken its total_steps already, or something else than qsr.lr set the learning
+                rate; nothing was changed.
         """
         if self.local_steps.finished:
             raise RuntimeError(
@@ -141,6 +144,7 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
                 "total_steps from its start, since the learning rate and the last round depend on it"
             )
         if self.is_gradient_accumulation_boundary():
+            self._check_learning_rate()
             self.local_steps.begin_update()
             if self.worker_groups and self.local_steps.mode == "parallel":
                 self._average_gradients(self.worker_groups.across)
@@ -199,6 +203,16 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
         if self.local_steps.qsr.lr is not None:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.local_steps.learning_rate * group.get("lr_scale", 1.0)
+            self._learning_rates = [group["lr"] for group in self.optimizer.param_groups]
+
+    def _check_learning_rate(self) -> None:
+        """A scheduler that the engine was not given, and that overwrote what qsr.lr says, goes unseen otherwise."""
+        for group, expected in zip(self.optimizer.param_groups, self._learning_rates, strict=False):
+            if group["lr"] != expected:
+                raise RuntimeError(
+                    f"step {self.local_steps.step} would have the learning rate {group['lr']}, and qsr.lr says "
+                    f"{expected}: something else sets it, a scheduler perhaps; leave that out, or qsr.lr"
+                )
 
     def _average_gradients(self, group: dist.ProcessGroup) -> None:
         """Average over the workers what DeepSpeed reduced inside this one; the first phase of `post_local`."""
@@ -369,7 +383,7 @@ def initialize(
     _copy_from_rank_0(model, device, groups)
 
     with _deepspeed_uses(groups):
-        engine, ds_optimizer, _, lr_scheduler = deepspeed.initialize(
+        engine, ds_optimizer, _, lr_scheduler = _deepspeed_initialize(
             model=model,
             optimizer=optimizer,
             model_parameters=model_parameters,
@@ -421,15 +435,33 @@ def _start_process_group(port: int, init_required: bool | None) -> None:
             "this process was not started by a launcher (RANK is not set); start it with "
             "`deepspeed SCRIPT ...`, `deepspeed --module MODULE ...` or torchrun"
         )
-    # DeepSpeed would compile a shared-memory collective for CPUs, which takes a minute and a C++ compiler, and which
-    # only its inference engine calls.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _leave_out_shared_memory_collective()
     deepspeed.comm.init_distributed(
         dist_backend=get_accelerator().communication_backend_name(),
         distributed_port=port,
         dist_init_required=init_required,
     )
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # DeepSpeed does it too, after our first collective
+
+
+def _leave_out_shared_memory_collective() -> None:
+    """Before the process group starts: DeepSpeed would compile a collective for CPUs that only its inference calls.
+
+    Compiling takes a minute and a C++ compiler.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@contextlib.contextmanager
+def replace_deepspeed_initialize(function: Callable[..., tuple[Any, Any, Any, Any]]) -> Iterator[None]:
+    """`deepspeed.initialize` is this function for all who call it by that name, until the block ends."""
+    _leave_out_shared_memory_collective()
+    before = deepspeed.initialize
+    deepspeed.initialize = function
+    try:
+        yield
+    finally:
+        deepspeed.initialize = before
 
 
 def _describe(model: nn.Module) -> dict[str, str]:

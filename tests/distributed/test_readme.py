@@ -20,7 +20,7 @@ def example_job(code: str) -> str:
 
 
 def test_the_readmes_example_takes_local_steps(processes: Processes) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    code, *_ = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     first, second = processes.run(example_job, code=code)
     assert second == ""
     lines = first.splitlines()
