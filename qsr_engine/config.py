@@ -121,6 +121,8 @@ class QSRConfig(StrictModel):
     worker_size: PositiveInt = 1
     averaging: AveragingConfig = AveragingConfig()
     outer: dict[str, Any] | None = None
+    # From a checkpoint of another number of workers: every optimizer starts from the mean of their states, or anew.
+    on_other_workers: Literal["mean", "fresh"] = "mean"
 
     @property
     def period_warmup_steps(self) -> int:

@@ -31,9 +31,11 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import partitioned_param_coordinator
 from deepspeed.utils import groups as deepspeed_groups
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
+from qsr_engine import checkpoint
 from qsr_engine.averaging import (
     Averager,
     average_packed,
@@ -41,7 +43,9 @@ from qsr_engine.averaging import (
     check_agreement,
     ring_bytes,
 )
+from qsr_engine.checkpoint import CheckpointError, Manifest
 from qsr_engine.config import ConfigError, QSRConfig, check_world_size, digest, split_deepspeed_config
+from qsr_engine.engines import deepspeed_checkpoint
 from qsr_engine.engines.deepspeed_config import check_supported, offloads, resolve_deepspeed_config, shared_part
 from qsr_engine.engines.deepspeed_masters import Masters, Stage3, check_state_names, masters_of
 from qsr_engine.engines.worker_groups import WorkerGroups
@@ -112,6 +116,8 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
     local_steps: LocalSteps
     worker_groups: WorkerGroups | None  # None under the strategy `parallel`
     _masters: Masters
+    _model_digest: int
+    _given_config: Mapping[str, Any]  # as initialize() got it, without the "qsr" block
     _learning_rates: Sequence[float] = ()  # of the parameter groups, as qsr.lr set them last
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
@@ -249,12 +255,15 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
         return dist.get_world_size(self.worker_groups.across) if self.worker_groups else 1
 
     def save_checkpoint(self, save_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> bool:
-        """DeepSpeed's own checkpoint, one folder a worker, with the local-step state in it; on a boundary only.
+        """DeepSpeed's own checkpoint, one folder a worker, whole or not there; on a boundary only.
 
-        Arguments as DeepSpeed's. Random state and the position in the data are the caller's, as with DeepSpeed.
+        Every rank must call it. Arguments as DeepSpeed's (tag, client_state, save_latest, exclude_frozen_parameters).
+        client_state is kept for every rank: the position in the data belongs there. Random states, the local steps and
+        the averaged model are saved too; the files are listed in qsr_engine/checkpoint.py.
 
         Raises:
             RuntimeError: inside a round, where every worker has parameters of its own.
+            CheckpointError: on every rank, if one could not write; what was saved before is as it was.
         """
         if not self.local_steps.on_boundary:
             raise RuntimeError(
@@ -265,62 +274,158 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
         names = ("tag", "client_state", "save_latest", "exclude_frozen_parameters")
         kwargs.update(zip(names, args, strict=False))
         tag = str(kwargs.pop("tag", None) or f"global_step{self.global_steps}")
-        state = {**(kwargs.pop("client_state", None) or {}), _STATE_KEY: self.local_steps.state_dict()}
-        folder = self._worker_folder(save_dir)
-        folder.mkdir(parents=True, exist_ok=True)  # DeepSpeed does it on rank 0 of all ranks only
-        with _deepspeed_uses(self.worker_groups):
-            saved = bool(super().save_checkpoint(str(folder), tag=tag, client_state=state, **kwargs))
-        carried = self.local_steps.averager.state_dict()
-        if carried:
-            torch.save(carried, folder / tag / self._averager_file)
-        if kwargs.get("save_latest", True) and self.worker_groups and self.worker_groups.get_data_parallel_rank() == 0:
-            (folder / "latest").write_text(tag, encoding="utf-8")
-        dist.barrier()
-        return saved
+        client_state, latest = kwargs.pop("client_state", None) or {}, kwargs.pop("save_latest", True)
+        checkpoint.save(
+            save_dir,
+            tag,
+            lambda folder: self._write_checkpoint(folder, client_state, kwargs),
+            step=self.local_steps.step,
+            layout=self._layout(),
+            config={**self._given_config, "qsr": self.local_steps.qsr.model_dump()},
+            latest=latest,
+        )
+        return True
+
+    def _write_checkpoint(self, folder: Path, client_state: Mapping[str, Any], kwargs: Mapping[str, Any]) -> None:
+        """This rank's part of a checkpoint, in a folder that nobody else uses."""
+        mine = deepspeed_checkpoint.worker_folder(folder, self._worker)
+        mine.mkdir(parents=True, exist_ok=True)
+        errors = deepspeed_checkpoint.RecordedErrors(self.checkpoint_engine)
+        self.checkpoint_engine = errors
+        try:
+            with _deepspeed_uses(self.worker_groups):
+                super().save_checkpoint(
+                    str(mine), tag=deepspeed_checkpoint.DEEPSPEED_TAG, client_state={}, save_latest=False, **kwargs
+                )
+                if self._worker == 0:
+                    deepspeed_checkpoint.write_model(folder, self.module, self._full_parameter, self.global_rank == 0)
+        finally:
+            self.checkpoint_engine = errors._engine
+        if errors.error is not None:
+            raise errors.error
+        (mine / "latest").write_text(deepspeed_checkpoint.DEEPSPEED_TAG, encoding="utf-8")
+        deepspeed_checkpoint.write_rank(
+            deepspeed_checkpoint.rank_file(folder, self._worker, self.global_rank),
+            {
+                "local_steps": self.local_steps.state_dict(),
+                "averager": self.local_steps.averager.state_dict(),
+                "scheduler": self.lr_scheduler.state_dict() if self.lr_scheduler is not None else None,
+                "random": deepspeed_checkpoint.random_state(self.device),
+                "client": dict(client_state),
+            },
+        )
 
     def load_checkpoint(
         self, load_dir: str | os.PathLike[str], *args: Any, **kwargs: Any
     ) -> tuple[str | None, dict[str, Any] | None]:
-        """Load what save_checkpoint() wrote, every worker its own. Arguments and result as DeepSpeed's.
+        """Go on from what save_checkpoint() wrote: from the newest whole checkpoint, or from the one with a tag.
 
+        Every rank must call it. Arguments as DeepSpeed's; with load_optimizer_states or load_module_only otherwise than
+        by default, the parameters are loaded and the run does not go on bit for bit. With another number of workers
+        the optimizer's state follows qsr.on_other_workers, and a warning says what was taken over.
+
+        Returns:
+            (path of the checkpoint's folder, the client_state that this rank gave; {} with another number of workers).
         Raises:
-            FileNotFoundError: there is no checkpoint of this worker in load_dir.
+            CheckpointError: on every rank, if there is no whole checkpoint, or it is of another model.
         """
         self.local_steps.averager.finish()
-        folder = self._worker_folder(load_dir)
-        tag = kwargs.get("tag", args[0] if args else None)
-        if tag is not None and not (folder / str(tag)).is_dir():
-            raise FileNotFoundError(f"{folder}: there is no checkpoint with the tag {tag!r} here")
-        with _deepspeed_uses(self.worker_groups):
-            path, client_state = super().load_checkpoint(str(folder), *args, **kwargs)
-        if path is None or client_state is None or _STATE_KEY not in client_state:
-            raise FileNotFoundError(
-                f"{folder}: there is no checkpoint that this engine wrote for this worker; give the folder that "
-                "save_checkpoint() was given, and start as many workers as wrote it"
+        names = ("tag", "load_module_strict", "load_optimizer_states", "load_lr_scheduler_states", "load_module_only")
+        kwargs.update(zip(names, args, strict=False))
+        tag = kwargs.pop("tag", None)
+        folder, manifest = checkpoint.find(load_dir, None if tag is None else str(tag))
+        found = deepspeed_checkpoint.differences(manifest.layout, self._layout())
+        deepspeed_checkpoint.check_same_model(folder, found)
+        client_state: dict[str, Any] = {}
+        if found:
+            state = self._load_other_layout(folder, manifest, found)
+        else:
+            self._load_worker(folder, self._worker, **kwargs)
+            state = deepspeed_checkpoint.read_rank(
+                deepspeed_checkpoint.rank_file(folder, self._worker, self.global_rank)
             )
-        self.local_steps.load_state_dict(client_state.pop(_STATE_KEY))
+            deepspeed_checkpoint.restore_random_state(state["random"], self.device)
+            client_state = state["client"]
+        if self.lr_scheduler is not None and state["scheduler"] and kwargs.get("load_lr_scheduler_states", True):
+            self.lr_scheduler.load_state_dict(state["scheduler"])
+        self.local_steps.load_state_dict(state["local_steps"])
         self.local_steps.averager.restart()
-        carried = Path(path).parent / self._averager_file
-        if carried.exists():
-            self.local_steps.averager.load_state_dict(torch.load(carried, weights_only=True))
+        if not found and state["averager"]:
+            self.local_steps.averager.load_state_dict(state["averager"])
         self._set_learning_rate()
-        return path, client_state
+        return str(folder), client_state
+
+    def _load_worker(self, folder: Path, worker: int, **kwargs: Any) -> None:
+        """What DeepSpeed saved for a worker."""
+        with _deepspeed_uses(self.worker_groups):
+            path, _ = super().load_checkpoint(
+                str(deepspeed_checkpoint.worker_folder(folder, worker)),
+                tag=deepspeed_checkpoint.DEEPSPEED_TAG,
+                **kwargs,
+            )
+        if path is None:
+            raise CheckpointError(f"{folder}: DeepSpeed found nothing to load for worker {worker}")
+
+    def _load_other_layout(
+        self, folder: Path, manifest: Manifest, found: Mapping[str, tuple[Any, Any]]
+    ) -> dict[str, Any]:
+        """Parameters and step of a run with other workers. Returns the state of its rank 0."""
+        chosen = deepspeed_checkpoint.policy(folder, found, self.local_steps.qsr.on_other_workers)
+        deepspeed_checkpoint.say(folder, found, chosen)
+        if chosen == "mean":
+            workers = int(manifest.layout["workers"])
+            deepspeed_checkpoint.mean_of_states(
+                self._masters, lambda worker: self._load_worker(folder, worker), workers
+            )
+        else:
+            with _deepspeed_uses(self.worker_groups):
+                deepspeed_checkpoint.read_model(folder, self.module, self._put_parameter)
+                self._masters.refresh()
+            self.global_steps = manifest.step
+            self.global_samples = manifest.step * self.train_batch_size()
+            self.micro_steps = manifest.step * self.gradient_accumulation_steps()
+        return deepspeed_checkpoint.read_rank(deepspeed_checkpoint.rank_file(folder, 0, 0))
+
+    def _full_parameter(self, parameter: Tensor) -> Tensor | None:
+        """The fp32 master of a parameter, whole; the parameter itself where it is not trained."""
+        if self.zero_optimization():
+            value = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+            if value is None and hasattr(parameter, "ds_id"):
+                with deepspeed.zero.GatheredParameters([parameter]):
+                    return parameter.detach().clone()
+            return parameter if value is None else value
+        return self._masters.master_of(parameter)
+
+    def _put_parameter(self, parameter: Tensor, value: Tensor) -> None:
+        if self.zero_optimization() and parameter.requires_grad:
+            safe_set_full_fp32_param(parameter, value.to(self.device))
+        elif hasattr(parameter, "ds_id"):
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.data.copy_(value)
+        else:
+            self._masters.master_of(parameter).data.copy_(value)
+
+    def _layout(self) -> dict[str, Any]:
+        """What must be the same for a run to go on bit for bit."""
+        ranks = dist.get_world_size()
+        return {
+            "workers": self._workers,
+            "worker_size": ranks // self._workers,
+            "zero_stage": int(self.zero_optimization_stage()),
+            "masters": type(self._masters).__name__,
+            "precision": str(self.get_data_types()[0]).removeprefix("torch."),
+            "optimizer": type(self.basic_optimizer).__name__,
+            "model": self._model_digest,
+        }
 
     @property
-    def _averager_file(self) -> str:
-        """What this rank carries over from one averaging to the next (wire_dtype int8), beside DeepSpeed's files."""
-        return f"averager_rank_{self.global_rank:05d}.pt"
+    def _worker(self) -> int:
+        return self.worker_groups.worker_index if self.worker_groups else 0
 
     def destroy(self) -> None:
         """As DeepSpeed's destroy(); call it before the process group is destroyed."""
         self.local_steps.averager.close()
         super().destroy()
-
-    def _worker_folder(self, folder: str | os.PathLike[str]) -> Path:
-        return Path(folder) / f"worker-{self.worker_groups.worker_index:05d}" if self.worker_groups else Path(folder)
-
-
-_STATE_KEY = "qsr_local_steps"
 
 
 # -------------------------------------------------------------------------------------------------- initialize
@@ -376,6 +481,7 @@ def initialize(
     check_agreement(facts, device)
     workers = check_world_size(dist.get_world_size(), qsr.worker_size)
     parallel = qsr.strategy == "parallel"
+    given_config = ds_config
     ds_config = resolve_deepspeed_config(ds_config, dist.get_world_size(), 1 if parallel else workers)
     groups = None
     if not parallel:
@@ -393,6 +499,8 @@ def initialize(
             config=ds_config,
         )
     check_agreement({"optimizer": _describe_optimizer(engine)}, device)
+    engine._model_digest = digest(facts["model"])
+    engine._given_config = given_config
     _take_local_steps(engine, qsr, groups, digest(facts["config"]))
     if training_data is not None:
         # DeepSpeed would give every worker the same samples, since it sees one worker's ranks only.

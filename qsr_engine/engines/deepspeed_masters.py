@@ -55,6 +55,10 @@ class Masters(abc.ABC):
         """The masters as flat buckets, which averaging changes in place."""
         return [master.detach() for master in self.held() if master.numel()]
 
+    def master_of(self, parameter: Tensor) -> Tensor:
+        """The master of a parameter at stage 0, in its shape; the parameter itself where it has none (frozen)."""
+        raise NotImplementedError("sharded masters are read through DeepSpeed, since no rank holds them whole")
+
     @abc.abstractmethod
     def refresh(self) -> None:
         """The masters have changed: bring what derives from them up to date. Collective inside the worker."""
@@ -107,6 +111,9 @@ class Parameters(Masters):
     def buckets(self, bucket_bytes: int) -> list[Tensor]:
         return flat_buckets(self.held(), bucket_bytes)
 
+    def master_of(self, parameter: Tensor) -> Tensor:
+        return parameter
+
     def refresh(self) -> None:
         return
 
@@ -123,6 +130,10 @@ class MasterPerParameter(Masters):
     def buckets(self, bucket_bytes: int) -> list[Tensor]:
         self._bucket_bytes = bucket_bytes // 8 * 8
         return flat_buckets(self.held(), self._bucket_bytes)
+
+    def master_of(self, parameter: Tensor) -> Tensor:
+        pairs = zip(self.parameters(), self.held(), strict=True)
+        return next((master for copy, master in pairs if copy is parameter), parameter)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -150,6 +161,15 @@ class FlatMasters(Masters):
 
     def held(self) -> list[Tensor]:
         return list(self.optimizer.fp32_groups_flat)
+
+    def master_of(self, parameter: Tensor) -> Tensor:
+        for group, flat in zip(self.optimizer.fp16_groups, self.held(), strict=True):
+            start = 0
+            for copy in group:
+                if copy is parameter:
+                    return flat[start : start + copy.numel()].view(copy.shape)
+                start += copy.numel()
+        return parameter
 
     @torch.no_grad()
     def refresh(self) -> None:

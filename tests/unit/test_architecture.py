@@ -18,6 +18,7 @@ ORDER = [
     "schedule",
     "averaging",
     "local_steps",
+    "checkpoint",
     "engines",
     "data",
     "models",
