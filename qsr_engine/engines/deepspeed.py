@@ -45,6 +45,7 @@ from qsr_engine.averaging import (
 )
 from qsr_engine.config import ConfigError, QSRConfig, check_world_size, digest, split_deepspeed_config
 from qsr_engine.engines.deepspeed_config import check_supported, resolve_deepspeed_config, shared_part
+from qsr_engine.engines.one_rank import leave_out_reduction
 from qsr_engine.engines.worker_groups import WorkerGroups
 from qsr_engine.local_steps import LocalSteps
 
@@ -357,8 +358,8 @@ def _take_local_steps(engine: DeepSpeedEngine, qsr: QSRConfig, groups: WorkerGro
         _check_learning_rates(engine.optimizer.param_groups)
     trained = sum(p.numel() * p.element_size() for p in engine.module.parameters() if p.requires_grad)
     average_buffers = qsr.averaging.buffers == "average"
-    if groups and qsr.worker_size == 1 and not engine.zero_optimization():
-        engine.enable_backward_allreduce = False  # one rank: reducing would copy every gradient twice for nothing
+    if groups and qsr.worker_size == 1:
+        leave_out_reduction(engine)
     engine.__class__ = LocalStepEngine
     engine.worker_groups = groups
     engine.local_steps = LocalSteps(
