@@ -48,6 +48,7 @@ from qsr_engine.config import ConfigError, QSRConfig, check_world_size, digest, 
 from qsr_engine.engines import deepspeed_checkpoint
 from qsr_engine.engines.deepspeed_config import check_supported, offloads, resolve_deepspeed_config, shared_part
 from qsr_engine.engines.deepspeed_masters import Masters, Stage3, check_state_names, masters_of
+from qsr_engine.engines.one_rank import leave_out_reduction
 from qsr_engine.engines.worker_groups import WorkerGroups
 from qsr_engine.local_steps import LocalSteps
 
@@ -115,6 +116,7 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
 
     local_steps: LocalSteps
     worker_groups: WorkerGroups | None  # None under the strategy `parallel`
+    checkpoint_engine: Any
     _masters: Masters
     _model_digest: int
     _given_config: Mapping[str, Any]  # as initialize() got it, without the "qsr" block
@@ -290,8 +292,8 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
         """This rank's part of a checkpoint, in a folder that nobody else uses."""
         mine = deepspeed_checkpoint.worker_folder(folder, self._worker)
         mine.mkdir(parents=True, exist_ok=True)
-        errors = deepspeed_checkpoint.RecordedErrors(self.checkpoint_engine)
-        self.checkpoint_engine = errors
+        writer = self.checkpoint_engine
+        errors = self.checkpoint_engine = deepspeed_checkpoint.RecordedErrors(writer)
         try:
             with _deepspeed_uses(self.worker_groups):
                 super().save_checkpoint(
@@ -300,7 +302,7 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
                 if self._worker == 0:
                     deepspeed_checkpoint.write_model(folder, self.module, self._full_parameter, self.global_rank == 0)
         finally:
-            self.checkpoint_engine = errors._engine
+            self.checkpoint_engine = writer
         if errors.error is not None:
             raise errors.error
         (mine / "latest").write_text(deepspeed_checkpoint.DEEPSPEED_TAG, encoding="utf-8")
@@ -628,8 +630,8 @@ def _take_local_steps(engine: DeepSpeedEngine, qsr: QSRConfig, groups: WorkerGro
         _check_learning_rates(engine.optimizer.param_groups)
     trained = sum(_numel(p) * p.element_size() for p in engine.module.parameters() if p.requires_grad)
     average_buffers = qsr.averaging.buffers == "average"
-    if groups and qsr.worker_size == 1 and not engine.zero_optimization():
-        engine.enable_backward_allreduce = False  # one rank: reducing would copy every gradient twice for nothing
+    if groups and qsr.worker_size == 1:
+        leave_out_reduction(engine)
     masters = masters_of(engine)
     state_names = check_state_names(qsr.averaging.state, masters.base_optimizer)
     if groups and isinstance(masters, Stage3):

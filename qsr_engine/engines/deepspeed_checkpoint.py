@@ -123,7 +123,7 @@ class RecordedErrors:
 
 
 def named_state(module: nn.Module, full: Callable[[Tensor], Tensor | None]) -> Iterator[tuple[str, Tensor]]:
-    """(name in state_dict(), fp32 value) of every parameter and buffer. Collective in the worker where it is sharded."""
+    """(name in state_dict(), fp32 value) of every parameter and buffer; collective in a worker that shards them."""
     known: dict[int, Tensor] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if id(parameter) not in known:
@@ -210,8 +210,8 @@ def say(folder: Path, found: Mapping[str, tuple[Any, Any]], chosen: str) -> None
         "fresh": "The optimizer starts anew, without the state that was saved.",
     }[chosen]
     log.warning(
-        "%s: %s. The parameters, the step and the scheduler are taken over. %s Random states and loss scales start anew, "
-        "so this is not the run that was saved.",
+        "%s: %s. The parameters, the step and the scheduler are taken over. %s Random states start anew, and where the "
+        "data goes on is the caller's affair, so this is not the run that was saved.",
         folder,
         spelled,
         state,
