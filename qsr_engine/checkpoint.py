@@ -14,6 +14,7 @@ This file knows process groups and folders, and no engine.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ import shutil
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,7 @@ def save(
         raise CheckpointError(f"the tag is {tag!r}; write a name of a folder, without / and not beginning with a dot")
     directory = Path(directory)
     folder, temporary = directory / tag, directory / f".{tag}.tmp"
-    together = _Together(f"writing the checkpoint {folder}")
+    together = Together(f"writing the checkpoint {folder}")
     here = _ranks_that_share(directory, together)
     rank, lead = dist.get_rank(), here[0] == dist.get_rank()
 
@@ -168,18 +169,18 @@ def save(
         found: list[str] = []
         if lead:
             found = sorted(str(path.relative_to(temporary)) for path in temporary.rglob("*") if path.is_file())
-        listed = dict(zip(range(dist.get_world_size()), _all_gather(found), strict=True))[here[0]]
+        listed = dict(zip(range(dist.get_world_size()), gathered(found), strict=True))[here[0]]
         digests: dict[str, tuple[int, str]] = {}
         with together.step():
             for name in listed[here.index(rank) :: len(here)]:
                 path = temporary / name
                 digests[name] = (path.stat().st_size, _sha256(path, sync=True))
         together.agree()
-        gathered = _all_gather(digests)
-        saved_at = _all_gather(time.time())[0]
+        everywhere = gathered(digests)
+        saved_at = gathered(time.time())[0]
         with together.step():
             if lead:
-                files = {name: value for number in here for name, value in gathered[number].items()}
+                files = {name: value for number in here for name, value in everywhere[number].items()}
                 Manifest(tag, step, saved_at, layout, config, here, files).write(temporary)
         together.agree()
     except CheckpointError:
@@ -220,9 +221,9 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _ranks_that_share(directory: Path, together: _Together) -> list[int]:
+def _ranks_that_share(directory: Path, together: Together) -> list[int]:
     """The ranks that see the same directory as this one, in order."""
-    run = _all_gather(uuid.uuid4().hex)[0]
+    run = gathered(uuid.uuid4().hex)[0]
     marks = [directory / f".{run}-{number}" for number in range(dist.get_world_size())]
     mine = marks[dist.get_rank()]
     with together.step():
@@ -235,36 +236,33 @@ def _ranks_that_share(directory: Path, together: _Together) -> list[int]:
     return here
 
 
-class _Together:
+class Together:
     """Steps that every rank takes, so that an error of one is an error of all, at the same place."""
 
     def __init__(self, what: str) -> None:
         self._what = what
         self._error: Exception | None = None
 
-    def step(self) -> _Together:
-        return self
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        if isinstance(error, Exception):
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """An error in it waits for agree()."""
+        try:
+            yield
+        except Exception as error:
             self._error = error
-            return True
-        return False
 
     def agree(self) -> None:
-        errors = _all_gather(None if self._error is None else f"{type(self._error).__name__}: {self._error}")
+        errors = gathered(None if self._error is None else f"{type(self._error).__name__}: {self._error}")
         wrong = [f"rank {rank}: {error}" for rank, error in enumerate(errors) if error is not None]
         if wrong:
             raise CheckpointError(f"{self._what} failed:\n  " + "\n  ".join(wrong[:8])) from self._error
 
 
-def _all_gather(value: Any) -> list[Any]:
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered
+def gathered(value: Any) -> list[Any]:
+    """The values of all ranks; small ones."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -280,7 +278,7 @@ def find(directory: str | os.PathLike[str], tag: str | None = None) -> tuple[Pat
         CheckpointError: there is none; or the one with this tag is not whole, and which one is.
     """
     directory = Path(directory)
-    views = _all_gather(_view(directory, [tag] if tag else None))
+    views = gathered(_view(directory, [tag] if tag else None))
     names = {name for view in views for name in view}
     newest_first = sorted(names, key=lambda name: max(view[name][0] for view in views if name in view), reverse=True)
     wrong: list[str] = []
@@ -331,8 +329,15 @@ def _view(directory: Path, tags: list[str] | None) -> dict[str, tuple[float, str
             seen[tag] = manifest.saved_at, None
             manifest.check_sizes(folder)
         except CheckpointError as error:
-            seen[tag] = seen.get(tag, (0.0, None))[0], str(error)
+            seen[tag] = seen[tag][0] if tag in seen else _changed_at(folder), str(error)
     return seen
+
+
+def _changed_at(folder: Path) -> float:
+    try:
+        return folder.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _may_be_a_checkpoint(path: Path) -> bool:
@@ -347,14 +352,14 @@ def _may_be_a_checkpoint(path: Path) -> bool:
 def _check_digests_together(folder: Path, manifest: Manifest) -> str | None:
     """Every rank reads its share of the files that it sees. Returns what is wrong, the same on every rank."""
     names = sorted(manifest.files)
-    host = sorted(_all_gather((os.uname().nodename, dist.get_rank())))
+    host = sorted(gathered((os.uname().nodename, dist.get_rank())))
     same_host = [rank for name, rank in host if name == os.uname().nodename]
     problem = None
     try:
         manifest.check_digests(folder, names[same_host.index(dist.get_rank()) :: len(same_host)])
     except (CheckpointError, OSError) as error:
         problem = str(error)
-    return next((found for found in _all_gather(problem) if found is not None), None)
+    return next((found for found in gathered(problem) if found is not None), None)
 
 
 def find_alone(path: str | os.PathLike[str]) -> tuple[Path, Manifest]:

@@ -27,7 +27,7 @@ from qsr_engine.data import (
     write_digits,
     write_imagefolder,
 )
-from qsr_engine.monitor import SUMMARY, check_run_folder
+from qsr_engine.monitor import SUMMARY, check_run_folder, check_unfinished
 from qsr_engine.recipe import load_recipe, resolve_recipe, resolve_recipe_batch
 from qsr_engine.report import ReportError, report
 
@@ -64,8 +64,16 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a key; repeatable"
     )
+    train.add_argument(
+        "--resume", action="store_true", help="go on from the run's newest checkpoint; begin if there is none"
+    )
     train.add_argument("--ranks", type=whole_number, help="processes on this host (default: DeepSpeed's, one a GPU)")
     train.set_defaults(run=_train)
+
+    command = commands.add_parser("export", help="write a checkpoint's averaged model as safetensors")
+    command.add_argument("checkpoint", help="a checkpoint's folder, or a folder of checkpoints: the newest whole one")
+    command.add_argument("out", help="file to write; timm.create_model(NAME, checkpoint_path=OUT) loads it")
+    command.set_defaults(run=_export)
 
     command = commands.add_parser("report", help="compare finished runs: a table and plots")
     command.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or a folder of runs")
@@ -119,8 +127,9 @@ def _say(folder: str, index: Index) -> int:
 def _train(args: argparse.Namespace) -> int:
     recipe, index = _prepare(args)
     if "RANK" in os.environ:
-        return _train_rank(recipe, index)
-    check_run_folder(recipe.run_dir)
+        return _train_rank(recipe, index, resume=args.resume)
+    check = check_unfinished if args.resume else check_run_folder
+    check(recipe.run_dir)
     if args.ranks is not None:
         check_world_size(args.ranks, recipe.qsr.worker_size)
         resolve_recipe_batch(recipe, args.ranks)
@@ -129,6 +138,7 @@ def _train(args: argparse.Namespace) -> int:
         launcher += ["--num_gpus", str(args.ranks)]
     overrides = [word for override in args.set for word in ("--set", override)]
     command = [*launcher, "--log_level", "error", "--module", "qsr_engine", "train", args.recipe, *overrides]
+    command += ["--resume"] if args.resume else []
     code = _run_launcher(command)
     if code == 0 and not (recipe.run_dir / SUMMARY).exists():  # the launcher hides some deaths of its children
         raise ConfigError(f"{recipe.run_dir}: the launcher ended without an error, and the run is not finished")
@@ -173,15 +183,27 @@ def _prepare(args: argparse.Namespace) -> tuple[Recipe, Index]:
     return resolve_recipe(recipe, index.split(recipe.data.train).samples), index
 
 
-def _train_rank(recipe: Recipe, index: Index) -> int:
+def _export(args: argparse.Namespace) -> int:
+    from qsr_engine.checkpoint import CheckpointError, export
+
+    try:
+        manifest = export(args.checkpoint, args.out)
+    except CheckpointError as error:
+        return _fail(error)
+    print(f"{args.out}: the averaged model after step {manifest.step}")
+    return 0
+
+
+def _train_rank(recipe: Recipe, index: Index, *, resume: bool) -> int:
     from torch.distributed import DistError
 
     from qsr_engine.averaging import AgreementError, BoundaryError
+    from qsr_engine.checkpoint import CheckpointError
     from qsr_engine.train import DivergenceError, train
 
     try:
-        train(recipe, index)
-    except (AgreementError, BoundaryError, DivergenceError, ConfigError, DataError) as error:
+        train(recipe, index, resume=resume)
+    except (AgreementError, BoundaryError, CheckpointError, DivergenceError, ConfigError, DataError) as error:
         return _fail(error)
     except OSError as error:
         return _fail(RuntimeError(f"{error.strerror or error}: {error.filename or recipe.run_dir}"))

@@ -242,12 +242,13 @@ class PrecisionConfig(StrictModel):
 
 
 class LoggingConfig(StrictModel):
-    """The run's folder is dir/name; `every` and `eval_every` count optimizer steps."""
+    """The run's folder is dir/name; `every`, `eval_every` and `checkpoint_every` count optimizer steps."""
 
     dir: str = "runs"
     name: Annotated[str, Field(pattern=r"^\w[\w.\-]*$")]
     every: PositiveInt = 10
     eval_every: PositiveInt | None = None  # None: at the end of the run only
+    checkpoint_every: PositiveInt | None = None  # each at the next boundary; None: no checkpoints
     tensorboard: bool = True
 
 
@@ -268,6 +269,15 @@ class Recipe(StrictModel):
     @property
     def run_dir(self) -> Path:
         return Path(self.logging.dir) / self.logging.name
+
+    @model_validator(mode="after")
+    def _fp16_needs_zero(self) -> Recipe:
+        if self.precision.dtype == "fp16" and self.precision.zero_stage == 0:
+            raise ValueError(
+                "precision.dtype is 'fp16' and precision.zero_stage is 0, where DeepSpeed does not scale the loss; "
+                "write zero_stage: 1"
+            )
+        return self
 
 
 # ------------------------------------------------------------------------------------- DeepSpeed configuration

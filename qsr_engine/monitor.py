@@ -22,6 +22,8 @@ from tqdm import tqdm
 from qsr_engine.config import ConfigError
 
 RECIPE, METRICS, SUMMARY = "recipe.yaml", "metrics.jsonl", "summary.json"
+CHECKPOINTS = "checkpoints"  # a folder
+_EVENTS = "events.out.tfevents"
 
 _ANOTHER_PLACE = "choose another place with `--set logging.dir=DIR` or `--set logging.name=NAME`"
 
@@ -63,6 +65,28 @@ def open_run_folder(path: Path, recipe_text: str) -> None:
         raise _cannot_write(path, error) from error
 
 
+def check_unfinished(path: Path) -> None:
+    """Raises ConfigError if the run in this folder is finished."""
+    if (path / SUMMARY).exists():
+        raise ConfigError(f"{path}: this run is finished ({SUMMARY} is there), and there is nothing to resume")
+
+
+def leave_unfinished_run(path: Path) -> None:
+    """Empty the folder of a run that ended before its first checkpoint, so that it can begin anew.
+
+    Raises:
+        ConfigError: the folder holds what no run writes.
+    """
+    if not path.exists():
+        return
+    found = {entry.name for entry in path.iterdir()}
+    strange = sorted(n for n in found if n not in (RECIPE, METRICS, CHECKPOINTS) and not n.startswith(_EVENTS))
+    if strange:
+        raise ConfigError(f"{path}: this folder holds {', '.join(strange[:3])}, which no run writes; {_ANOTHER_PLACE}")
+    for name in found - {CHECKPOINTS}:
+        (path / name).unlink()
+
+
 def _cannot_write(path: Path, error: OSError) -> ConfigError:
     return ConfigError(f"{path}: cannot make this run's folder: {error.strerror or error}; {_ANOTHER_PLACE}")
 
@@ -93,6 +117,7 @@ class Record:
     relative_distance: float | None = None  # RMS over workers of ||x_k - mean|| / ||mean|| before the last averaging
     eval_accuracy: float | None = None  # %; None where this record has no evaluation
     eval_loss: float | None = None  # None likewise
+    skipped_steps: int = 0  # updates skipped after an overflow, over all workers, as of the last boundary
 
 
 TAGS = {
@@ -101,6 +126,7 @@ TAGS = {
     "local_steps/period": "period",
     "local_steps/round": "round",
     "local_steps/relative_distance": "relative_distance",
+    "local_steps/skipped_steps": "skipped_steps",
     "communication/averagings": "averagings",
     "communication/bytes_sent": "bytes_sent",
     "communication/percent_of_parallel": "communication_percent",
@@ -126,6 +152,7 @@ class Monitor:
         tensorboard: write TensorBoard events too.
         enabled: False, on every rank but 0, does nothing at all.
         stream: where progress is shown; standard output where it is None.
+        from_step: go on with a run that was saved at this step; records of later steps are dropped.
 
     Raises:
         FileExistsError: the folder holds the metrics of another run.
@@ -139,6 +166,7 @@ class Monitor:
         tensorboard: bool = True,
         enabled: bool = True,
         stream: TextIO | None = None,
+        from_step: int = 0,
     ) -> None:
         self._run_dir, self._total_steps, self._enabled = run_dir, total_steps, enabled
         self._stream = stream or sys.stdout
@@ -147,14 +175,19 @@ class Monitor:
         self._writer: Any = None
         if not enabled:
             return
-        self._metrics = self._open.enter_context((run_dir / METRICS).open("x", encoding="utf-8"))
+        if from_step:
+            _drop_later_records(run_dir / METRICS, from_step)
+        mode = "a" if from_step else "x"
+        self._metrics = self._open.enter_context((run_dir / METRICS).open(mode, encoding="utf-8"))
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             # A killed run loses the events of the last 10 s at most; TensorBoard's own default is 120 s.
-            self._writer = self._open.enter_context(SummaryWriter(log_dir=str(run_dir), flush_secs=10))
+            purge = from_step + 1 if from_step else None
+            writer = SummaryWriter(log_dir=str(run_dir), flush_secs=10, purge_step=purge)
+            self._writer = self._open.enter_context(writer)
         if _is_terminal(self._stream):
-            bar = tqdm(total=total_steps, file=self._stream, dynamic_ncols=True, bar_format=_BAR)
+            bar = tqdm(total=total_steps, initial=from_step, file=self._stream, dynamic_ncols=True, bar_format=_BAR)
             self._bar = self._open.enter_context(bar)
 
     def __enter__(self) -> Self:
@@ -200,6 +233,18 @@ class Monitor:
             file=self._stream,
             flush=True,
         )
+
+
+def _drop_later_records(path: Path, step: int) -> None:
+    """Keep the records up to this step; a line that a killed run left half written goes too."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    path.write_text("".join(kept), encoding="utf-8")
 
 
 _BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # fits into 80 columns

@@ -1,7 +1,7 @@
 """The training loop of a recipe: wiring only. It does not ask which engine it drives.
 
     for every step      micro-batches: engine(images), engine.backward(loss), engine.step()
-    at a boundary       evaluation on the averaged parameters, when one is due
+    at a boundary       evaluation on the averaged parameters, and a checkpoint, when one is due
     every few steps     a record to the monitor, on rank 0
 
 Between boundaries nothing here crosses ranks: rank 0 logs its own loss and its own times.
@@ -25,35 +25,49 @@ from torch.nn import functional as F
 
 import qsr_engine
 from qsr_engine.averaging import check_agreement
+from qsr_engine.checkpoint import gathered
 from qsr_engine.config import Recipe, check_world_size
 from qsr_engine.data import Index
 from qsr_engine.data.loader import EvalLoader, TrainLoader
 from qsr_engine.models import create_model
-from qsr_engine.monitor import Monitor, Record, check_run_folder, open_run_folder
+from qsr_engine.monitor import (
+    CHECKPOINTS,
+    Monitor,
+    Record,
+    check_run_folder,
+    check_unfinished,
+    leave_unfinished_run,
+    open_run_folder,
+)
 from qsr_engine.recipe import Batch, dump_recipe, resolve_recipe_batch
 
 MODEL_FILE = "model.safetensors"
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class DivergenceError(RuntimeError):
     """The loss is not finite: training on would burn hours for nothing."""
 
 
-def train(recipe: Recipe, index: Index) -> dict[str, Any]:
+def train(recipe: Recipe, index: Index, *, resume: bool = False) -> dict[str, Any]:
     """Train a resolved recipe in this process, one rank of those that a launcher started.
 
     Args:
         recipe: as resolve_recipe() gives it.
         index: of recipe.data.shards, whose shards have been checked.
+        resume: go on from the newest whole checkpoint in the run's folder, or begin where there is none.
     Returns:
         The final figures, as in the run's `summary.json`.
     Raises:
-        ConfigError, AgreementError, BoundaryError, DataError, DivergenceError: the message is for the user.
+        ConfigError, AgreementError, BoundaryError, CheckpointError, DataError, DivergenceError: the message is for the
+            user.
     """
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     check_world_size(ranks, recipe.qsr.worker_size)
     batch = resolve_recipe_batch(recipe, ranks)
-    if rank == 0:
+    if resume:
+        check_unfinished(recipe.run_dir)
+    elif rank == 0:
         check_run_folder(recipe.run_dir)
     _share_cores()
     torch.manual_seed(recipe.seed)
@@ -66,12 +80,18 @@ def train(recipe: Recipe, index: Index) -> dict[str, Any]:
     )
     check_agreement({"recipe": _shared(recipe), "data": index.digest()}, engine.device)
     torch.manual_seed(recipe.seed + 1 + rank)  # dropout differs between ranks
-    if rank == 0:
+    client = _load(engine, recipe) if resume else {}
+    step = engine.local_steps.step
+    if rank == 0 and (step == 0 or not recipe.run_dir.exists()):
+        if resume:
+            leave_unfinished_run(recipe.run_dir)
         open_run_folder(recipe.run_dir, dump_recipe(recipe))
     loaders = {"rank": rank, "ranks": ranks, "batch_size": batch.micro}
     total_steps = recipe.qsr.total_steps
     assert total_steps is not None, "resolve_recipe() fills it in"
-    with Monitor(recipe.run_dir, total_steps, tensorboard=recipe.logging.tensorboard, enabled=rank == 0) as monitor:
+    with Monitor(
+        recipe.run_dir, total_steps, tensorboard=recipe.logging.tensorboard, enabled=rank == 0, from_step=step
+    ) as monitor:
         run = _Run(
             recipe,
             engine,
@@ -86,11 +106,13 @@ def train(recipe: Recipe, index: Index) -> dict[str, Any]:
             EvalLoader(recipe.data.shards, index, recipe.data, **loaders),
             monitor,
             batch,
+            client,
         )
         run.loop()
         summary = run.summary()
+        averaged = engine.averaged_state_dict()
         if rank == 0:
-            _save_model(engine.module, recipe)
+            _save_model(averaged, recipe)
             monitor.summary(**summary)
     return summary
 
@@ -103,6 +125,7 @@ def deepspeed_config(recipe: Recipe, batch: Batch) -> dict[str, Any]:
         "gradient_accumulation_steps": batch.accumulation,
         "gradient_clipping": recipe.optimizer.gradient_clipping,
         "bf16": {"enabled": recipe.precision.dtype == "bf16"},
+        "fp16": {"enabled": recipe.precision.dtype == "fp16"},
         "zero_optimization": {"stage": recipe.precision.zero_stage},
         "zero_allow_untested_optimizer": True,  # DeepSpeed has not tested torch's SGD under ZeRO; the tests here have
         "qsr": recipe.qsr.model_dump(exclude_none=True),
@@ -141,64 +164,123 @@ def _share_cores() -> None:
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_SIZE", "1"))))
 
 
-def _save_model(module: torch.nn.Module, recipe: Recipe) -> None:
+def _load(engine: Any, recipe: Recipe) -> dict[str, Any]:
+    """Go on from the newest whole checkpoint. Returns what this rank saved in it; {} if there is none."""
+    folder = recipe.run_dir / CHECKPOINTS
+    if not any(gathered(folder.exists() and any(folder.iterdir()))):
+        return {}
+    _, client = engine.load_checkpoint(folder)
+    return client or {}
+
+
+def _save_model(state: dict[str, Tensor], recipe: Recipe) -> None:
     """The averaged model as safetensors; timm's and torchvision's models load it with load_state_dict()."""
-    state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in module.state_dict().items()}
     path = recipe.run_dir / MODEL_FILE
-    save_file(state, path.with_suffix(".tmp"))
+    save_file(state, path.with_suffix(".tmp"), metadata={"format": "pt"})
     path.with_suffix(".tmp").replace(path)
 
 
 @dataclass
 class _Clock:
-    """Where the wall-clock time goes, in seconds; evaluation counts nowhere."""
+    """Where the wall-clock time goes, in seconds; evaluation and checkpoints count nowhere."""
 
     started: float = field(default_factory=time.perf_counter)
     data: float = 0.0
-    evaluation: float = 0.0
+    elsewhere: float = 0.0
 
     def training(self) -> float:
-        return time.perf_counter() - self.started - self.evaluation
+        return time.perf_counter() - self.started - self.elsewhere
+
+
+class _Due:
+    """Something that happens every so many steps, each time at the next boundary; with None, never."""
+
+    def __init__(self, every: int | None, step: int) -> None:
+        self._every = every
+        self._next = math.inf if every is None else (step // every + 1) * every
+
+    def now(self, step: int) -> bool:
+        if self._every is None or step < self._next:
+            return False
+        self._next = (step // self._every + 1) * self._every
+        return True
 
 
 class _Run:
     """One run in progress."""
 
     def __init__(
-        self, recipe: Recipe, engine: Any, train: TrainLoader, evaluation: EvalLoader, monitor: Monitor, batch: Batch
+        self,
+        recipe: Recipe,
+        engine: Any,
+        train: TrainLoader,
+        evaluation: EvalLoader,
+        monitor: Monitor,
+        batch: Batch,
+        client: dict[str, Any],
     ) -> None:
         self.recipe = recipe
         self.engine = engine
-        self.batches: Iterator[tuple[Tensor, Tensor]] = train.batches()
+        self.batches: Iterator[tuple[Tensor, Tensor]] = train.batches(engine.local_steps.step * batch.accumulation)
+        self._first_batch_of_resumed = engine.local_steps.step > 0
         self.evaluation = evaluation
         self.monitor = monitor
         self.batch = batch
-        self.dtype = torch.bfloat16 if recipe.precision.dtype == "bf16" else torch.float32
+        self.dtype = _DTYPES[recipe.precision.dtype]
         self.clock = _Clock()
         self.accuracy = self.loss = math.nan
         self._losses: list[Tensor] = []
         self._logged = (0, 0.0)  # step and training seconds of the last record
+        if client:
+            self._resume(client)
 
     def loop(self) -> None:
-        state, every = self.engine.local_steps, self.recipe.logging.every
-        next_evaluation = self.recipe.logging.eval_every or state.qsr.total_steps
+        state, logging = self.engine.local_steps, self.recipe.logging
+        evaluation = _Due(logging.eval_every or state.qsr.total_steps, state.step)
+        checkpoint = _Due(logging.checkpoint_every, state.step)
         while not state.finished:
             before: dict[str, Any] = {"round": state.round, "period": state.period, "lr": state.learning_rate}
             boundary = self._step()
             evaluated: dict[str, Any] = {}
-            if boundary and (state.step >= next_evaluation or state.finished):
+            if boundary and (evaluation.now(state.step) or state.finished):
                 evaluated = self._evaluate()
-                interval = self.recipe.logging.eval_every or state.qsr.total_steps
-                next_evaluation = (state.step // interval + 1) * interval
-            if evaluated or state.step % every == 0:
+            if evaluated or state.step % logging.every == 0:
                 self._log(before, evaluated)
+            if boundary and checkpoint.now(state.step) and not state.finished:
+                self._save()
+
+    def _save(self) -> None:
+        """A checkpoint; the position in the data is the step, and what has not been logged yet goes with it."""
+        started = time.perf_counter()
+        client = {
+            "seconds": [self.clock.training(), self.clock.data],
+            "logged": list(self._logged),
+            "losses": [loss.item() for loss in self._losses],
+        }
+        tag = f"step-{self.engine.local_steps.step:08d}"
+        self.engine.save_checkpoint(self.recipe.run_dir / CHECKPOINTS, tag=tag, client_state=client)
+        self.clock.elsewhere += time.perf_counter() - started
+
+    def _resume(self, client: dict[str, Any]) -> None:
+        training, self.clock.data = client["seconds"]
+        self.clock.started -= training
+        self._logged = (client["logged"][0], client["logged"][1])
+        self._losses = [torch.tensor(loss, device=self.engine.device) for loss in client["losses"]]
+
+    def _next_batch(self) -> tuple[Tensor, Tensor]:
+        """Making the loader draws a random number; the one of a resumed run was drawn by the run that was saved."""
+        if not self._first_batch_of_resumed:
+            return next(self.batches)
+        self._first_batch_of_resumed = False
+        with torch.random.fork_rng(devices=[]):
+            return next(self.batches)
 
     def _step(self) -> bool:
         """One optimizer step. Returns True at a boundary."""
         boundary = False
         for _ in range(self.batch.accumulation):
             started = time.perf_counter()
-            images, labels = next(self.batches)
+            images, labels = self._next_batch()
             self.clock.data += time.perf_counter() - started
             scores = self.engine(images.to(self.engine.device, self.dtype))
             loss = F.cross_entropy(
@@ -227,7 +309,7 @@ class _Run:
         self.engine.train()
         samples, right, loss = totals.tolist()
         self.accuracy, self.loss = 100 * right / samples, loss / samples
-        self.clock.evaluation += time.perf_counter() - started
+        self.clock.elsewhere += time.perf_counter() - started
         return {"eval_accuracy": self.accuracy, "eval_loss": self.loss}
 
     def _log(self, before: dict[str, Any], evaluated: dict[str, Any]) -> None:
@@ -247,6 +329,7 @@ class _Run:
                 loss=loss,
                 images_per_second=images / max(1e-9, self._logged[1] - seconds),
                 relative_distance=state.relative_distance,
+                skipped_steps=state.skipped_steps_of_all_workers,
             )
         )
         if not math.isfinite(loss):

@@ -31,7 +31,8 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import partitioned_param_coordinator
 from deepspeed.utils import groups as deepspeed_groups
-from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
@@ -299,8 +300,9 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
                 super().save_checkpoint(
                     str(mine), tag=deepspeed_checkpoint.DEEPSPEED_TAG, client_state={}, save_latest=False, **kwargs
                 )
-                if self._worker == 0:
-                    deepspeed_checkpoint.write_model(folder, self.module, self._full_parameter, self.global_rank == 0)
+            model = self.averaged_state_dict()
+            if self.global_rank == 0:
+                save_file(model, folder / checkpoint.MODEL_FILE, metadata={"format": "pt"})
         finally:
             self.checkpoint_engine = writer
         if errors.error is not None:
@@ -339,22 +341,25 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
         found = deepspeed_checkpoint.differences(manifest.layout, self._layout())
         deepspeed_checkpoint.check_same_model(folder, found)
         client_state: dict[str, Any] = {}
-        if found:
-            state = self._load_other_layout(folder, manifest, found)
-        else:
-            self._load_worker(folder, self._worker, **kwargs)
-            state = deepspeed_checkpoint.read_rank(
-                deepspeed_checkpoint.rank_file(folder, self._worker, self.global_rank)
-            )
-            deepspeed_checkpoint.restore_random_state(state["random"], self.device)
-            client_state = state["client"]
-        if self.lr_scheduler is not None and state["scheduler"] and kwargs.get("load_lr_scheduler_states", True):
-            self.lr_scheduler.load_state_dict(state["scheduler"])
-        self.local_steps.load_state_dict(state["local_steps"])
-        self.local_steps.averager.restart()
-        if not found and state["averager"]:
-            self.local_steps.averager.load_state_dict(state["averager"])
-        self._set_learning_rate()
+        together = checkpoint.Together(f"loading the checkpoint {folder}")
+        with together.step():
+            if found:
+                state = self._load_other_layout(folder, manifest, found)
+            else:
+                self._load_worker(folder, self._worker, **kwargs)
+                state = deepspeed_checkpoint.read_rank(
+                    deepspeed_checkpoint.rank_file(folder, self._worker, self.global_rank)
+                )
+                deepspeed_checkpoint.restore_random_state(state["random"], self.device)
+                client_state = state["client"]
+            if self.lr_scheduler is not None and state["scheduler"] and kwargs.get("load_lr_scheduler_states", True):
+                self.lr_scheduler.load_state_dict(state["scheduler"])
+            self.local_steps.load_state_dict(state["local_steps"])
+            self.local_steps.averager.restart()
+            if not found and state["averager"]:
+                self.local_steps.averager.load_state_dict(state["averager"])
+            self._set_learning_rate()
+        together.agree()
         return str(folder), client_state
 
     def _load_worker(self, folder: Path, worker: int, **kwargs: Any) -> None:
@@ -388,7 +393,21 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
             self.micro_steps = manifest.step * self.gradient_accumulation_steps()
         return deepspeed_checkpoint.read_rank(deepspeed_checkpoint.rank_file(folder, 0, 0))
 
-    def _full_parameter(self, parameter: Tensor) -> Tensor | None:
+    def averaged_state_dict(self) -> dict[str, Tensor]:
+        """The averaged model: fp32 parameters and the buffers, on the CPU, under the names of the module's own.
+
+        Every rank must call it, on a boundary. All of it is on rank 0; the others get an empty one.
+        """
+        self.local_steps.wait()
+        state: dict[str, Tensor] = {}
+        if self._worker == 0:
+            with _deepspeed_uses(self.worker_groups):
+                for name, value in deepspeed_checkpoint.named_state(self.module, self._full_parameter):
+                    if self.global_rank == 0:
+                        state[name] = value
+        return state
+
+    def _full_parameter(self, parameter: Tensor) -> Tensor:
         """The fp32 master of a parameter, whole; the parameter itself where it is not trained."""
         if self.zero_optimization():
             value = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
@@ -398,9 +417,15 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
             return parameter if value is None else value
         return self._masters.master_of(parameter)
 
-    def _put_parameter(self, parameter: Tensor, value: Tensor) -> None:
+    def _put_parameter(self, parameter: Any, value: Tensor) -> None:
         if self.zero_optimization() and parameter.requires_grad:
-            safe_set_full_fp32_param(parameter, value.to(self.device))
+            if hasattr(parameter, "ds_id"):  # in parts of equal size, the last one padded
+                size, ranks = parameter.partition_numel(), dist.get_world_size(parameter.ds_process_group)
+                parts = nn.functional.pad(value.flatten(), (0, size * ranks - value.numel())).view(ranks, size)
+                part = parts[dist.get_rank(parameter.ds_process_group)]
+                safe_set_local_fp32_param(parameter, part.to(self.device))
+            else:
+                safe_set_full_fp32_param(parameter, value.to(self.device))
         elif hasattr(parameter, "ds_id"):
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 parameter.data.copy_(value)

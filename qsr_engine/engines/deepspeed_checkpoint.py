@@ -24,7 +24,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qsr_engine.checkpoint import MODEL_FILE, CheckpointError
@@ -122,29 +121,17 @@ class RecordedErrors:
 # --------------------------------------------------------------------------------------------------- the model
 
 
-def named_state(module: nn.Module, full: Callable[[Tensor], Tensor | None]) -> Iterator[tuple[str, Tensor]]:
+def named_state(module: nn.Module, full: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
     """(name in state_dict(), fp32 value) of every parameter and buffer; collective in a worker that shards them."""
     known: dict[int, Tensor] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if id(parameter) not in known:
-            value = full(parameter)
-            if value is not None:
-                known[id(parameter)] = value.detach().float().cpu().clone()
-        yield name, known[id(parameter)].clone()
-    persistent = set(module.state_dict(keep_vars=True)) if not known else None
-    for name, buffer in module.named_buffers(remove_duplicate=False):
-        if persistent is None or name in persistent:
-            yield name, buffer.detach().cpu().clone()
-
-
-def write_model(folder: Path, module: nn.Module, full: Callable[[Tensor], Tensor | None], write: bool) -> None:
-    """Write the averaged model; every rank of worker 0 calls it, and the one with `write` keeps and writes it."""
-    state = {}
-    for name, value in named_state(module, full):
-        if write:
-            state[name] = value.contiguous()
-    if write:
-        save_file(state, folder / MODEL_FILE, metadata={"format": "pt"})
+            known[id(parameter)] = full(parameter).detach().float().cpu().clone()
+        yield name, known[id(parameter)].clone().contiguous()
+    for prefix, part in module.named_modules():
+        for name, buffer in part.named_buffers(prefix, recurse=False):
+            if name.rpartition(".")[2] not in part._non_persistent_buffers_set:
+                yield name, buffer.detach().cpu().clone().contiguous()
 
 
 @torch.no_grad()

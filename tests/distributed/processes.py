@@ -7,6 +7,7 @@ that the job started is destroyed after it. A job that exceeds its time limit fa
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing as mp
 import os
 import socket
@@ -102,10 +103,12 @@ def _serve(pipe: Connection) -> None:
         except EOFError:
             return
         os.environ.update(environment)
+        faulthandler.dump_traceback_later(JOB_SECONDS - 10)  # of a job that hangs, while there is somebody to read it
         try:
             outcome: tuple[str, Any] = ("result", job(**kwargs))
         except BaseException as error:  # everything goes back to the test
             outcome = ("error", (type(error).__name__, str(error), traceback.format_exc()))
+        faulthandler.cancel_dump_traceback_later()
         with suppress(Exception):
             _leave_process_group()
         pipe.send(outcome)
@@ -114,6 +117,7 @@ def _serve(pipe: Connection) -> None:
 def _leave_process_group() -> None:
     import deepspeed.comm
     import torch.distributed as dist
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 
     if dist.is_initialized():
         if deepspeed.comm.comm.cdb is not None:
@@ -121,4 +125,7 @@ def _leave_process_group() -> None:
         else:
             dist.destroy_process_group()
     deepspeed.comm.comm.cdb = None
-    deepspeed.zero.Init.param_id = 0  # stage 3 compares these numbers between ranks, and ranks differ in earlier jobs
+    # Stage 3 numbers parameters and modules through all engines of a process, and compares the numbers between ranks;
+    # the processes here differ in the jobs that they have done.
+    deepspeed.zero.Init.param_id = 0
+    DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
