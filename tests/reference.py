@@ -127,6 +127,7 @@ def simulate(
     reduce_dtype: torch.dtype | None = None,
     zero_step: bool = False,
     skipped: Callable[[int, int], bool] = lambda worker, step: False,
+    state: tuple[str, ...] = (),
 ) -> tuple[list[nn.Module], list[float]]:
     """Train K workers in one process.
 
@@ -140,9 +141,10 @@ def simulate(
         loss: of outputs and targets, a mean over the micro-batch.
         worker_size: ranks of a worker; each has batches of its own, and their gradients are averaged.
         loss_scale: the loss is multiplied by it before the backward pass, and the gradient divided by it after.
-        reduce_dtype: type in which the gradients of a worker's ranks are averaged; without it, the compute type.
+        reduce_dtype: type in which gradients are averaged, in a worker and in parallel; without it, the compute type.
         zero_step: DeepSpeed makes the state of some optimizers by a step with a gradient of zero before the first one.
         skipped: whether a worker skips its update at a step, as after an overflow.
+        state: names of the optimizer's state that is averaged with the parameters.
         delay: steps from a boundary until its average takes effect, as x += average - x at the boundary; at the latest
             at the next boundary, and at once at the last one.
     Returns:
@@ -170,7 +172,7 @@ def simulate(
                 parameter.grad = gradient.to(parameter.dtype)
         parallel = ends.get(step + 1) == "parallel" and step + 1 < first_local
         if parallel:
-            _average([[p.grad for p in model.parameters()] for model in models], compute_dtype)
+            _average([[p.grad for p in model.parameters()] for model in models], reduce_dtype or compute_dtype)
         for worker, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
             for parameter in model.parameters():
                 assert parameter.grad is not None
@@ -188,6 +190,13 @@ def simulate(
             differences = []
         if step + 1 in ends and not parallel:
             distances.append(relative_distance(models))
+            for name in state:
+                _average(
+                    [
+                        [optimizer.state[p][name] for p in model.parameters()]
+                        for model, optimizer in zip(models, optimizers, strict=True)
+                    ]
+                )
             averaged = copy.deepcopy(models)
             _average([[p.data for p in model.parameters()] for model in averaged])
             if delay and step + 1 < total:

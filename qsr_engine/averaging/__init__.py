@@ -27,7 +27,7 @@ from qsr_engine.averaging.agreement import (
     exchange_headers,
 )
 from qsr_engine.averaging.averager import Averager
-from qsr_engine.averaging.buckets import flat_buckets
+from qsr_engine.averaging.buckets import flat_buckets, place_in
 from qsr_engine.averaging.collectives import CollectiveError, average_in_place, average_packed, bucket_bytes, ring_bytes
 
 __all__ = [
@@ -42,5 +42,6 @@ __all__ = [
     "check_agreement",
     "exchange_headers",
     "flat_buckets",
+    "place_in",
     "ring_bytes",
 ]

@@ -120,6 +120,16 @@ def _move(segment: _Segment, flat: Tensor, offset: int) -> None:
         tensor.data = torch.as_strided(flat, tensor.shape, tensor.stride(), start)
 
 
+def place_in(tensor: Tensor, buckets: Sequence[Tensor]) -> tuple[int, int, int]:
+    """(number of the bucket, start, stop) in elements, of the memory that a dense tensor covers."""
+    for number, bucket in enumerate(buckets):
+        start, rest = divmod(tensor.data_ptr() - bucket.data_ptr(), bucket.element_size())
+        if rest == 0 and 0 <= start < bucket.numel():
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            return number, start, start + last + 1
+    raise RuntimeError(f"a parameter of shape {tuple(tensor.shape)} is in none of the buckets")
+
+
 # ----------------------------------------------------------------------------------------------------- pieces
 
 

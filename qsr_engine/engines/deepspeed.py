@@ -30,6 +30,8 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import partitioned_param_coordinator
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
 from safetensors.torch import save_file
@@ -42,6 +44,7 @@ from qsr_engine.averaging import (
     average_packed,
     bucket_bytes,
     check_agreement,
+    place_in,
     ring_bytes,
 )
 from qsr_engine.checkpoint import CheckpointError, Manifest
@@ -49,9 +52,38 @@ from qsr_engine.config import ConfigError, QSRConfig, check_world_size, digest, 
 from qsr_engine.engines import deepspeed_checkpoint
 from qsr_engine.engines.deepspeed_config import check_supported, offloads, resolve_deepspeed_config, shared_part
 from qsr_engine.engines.deepspeed_masters import Masters, Stage3, check_state_names, masters_of
+from qsr_engine.engines.deepspeed_version import check_internals, check_version
 from qsr_engine.engines.one_rank import leave_out_reduction
 from qsr_engine.engines.worker_groups import WorkerGroups
 from qsr_engine.local_steps import LocalSteps
+
+check_version(deepspeed.__version__)
+check_internals(
+    {
+        f"{owner.__name__}.{name}": hasattr(owner, name)
+        for owner, names in {
+            DeepSpeedEngine: (
+                "forward",
+                "step",
+                "allreduce_gradients",
+                "save_checkpoint",
+                "load_checkpoint",
+                "destroy",
+            ),
+            partitioned_param_coordinator: ("assert_ints_same_as_other_ranks",),
+            deepspeed_groups: ("mpu",),
+            DeepSpeedZeroOptimizer: ("update_lp_params", "get_param_id", "reduce_ready_partitions_and_remove_grads"),
+            DeepSpeedZeroOptimizer_Stage3: (
+                "_partition_all_parameters",
+                "_reassign_or_swap_out_partitioned_parameters",
+                "_finalize_offload_gradient_accumulation",
+                "invalidate_secondary_tensor",
+            ),
+        }.items()
+        for name in names
+    },
+    deepspeed.__version__,
+)
 
 log = logging.getLogger(__name__)
 _deepspeed_initialize = deepspeed.initialize  # itself, also while replace_deepspeed_initialize() has another one there
@@ -658,7 +690,7 @@ def _take_local_steps(engine: DeepSpeedEngine, qsr: QSRConfig, groups: WorkerGro
     if groups and qsr.worker_size == 1:
         leave_out_reduction(engine)
     masters = masters_of(engine)
-    state_names = check_state_names(qsr.averaging.state, masters.base_optimizer)
+    state_names = check_state_names(qsr.averaging.state, masters)
     if groups and isinstance(masters, Stage3):
         _keep_checks_inside_the_worker(engine, groups)
     engine.__class__ = LocalStepEngine
@@ -714,7 +746,7 @@ def _overlap(averager: Averager, masters: Masters, worker_size: int) -> None:
         )
     copies = masters.copies(averager.buckets)
     places = [
-        (parameter, *_place_in(parameter, copies or averager.buckets))
+        (parameter, *place_in(parameter, copies or averager.buckets))
         for parameter in masters.parameters()
         if parameter.numel()
     ]
@@ -722,20 +754,10 @@ def _overlap(averager: Averager, masters: Masters, worker_size: int) -> None:
     @torch.no_grad()
     def refresh(part: Tensor) -> None:
         if copies is not None:
-            bucket, start, stop = _place_in(part, averager.buckets)
+            bucket, start, stop = place_in(part, averager.buckets)
             copies[bucket][start:stop].copy_(part)
 
     averager.overlap_with(masters.module, places, refresh)
-
-
-def _place_in(tensor: Tensor, buckets: list[Tensor]) -> tuple[int, int, int]:
-    """(number of the bucket, start, stop) in elements, of the memory that a dense tensor covers."""
-    for number, bucket in enumerate(buckets):
-        start, rest = divmod(tensor.data_ptr() - bucket.data_ptr(), bucket.element_size())
-        if rest == 0 and 0 <= start < bucket.numel():
-            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-            return number, start, start + last + 1
-    raise RuntimeError(f"a parameter of shape {tuple(tensor.shape)} is in none of the buckets")
 
 
 def _describe_optimizer(engine: DeepSpeedEngine) -> dict[str, Any]:

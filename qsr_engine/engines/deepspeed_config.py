@@ -33,6 +33,7 @@ _REFUSED_ZERO_KEYS = {
     "zero_quantized_gradients": "it needs CUDA kernels that were never tried with local steps",
     "zero_quantized_weights": "it needs CUDA kernels that were never tried with local steps",
     "zero_quantized_nontrainable_weights": "it needs CUDA kernels that were never tried with local steps",
+    "round_robin_gradients": "DeepSpeed 0.19.8 reads wrong masters under it, which checkpoints need",
     "enable_sanity_checks": "its checks are collectives over all workers",
     "mics_shard_size": "DeepSpeed has removed it; qsr.worker_size shards inside a worker",
 }

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsr_engine.averaging import flat_buckets
+from qsr_engine.averaging import flat_buckets, place_in
 from qsr_engine.config import ConfigError
 
 Place = tuple[Tensor, int, int, int]  # a parameter, and the bucket, start and stop of the elements that it is made of
@@ -128,8 +128,7 @@ class MasterPerParameter(Masters):
         return [master for group in self.optimizer.fp32_groups for master in group]
 
     def buckets(self, bucket_bytes: int) -> list[Tensor]:
-        self._bucket_bytes = bucket_bytes // 8 * 8
-        return flat_buckets(self.held(), self._bucket_bytes)
+        return flat_buckets(self.held(), bucket_bytes)
 
     def master_of(self, parameter: Tensor) -> Tensor:
         pairs = zip(self.parameters(), self.held(), strict=True)
@@ -142,14 +141,16 @@ class MasterPerParameter(Masters):
     def gradients(self) -> list[Tensor]:
         return _dense_gradients(self.parameters())
 
+    @torch.no_grad()
     def copies(self, buckets: Sequence[Tensor]) -> list[Tensor]:
-        """The parameters move into buckets of the same plan: as many elements, of half the size."""
-        copies = flat_buckets(self.parameters(), self._bucket_bytes // 2)
-        if [copy.numel() for copy in copies] != [bucket.numel() for bucket in buckets]:
-            raise ConfigError(
-                "qsr.averaging.overlap is 'next_forward', and the masters and the low-precision parameters of this "
-                "model do not lie alike (shared or strided parameters); write overlap 'none' or 'delayed'"
-            )
+        """The parameters move into buckets of their own, each to where its master is in the masters' buckets."""
+        pairs = list(zip(self.parameters(), self.held(), strict=True))
+        copies = [torch.zeros_like(bucket, dtype=pairs[0][0].dtype) for bucket in buckets]
+        for parameter, master in pairs:
+            if parameter.numel():
+                bucket, start, _ = place_in(master, buckets)
+                place = torch.as_strided(copies[bucket], master.shape, master.stride(), start)
+                parameter.data = place.copy_(parameter)
         return copies
 
     def parameters(self) -> list[Tensor]:
@@ -327,7 +328,7 @@ def _made_dense(parameters: Sequence[Tensor]) -> Iterator[Tensor | None]:
         yield parameter.grad
 
 
-def check_state_names(names: Sequence[str], optimizer: torch.optim.Optimizer) -> Sequence[str]:
+def check_state_names(names: Sequence[str], masters: Masters) -> Sequence[str]:
     """Check averaging.state against the state that an optimizer keeps for a parameter, before any training.
 
     One step of an optimizer of its class on a parameter of its own tells what it keeps; a class that cannot be made
@@ -338,7 +339,8 @@ def check_state_names(names: Sequence[str], optimizer: torch.optim.Optimizer) ->
     """
     if not names:
         return names
-    parameter = nn.Parameter(torch.zeros(2, device=optimizer.param_groups[0]["params"][0].device))
+    optimizer = masters.base_optimizer
+    parameter = nn.Parameter(torch.zeros(2, device=masters.held()[0].device))
     parameter.grad = torch.zeros_like(parameter)
     accepted = inspect.signature(type(optimizer).__init__).parameters
     try:

@@ -174,9 +174,8 @@ def expected(combination: Combination, qsr: dict[str, Any], workers: int, **more
         compute_dtype=compute,
         loss_scale=LOSS_SCALE if combination.precision == "fp16" else 1.0,
         zero_step=combination.zero_step,
-        reduce_dtype=torch.float32 if combination.precision == "bf16, fp32 accumulation" else None,
         worker_size=qsr.get("worker_size", 1),
-        **more,
+        **{"reduce_dtype": torch.float32 if combination.precision == "bf16, fp32 accumulation" else None, **more},
     )
     return training.flat(models[0].parameters())
 

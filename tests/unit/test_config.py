@@ -72,7 +72,11 @@ def refusal(**changes: Any) -> str:
         ({"averaging": {"cuda_graph": True, "wire_dtype": "bf16"}}, ["a graph holds the plain averaging only"]),
         ({"averaging": {"cuda_graph": True, "overlap": "next_forward"}}, ["write overlap 'none'"]),
         ({"averaging": {"wire_dtype": "fp31"}}, ["qsr.averaging.wire_dtype", "found 'fp31'", "'int8'"]),
-        ({"averaging": {"state": ["exp_avg"]}}, ["qsr.averaging.state", "not there yet"]),
+        (
+            {"averaging": {"state": ["exp_avg"], "overlap": "delayed", "delay_steps": 1}},
+            ["qsr.averaging", "the state would be averaged steps before the parameters"],
+        ),
+        ({"on_other_workers": "sum"}, ["qsr.on_other_workers", "'mean' or 'fresh'"]),
         ({"outer": {"lr": 0.7}}, ["qsr.outer is set", "not there yet"]),
     ],
 )
@@ -151,12 +155,18 @@ def test_digest_tells_configurations_apart() -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"zero_optimization": {"stage": 2}}, "stage is 2"),
-        ({"zero_optimization": {"stage": 3}}, "stage is 3"),
-        ({"fp16": {"enabled": True}}, "fp16 is enabled"),
-        ({"bf16": {"enabled": True}}, "bf16 with ZeRO stage 0"),
+        ({"zero_optimization": {"stage": 4}}, "stage is 4; write 0, 1, 2 or 3"),
+        ({"fp16": {"enabled": True}}, "fp16 is enabled and ZeRO is off"),
+        ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "bf16 and fp16 are both enabled"),
+        (
+            {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}, "zero_optimization": {"stage": 1}},
+            "averages of masters in bf16 lose",
+        ),
+        ({"compile": {"deepcompile": True}}, "compile.deepcompile is set"),
+        ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "round_robin_gradients is set"),
         ({"torch_autocast": {"enabled": True}}, "torch_autocast is enabled"),
-        ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer is set"),
+        ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer is set"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param.device is 'nvme'"),
         ({"optimizer": {"type": "OneBitAdam"}}, "'OneBitAdam' communicates by itself"),
         ({"scheduler": {"type": "WarmupLR"}}, "both qsr.lr and scheduler"),
         ({"sequence_parallel_size": 2}, "sequence_parallel_size is set"),
@@ -174,6 +184,8 @@ def test_what_works_is_not_refused() -> None:
     qsr = validate(QSRConfig, BLOCK, where="test")
     check_supported({}, qsr)
     check_supported({"fp16": {"enabled": False}, "zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}, qsr)
+    offloaded = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "none"}}
+    check_supported({"fp16": {"enabled": True}, "zero_optimization": offloaded}, qsr)
 
 
 def test_deepspeed_sees_one_workers_batch_and_its_clipping_is_said() -> None:
@@ -252,9 +264,9 @@ def test_switch_and_decay_in_epochs(tmp_path: Path) -> None:
         ("qsr.lr.warmup_epoch=1", "qsr.lr.warmup_epoch: unknown key; did you mean 'warmup_epochs'?"),
         ("optimzer.type=SGD", "optimzer: unknown key; did you mean 'optimizer'?"),
         ("model.name=resnet50", "model.name: found 'resnet50'"),
-        ("precision.dtype=fp16", "precision.dtype: found 'fp16'"),
-        ("precision.zero_stage=3", "precision.zero_stage: found 3"),
-        ("precision.dtype=bf16", "precision: dtype is 'bf16' and zero_stage is 0"),
+        ("precision.dtype=fp8", "precision.dtype: found 'fp8'"),
+        ("precision.zero_stage=4", "precision.zero_stage: found 4"),
+        ("precision.dtype=fp16", "precision.dtype is 'fp16' and precision.zero_stage is 0"),
         ("seed=99999999999999999999", "seed: found 99999999999999999999"),
         ("logging.name=..", "logging.name: found '..'"),
         ("qsr.total_steps=5", "found both of epochs and qsr.total_steps"),
