@@ -212,6 +212,7 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
         state = self.local_steps
         state.skipped_steps += 1
         if self.worker_groups is None:
+            state.skipped_steps_of_all_workers = state.skipped_steps
             return
         if self.lr_scheduler is not None:
             self.lr_scheduler.step(**(lr_kwargs or {}))
@@ -431,13 +432,10 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
         Every rank must call it, on a boundary. All of it is on rank 0; the others get an empty one.
         """
         self.local_steps.wait()
-        state: dict[str, Tensor] = {}
-        if self._worker == 0:
-            with _deepspeed_uses(self.worker_groups):
-                for name, value in deepspeed_checkpoint.named_state(self.module, self._full_parameter):
-                    if self.global_rank == 0:
-                        state[name] = value
-        return state
+        if self._worker != 0:
+            return {}
+        with _deepspeed_uses(self.worker_groups):
+            return deepspeed_checkpoint.named_state(self.module, self._full_parameter, keep=self.global_rank == 0)
 
     def _full_parameter(self, parameter: Tensor) -> Tensor:
         """The fp32 master of a parameter, whole; the parameter itself where it is not trained."""

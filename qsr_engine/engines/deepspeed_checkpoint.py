@@ -121,17 +121,28 @@ class RecordedErrors:
 # --------------------------------------------------------------------------------------------------- the model
 
 
-def named_state(module: nn.Module, full: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """(name in state_dict(), fp32 value) of every parameter and buffer; collective in a worker that shards them."""
-    known: dict[int, Tensor] = {}
+def named_state(module: nn.Module, full: Callable[[Tensor], Tensor], keep: bool) -> dict[str, Tensor]:
+    """fp32 values of all parameters and buffers under their names in state_dict(), on the CPU, none of them shared.
+
+    Collective in a worker that shards them, a parameter at a time; a rank with `keep` False holds one at a time only
+    and returns nothing.
+    """
+    state: dict[str, Tensor] = {}
+    first_name: dict[int, str] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        if id(parameter) not in known:
-            known[id(parameter)] = full(parameter).detach().float().cpu().clone()
-        yield name, known[id(parameter)].clone().contiguous()
+        if id(parameter) in first_name:
+            if keep:
+                state[name] = state[first_name[id(parameter)]].clone()
+            continue
+        first_name[id(parameter)] = name
+        value = full(parameter)
+        if keep:
+            state[name] = value.detach().float().cpu().clone().contiguous()
     for prefix, part in module.named_modules():
         for name, buffer in part.named_buffers(prefix, recurse=False):
-            if name.rpartition(".")[2] not in part._non_persistent_buffers_set:
-                yield name, buffer.detach().cpu().clone().contiguous()
+            if keep and name.rpartition(".")[2] not in part._non_persistent_buffers_set:
+                state[name] = buffer.detach().cpu().clone().contiguous()
+    return state
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ stand in for that question alone; everything after it is theirs.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -330,6 +331,7 @@ def fit(
     config: dict[str, Any] | None,
     accumulation: int = 1,
     qsr: dict[str, Any] | None = None,
+    ckpt_path: str | None = None,
     **trainer: Any,
 ) -> Any:
     """The trainer after trainer.fit() for 12 steps; without a configuration Lightning writes one for stage 1."""
@@ -353,7 +355,8 @@ def fit(
         asks = _TrainingEpochLoop._broadcast_sigterm_tensor
         with qsr_engine.attach(qsr):
             assert _TrainingEpochLoop._broadcast_sigterm_tensor is not asks
-            run.fit(module, DataLoader(dataset(accumulation=accumulation), batch_size=training.BATCH))
+            loader = DataLoader(dataset(accumulation=accumulation), batch_size=training.BATCH)
+            run.fit(module, loader, ckpt_path=ckpt_path)
         assert _TrainingEpochLoop._broadcast_sigterm_tensor is asks
     return run
 
@@ -416,6 +419,37 @@ def test_lightning_saves_on_boundaries_only(processes: Processes, tmp_path: Path
         assert "step 3 is inside a round of 2 steps" in said
     processes.run(lightning_saves_job, folder=str(tmp_path / "boundary"), way="boundary")
     assert sorted(path.name for path in (tmp_path / "boundary").iterdir()) == sorted(f"step-{end}" for end in ENDS)
+
+
+def lightning_resumes_job(folder: str) -> dict[str, Any]:
+    """What Lightning's ckpt_path brings back from a checkpoint that its own loop saved on a boundary."""
+    config = {"zero_optimization": {"stage": 1}, "qsr": QSR, "zero_allow_untested_optimizer": True}
+    saved: list[torch.Tensor] = []
+    began: list[tuple[int, torch.Tensor]] = []
+
+    def save(trainer: Any) -> None:
+        if trainer.global_step == 4:
+            trainer.save_checkpoint(f"{folder}/step-4")
+            saved.append(training.flat(trainer.model.parameters()).clone())
+
+    def look(trainer: Any) -> None:
+        engine = trainer.strategy.deepspeed_engine
+        began.append((engine.local_steps.step, training.flat(trainer.model.parameters()).clone()))
+
+    fit(lightning_module(Recorder(), at_end=save), copy.deepcopy(config))  # Lightning writes into it
+    module = lightning_module(Recorder(), at_end=look)
+    module.on_train_start = lambda: look(module.trainer)
+    run = fit(module, copy.deepcopy(config), ckpt_path=f"{folder}/step-4")
+    return {"saved": saved[0], "began": began, "end": run.strategy.deepspeed_engine.local_steps.step}
+
+
+def test_lightning_resumes(processes: Processes, tmp_path: Path) -> None:
+    for result in processes.run(lightning_resumes_job, folder=str(tmp_path)):
+        step, parameters = result["began"][0]
+        assert step == 4
+        assert torch.equal(parameters, result["saved"])
+        assert [number for number, _ in result["began"][1:]] == list(range(5, 13))
+        assert result["end"] == 12
 
 
 def test_a_loop_that_ends_inside_a_round_is_an_error(processes: Processes, tmp_path: Path) -> None:

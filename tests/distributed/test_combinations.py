@@ -118,7 +118,9 @@ def take_step(engine: Any, combination: Combination) -> bool:
     import torch.distributed as dist
 
     dtype = DTYPES[combination.precision] or torch.float32
-    inputs, targets = training.batch(dist.get_rank(), engine.local_steps.step, dtype=dtype)
+    inputs, targets = (
+        tensor.to(engine.device) for tensor in training.batch(dist.get_rank(), engine.local_steps.step, dtype=dtype)
+    )
     engine.backward(training.loss(engine(inputs), targets))
     return bool(engine.step())
 

@@ -6,12 +6,23 @@ import os
 import socket
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests import reference
 from tests.distributed import training
+from tests.distributed.test_combinations import (
+    COMBINATIONS,
+    DTYPES,
+    Combination,
+    expected,
+    start,
+    take_step,
+    whole_masters,
+    whole_parameters,
+)
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu", reason="needs a GPU"
@@ -63,3 +74,35 @@ def test_one_worker_on_a_gpu_equals_the_reference(stage: int) -> None:
     )
     found, oracle = (training.flat(m.parameters()).cpu() for m in (engine.module, models[0]))
     torch.testing.assert_close(found, oracle, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "combination", [c for c in COMBINATIONS if not c.refused], ids=lambda c: f"{c.stage}-{c.precision}-{c.optimizer}"
+)
+def test_every_stage_and_precision_on_a_gpu(combination: Combination) -> None:
+    """A GPU rounds a gradient otherwise than a CPU, by 2^-24 (fp32), 2^-8 (bf16) or 2^-11 (fp16) of its size, and Adam
+    turns that into as much of a step: 12 steps of at most 0.05, times two for what later gradients make of it."""
+    engine = start(combination, training.QSR)
+    while not engine.local_steps.finished:
+        take_step(engine, combination)
+    compute = DTYPES[combination.precision] or torch.float32
+    masters = whole_masters(engine).cpu()
+    assert torch.equal(whole_parameters(engine).cpu(), masters.to(compute))
+    bits = {torch.float32: 2.0**-17, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[compute]
+    oracle = expected(combination, training.QSR, workers=1)
+    torch.testing.assert_close(masters, oracle, rtol=0, atol=2 * 12 * 0.05 * bits)
+
+
+@pytest.mark.parametrize("combination", [Combination(stage, "bf16", "FusedAdam") for stage in (0, 1, 2, 3)])
+def test_a_resumed_run_gives_the_same_bits_on_a_gpu(combination: Combination, tmp_path: Path) -> None:
+    found = []
+    for resume in (False, True):
+        engine = start(combination, training.QSR)
+        if resume:
+            engine.load_checkpoint(tmp_path)
+        while not engine.local_steps.finished:
+            if take_step(engine, combination) and engine.local_steps.step == 6:
+                engine.save_checkpoint(tmp_path)
+        found.append((whole_masters(engine), torch.rand(1, device=engine.device)))
+        engine.destroy()
+    assert torch.equal(found[0][0], found[1][0])
