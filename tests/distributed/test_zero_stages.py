@@ -319,6 +319,58 @@ def twice_job(combination: Combination) -> torch.Tensor:
     return whole_masters(engine)
 
 
+# By function of torch.distributed, in the fifth step of the small model, with clipping: of this worker's two ranks.
+INSIDE = {
+    0: {"all_reduce": 1},  # gradients
+    1: {"all_reduce": 3, "all_gather_into_tensor": 1},  # gradients, overflow flag, norm; parameters
+    2: {"all_reduce": 3, "all_gather_into_tensor": 1},  # the same: DeepSpeed reduces small buckets on gloo
+    3: {"reduce_scatter_tensor": 1, "all_reduce": 2, "all_gather_into_tensor": 6},  # gradients; flag, norm; parameters
+}
+
+
+def inside_job(combination: Combination) -> dict[str, int]:
+    """Collectives of the fifth step, inside a round, by function; only those over more than one rank."""
+    import inspect
+
+    import torch.distributed as dist
+
+    counts: dict[str, int] = {}
+
+    def counting(function: Any) -> Any:
+        signature = inspect.signature(function)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if dist.get_world_size(signature.bind(*args, **kwargs).arguments.get("group")) > 1:
+                counts[function.__name__] = counts.get(function.__name__, 0) + 1
+            return function(*args, **kwargs)
+
+        return call
+
+    qsr = {"strategy": "constant", "h_base": 6, "total_steps": 12, "lr": LR, "worker_size": 2}
+    kinds = ("all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce_scatter")
+    originals = {
+        kind: getattr(dist, kind) for kind in (*kinds, "reduce_scatter_tensor", "all_to_all_single", "barrier")
+    }
+    for kind, original in originals.items():
+        setattr(dist, kind, counting(original))
+    try:  # DeepSpeed keeps some of them when it starts
+        engine = start(combination, qsr, gradient_clipping=1.0)
+        for _ in range(5):
+            counts.clear()
+            take_step(engine, combination)
+    finally:
+        for kind, original in originals.items():
+            setattr(dist, kind, original)
+    return counts
+
+
+@pytest.mark.parametrize("combination", STAGES[:1] + STAGES[2::2], ids=name)
+def test_what_remains_inside_a_worker(processes: Processes, combination: Combination) -> None:
+    """README lists it."""
+    for counts in processes.run(inside_job, ranks=4, combination=combination):
+        assert counts == INSIDE[combination.stage]
+
+
 @pytest.mark.parametrize("combination", [Combination(0, "fp32", "SGD"), *STAGES], ids=name)
 def test_four_workers(processes: Processes, combination: Combination) -> None:
     """With four summands the all-reduce may add in another order than the reference: 2^-24 relative at each of five
