@@ -18,6 +18,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import uuid
@@ -31,6 +32,7 @@ import torch.distributed as dist
 
 MANIFEST = "manifest.json"
 MODEL_FILE = "model.safetensors"
+LATEST = "latest"
 FORMAT = 1
 
 
@@ -88,11 +90,26 @@ class Manifest:
         if said != _digest_of(body):
             raise CheckpointError(f"{path}: it was altered after it was written (its own SHA-256 does not match)")
         del body["format"]
+        wrong = [
+            name
+            for name, kind in {
+                "tag": str,
+                "step": int,
+                "saved_at": float,
+                "layout": dict,
+                "config": dict,
+                "ranks": list,
+                "files": dict,
+            }.items()
+            if not isinstance(body.get(name), kind)
+        ]
+        if wrong:
+            raise CheckpointError(f"{path}: missing or of a wrong type: {', '.join(wrong)}")
         try:
             files = {str(name): (int(size), str(digest)) for name, (size, digest) in body.pop("files").items()}
             return cls(**body, files=files)
         except (TypeError, ValueError, AttributeError, KeyError) as error:
-            raise CheckpointError(f"{path}: keys are missing or of a wrong type: {error}") from None
+            raise CheckpointError(f"{path}: unknown keys, or files of a wrong type: {error}") from None
 
     def check_sizes(self, folder: Path) -> None:
         """Raises CheckpointError, naming a file that is missing or of another size."""
@@ -139,8 +156,10 @@ def save(
     layout: dict[str, Any],
     config: dict[str, Any],
     latest: bool = True,
+    folders: Sequence[str] = (),
 ) -> Path:
-    """Write DIR/TAG. Every rank calls it with the same arguments; `write` writes this rank's files into a folder.
+    """Write DIR/TAG. Every rank calls it with the same arguments; `write` writes this rank's files into a folder, in
+    which `folders` exist already. It must not wait for other ranks, since one of them may have failed.
 
     An error of any rank is raised on every rank, and DIR/TAG is then as it was before.
 
@@ -149,8 +168,13 @@ def save(
     Raises:
         CheckpointError: a rank could not write; the message names it.
     """
-    if not tag or tag.startswith(".") or Path(tag).name != tag:
-        raise CheckpointError(f"the tag is {tag!r}; write a name of a folder, without / and not beginning with a dot")
+    tags = gathered(tag)
+    if len(set(tags)) > 1:
+        raise CheckpointError(f"the ranks save under different tags, {sorted(set(tags))}; give all of them the same")
+    if not tag or tag.startswith(".") or Path(tag).name != tag or tag == LATEST:
+        raise CheckpointError(
+            f"the tag is {tag!r}; write a name of a folder, without /, not beginning with a dot, and not {LATEST!r}"
+        )
     directory = Path(directory)
     folder, temporary = directory / tag, directory / f".{tag}.tmp"
     together = Together(f"writing the checkpoint {folder}")
@@ -159,8 +183,10 @@ def save(
 
     with together.step():
         if lead:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove_leftovers(directory)
             temporary.mkdir(parents=True)
+            for name in folders:
+                (temporary / name).mkdir(parents=True)
     together.agree()
     try:
         with together.step():
@@ -177,11 +203,14 @@ def save(
                 digests[name] = (path.stat().st_size, _sha256(path, sync=True))
         together.agree()
         everywhere = gathered(digests)
-        saved_at = gathered(time.time())[0]
+        saved_at = max(gathered(_now(directory)))
         with together.step():
             if lead:
                 files = {name: value for number in here for name, value in everywhere[number].items()}
                 Manifest(tag, step, saved_at, layout, config, here, files).write(temporary)
+                for inner in (path for path in temporary.rglob("*") if path.is_dir()):
+                    _sync(inner)
+                _sync(temporary)
         together.agree()
     except CheckpointError:
         if lead:
@@ -190,10 +219,28 @@ def save(
     with together.step():
         if lead:
             _put_in_place(temporary, folder)
-            if latest:
-                _write_atomically(directory / "latest", tag)
     together.agree()
+    if lead and latest:
+        try:
+            _write_atomically(directory / LATEST, tag)
+        except OSError as error:
+            warnings.warn(f"{directory / LATEST}: cannot be written ({error}); loading does not need it", stacklevel=2)
     return folder
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """What saves that died have left: temporary folders, and marks of ranks."""
+    for path in directory.iterdir():
+        if path.name.startswith(".") and path.name.endswith(".tmp") and path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif re.fullmatch(r"\.[0-9a-f]{32}-\d+", path.name):
+            path.unlink(missing_ok=True)
+
+
+def _now(directory: Path) -> float:
+    """The time, and later than that of every checkpoint here, also where this host's clock is behind."""
+    found = [saved_at for saved_at, error in _view(directory, None).values() if error is None]
+    return max([time.time(), *(saved_at + 1e-3 for saved_at in found)])
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:
@@ -233,6 +280,7 @@ def _ranks_that_share(directory: Path, together: Together) -> list[int]:
     here = [number for number, mark in enumerate(marks) if mark.exists()]
     together.agree()
     mine.unlink(missing_ok=True)
+    together.agree()
     return here
 
 
@@ -269,7 +317,7 @@ def gathered(value: Any) -> list[Any]:
 
 
 def find(directory: str | os.PathLike[str], tag: str | None = None) -> tuple[Path, Manifest]:
-    """The newest whole checkpoint in a directory, or the one with this tag; the same one on every rank.
+    """The whole checkpoint that was saved last in a directory, or the one with this tag; the same one on every rank.
 
     Every file is checked: its size by every rank, its SHA-256 by one. Every rank must call it. What is passed over on
     the way, torn or altered, is named in a warning on rank 0.
@@ -278,6 +326,8 @@ def find(directory: str | os.PathLike[str], tag: str | None = None) -> tuple[Pat
         CheckpointError: there is none; or the one with this tag is not whole, and which one is.
     """
     directory = Path(directory)
+    if tag is not None and all(gathered(not (directory / tag).exists() and (directory / f".{tag}.old").is_dir())):
+        tag = f".{tag}.old"  # a save of this tag died after it had moved the one before aside
     views = gathered(_view(directory, [tag] if tag else None))
     names = {name for view in views for name in view}
     newest_first = sorted(names, key=lambda name: max(view[name][0] for view in views if name in view), reverse=True)
@@ -308,7 +358,6 @@ def _offer(directory: Path, tag: str) -> str:
         folder, manifest = find(directory)
     except CheckpointError:
         return ". There is no whole one beside it"
-    assert manifest.tag != tag
     return f". The newest whole one here is {folder.name!r} (step {manifest.step}); load it with tag={folder.name!r}"
 
 
@@ -316,9 +365,10 @@ def _view(directory: Path, tags: list[str] | None) -> dict[str, tuple[float, str
     """What this rank sees: for each folder, when it was saved, and what is wrong with it."""
     if tags is None:
         try:
-            tags = [path.name for path in directory.iterdir() if _may_be_a_checkpoint(path)]
+            paths = list(directory.iterdir())
         except OSError:
-            tags = []
+            paths = []
+        tags = [path.name for path in paths if _may_be_a_checkpoint(path)]
     seen: dict[str, tuple[float, str | None]] = {}
     for tag in tags:
         folder = directory / tag
@@ -342,11 +392,20 @@ def _changed_at(folder: Path) -> float:
 
 def _may_be_a_checkpoint(path: Path) -> bool:
     """A folder that a save has finished, or that was replaced by one that is not there (see _put_in_place)."""
-    if not path.is_dir() or path.name.endswith(".tmp"):
+    try:
+        if not path.is_dir() or path.name.endswith(".tmp"):
+            return False
+        if path.name.startswith("."):
+            return path.name.endswith(".old") and not (path.parent / path.name[1 : -len(".old")]).exists()
+        return (path / MANIFEST).exists() or any(path.glob("worker-*"))
+    except OSError:  # a folder of somebody else's, such as lost+found
         return False
-    if path.name.startswith("."):
-        return path.name.endswith(".old") and not (path.parent / path.name[1 : -len(".old")]).exists()
-    return (path / MANIFEST).exists() or any(path.glob("worker-*"))
+
+
+def any_here(directory: str | os.PathLike[str]) -> bool:
+    """Whether this rank sees anything in the directory that find() would look at."""
+    directory = Path(directory)
+    return directory.is_dir() and any(_may_be_a_checkpoint(path) for path in directory.iterdir())
 
 
 def _check_digests_together(folder: Path, manifest: Manifest) -> str | None:

@@ -82,6 +82,7 @@ class LocalSteps:
         self.averagings = 0
         self.bytes_sent = 0
         self.seconds_averaging = 0.0
+        self.parallel_bytes_so_far = 0  # that a rank would have sent by now under `parallel`
         self.skipped_steps = 0  # of this worker, because its gradients overflowed; they count as steps
         self.skipped_steps_of_all_workers = 0  # as told at the last boundary
         self._distance: torch.Tensor | None = None
@@ -122,11 +123,6 @@ class LocalSteps:
         """Distance of the workers from their average, at the last averaging that has ended; None before the first."""
         return None if self._distance is None else self._distance.item()
 
-    @property
-    def parallel_bytes_so_far(self) -> int:
-        """Bytes that a rank would have sent by now under `parallel`."""
-        return self.step * self._parallel_bytes
-
     def advance(self) -> bool:
         """Count one optimizer step; at the end of the round, average. Returns True at a boundary.
 
@@ -138,6 +134,7 @@ class LocalSteps:
         if self.finished:
             raise RuntimeError(f"the run ended at step {self.step} (qsr.total_steps); it takes no further step")
         self.step += 1
+        self.parallel_bytes_so_far += self._parallel_bytes
         self._buffers_differ = True
         if self.mode == "parallel":
             self.bytes_sent += self._parallel_bytes
@@ -272,6 +269,18 @@ class LocalSteps:
         self._buffers_differ = False
         return sent
 
+    @contextlib.contextmanager
+    def buffers_averaged(self) -> Iterator[None]:
+        """Inside, the buffers are the average; afterwards they are as they were. Every rank must enter."""
+        differ, before = self._buffers_differ, [buffer.clone() for buffer in self._buffers]
+        self.average_buffers()
+        try:
+            yield
+        finally:
+            for buffer, value in zip(self._buffers, before, strict=True):
+                buffer.copy_(value)
+            self._buffers_differ = differ
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to go on, as plain numbers; the round is part of it."""
         state = {key: getattr(self, key) for key in _STATE}
@@ -317,6 +326,7 @@ _COUNTS = (
     "averagings",
     "bytes_sent",
     "seconds_averaging",
+    "parallel_bytes_so_far",
     "skipped_steps",
     "skipped_steps_of_all_workers",
 )

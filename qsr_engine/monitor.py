@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self, TextIO
@@ -85,6 +86,11 @@ def leave_unfinished_run(path: Path) -> None:
         raise ConfigError(f"{path}: this folder holds {', '.join(strange[:3])}, which no run writes; {_ANOTHER_PLACE}")
     for name in found - {CHECKPOINTS}:
         (path / name).unlink()
+    if CHECKPOINTS in found:  # no whole one is there; what a save that died has left begins with a dot
+        for left in (path / CHECKPOINTS).glob(".*"):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
+        with suppress(OSError):
+            (path / CHECKPOINTS).rmdir()
 
 
 def _cannot_write(path: Path, error: OSError) -> ConfigError:

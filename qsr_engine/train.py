@@ -25,13 +25,14 @@ from torch.nn import functional as F
 
 import qsr_engine
 from qsr_engine.averaging import check_agreement
-from qsr_engine.checkpoint import gathered
-from qsr_engine.config import Recipe, check_world_size
+from qsr_engine.checkpoint import any_here, gathered
+from qsr_engine.config import ConfigError, Recipe, check_world_size
 from qsr_engine.data import Index
 from qsr_engine.data.loader import EvalLoader, TrainLoader
 from qsr_engine.models import create_model
 from qsr_engine.monitor import (
     CHECKPOINTS,
+    RECIPE,
     Monitor,
     Record,
     check_run_folder,
@@ -39,7 +40,7 @@ from qsr_engine.monitor import (
     leave_unfinished_run,
     open_run_folder,
 )
-from qsr_engine.recipe import Batch, dump_recipe, resolve_recipe_batch
+from qsr_engine.recipe import Batch, dump_recipe, load_recipe, resolve_recipe_batch
 
 MODEL_FILE = "model.safetensors"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -67,6 +68,7 @@ def train(recipe: Recipe, index: Index, *, resume: bool = False) -> dict[str, An
     batch = resolve_recipe_batch(recipe, ranks)
     if resume:
         check_unfinished(recipe.run_dir)
+        check_same_recipe(recipe)
     elif rank == 0:
         check_run_folder(recipe.run_dir)
     _share_cores()
@@ -80,7 +82,7 @@ def train(recipe: Recipe, index: Index, *, resume: bool = False) -> dict[str, An
     )
     check_agreement({"recipe": _shared(recipe), "data": index.digest()}, engine.device)
     torch.manual_seed(recipe.seed + 1 + rank)  # dropout differs between ranks
-    client = _load(engine, recipe) if resume else {}
+    client = _load(engine, recipe, str(index.digest())) if resume else {}
     step = engine.local_steps.step
     if rank == 0 and (step == 0 or not recipe.run_dir.exists()):
         if resume:
@@ -107,6 +109,7 @@ def train(recipe: Recipe, index: Index, *, resume: bool = False) -> dict[str, An
             monitor,
             batch,
             client,
+            str(index.digest()),
         )
         run.loop()
         summary = run.summary()
@@ -164,13 +167,63 @@ def _share_cores() -> None:
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_SIZE", "1"))))
 
 
-def _load(engine: Any, recipe: Recipe) -> dict[str, Any]:
+def check_same_recipe(recipe: Recipe) -> None:
+    """Compare a recipe with the one that the run in its folder was begun with.
+
+    What may differ: where things are, how often something is written, and what another number of ranks needs.
+
+    Raises:
+        ConfigError: something else differs; every difference is named.
+    """
+    path = recipe.run_dir / RECIPE
+    if not path.exists():
+        return
+    then, now = (dict(_flat(r.model_dump())) for r in (load_recipe(path), recipe))
+    lines = [
+        f"  {key} was {then.get(key)!r} and is {now.get(key)!r}"
+        for key in sorted({*then, *now})
+        if then.get(key) != now.get(key) and not key.startswith(_MAY_DIFFER)
+    ]
+    if lines:
+        raise ConfigError(
+            f"{recipe.run_dir}: the recipe is not the one that this run was begun with:\n" + "\n".join(lines) + "\n"
+            "Resume it with the same recipe, or begin another run with `--set logging.name=NAME`"
+        )
+
+
+_MAY_DIFFER = (
+    "data.shards",
+    "data.loader_processes",
+    "logging.",
+    "qsr.worker_size",
+    "qsr.on_other_workers",
+    "batch.train_micro_batch_size_per_gpu",
+    "batch.gradient_accumulation_steps",
+    "precision.",
+)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _load(engine: Any, recipe: Recipe, data: str) -> dict[str, Any]:
     """Go on from the newest whole checkpoint. Returns what this rank saved in it; {} if there is none."""
     folder = recipe.run_dir / CHECKPOINTS
-    if not any(gathered(folder.exists() and any(folder.iterdir()))):
+    if not any(gathered(any_here(folder))):
         return {}
     _, client = engine.load_checkpoint(folder)
-    return client or {}
+    client = client or {}
+    if client.get("data", data) != data:
+        raise ConfigError(
+            f"{folder}: the run was trained on other data (the index of its shards differs); give it the same, or begin "
+            "another run with `--set logging.name=NAME`"
+        )
+    return client
 
 
 def _save_model(state: dict[str, Tensor], recipe: Recipe) -> None:
@@ -218,10 +271,12 @@ class _Run:
         monitor: Monitor,
         batch: Batch,
         client: dict[str, Any],
+        data: str,
     ) -> None:
         self.recipe = recipe
         self.engine = engine
         self.batches: Iterator[tuple[Tensor, Tensor]] = train.batches(engine.local_steps.step * batch.accumulation)
+        self._data = data
         self._first_batch_of_resumed = engine.local_steps.step > 0
         self.evaluation = evaluation
         self.monitor = monitor
@@ -255,6 +310,8 @@ class _Run:
         client = {
             "seconds": [self.clock.training(), self.clock.data],
             "logged": list(self._logged),
+            "data": self._data,
+            "ranks": dist.get_world_size(),
             "losses": [loss.item() for loss in self._losses],
         }
         tag = f"step-{self.engine.local_steps.step:08d}"
@@ -265,7 +322,8 @@ class _Run:
         training, self.clock.data = client["seconds"]
         self.clock.started -= training
         self._logged = (client["logged"][0], client["logged"][1])
-        self._losses = [torch.tensor(loss, device=self.engine.device) for loss in client["losses"]]
+        if client["ranks"] == dist.get_world_size():  # else they are rank 0's of other batches
+            self._losses = [torch.tensor(loss, device=self.engine.device) for loss in client["losses"]]
 
     def _next_batch(self) -> tuple[Tensor, Tensor]:
         """Making the loader draws a random number; the one of a resumed run was drawn by the run that was saved."""

@@ -104,6 +104,20 @@ def _deepspeed_uses(workers: WorkerGroups | None) -> Iterator[None]:
         deepspeed_groups.mpu = before
 
 
+@contextlib.contextmanager
+def _without_barriers() -> Iterator[None]:
+    """DeepSpeed's save_checkpoint() ends in a barrier, where the other ranks would wait for one that failed.
+
+    What it waits for is done otherwise: the folders exist before it, and checkpoint.save() meets all ranks after it.
+    """
+    before = deepspeed.comm.barrier
+    deepspeed.comm.barrier = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        deepspeed.comm.barrier = before
+
+
 def _compare_inside_the_worker(ints: list[int]) -> None:
     """Stage 3 checks in its first forwards that all ranks run the same modules in the same order.
 
@@ -151,6 +165,7 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
     worker_groups: WorkerGroups | None  # None under the strategy `parallel`
     checkpoint_engine: Any
     _masters: Masters
+    _trained: frozenset[Tensor]  # the parameters that the optimizer updates, under ZeRO
     _model_digest: int
     _given_config: Mapping[str, Any]  # as initialize() got it, without the "qsr" block
     _learning_rates: Sequence[float] = ()  # of the parameter groups, as qsr.lr set them last
@@ -311,6 +326,8 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
         kwargs.update(zip(names, args, strict=False))
         tag = str(kwargs.pop("tag", None) or f"global_step{self.global_steps}")
         client_state, latest = kwargs.pop("client_state", None) or {}, kwargs.pop("save_latest", True)
+        if not isinstance(client_state, Mapping):
+            raise CheckpointError(f"client_state is a {type(client_state).__name__}; give a dict")
         checkpoint.save(
             save_dir,
             tag,
@@ -319,21 +336,27 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
             layout=self._layout(),
             config={**self._given_config, "qsr": self.local_steps.qsr.model_dump()},
             latest=latest,
+            folders=[
+                str(deepspeed_checkpoint.worker_folder(Path(), worker) / deepspeed_checkpoint.DEEPSPEED_TAG)
+                for worker in range(self._workers)
+            ],
         )
         return True
 
+    def _checkpoint_tag_validation(self, tag: str) -> None:
+        """DeepSpeed compares the tag over all ranks; checkpoint.save() has done so."""
+
     def _write_checkpoint(self, folder: Path, client_state: Mapping[str, Any], kwargs: Mapping[str, Any]) -> None:
         """This rank's part of a checkpoint, in a folder that nobody else uses."""
+        model = self.averaged_state_dict()
         mine = deepspeed_checkpoint.worker_folder(folder, self._worker)
-        mine.mkdir(parents=True, exist_ok=True)
         writer = self.checkpoint_engine
         errors = self.checkpoint_engine = deepspeed_checkpoint.RecordedErrors(writer)
         try:
-            with _deepspeed_uses(self.worker_groups):
+            with _deepspeed_uses(self.worker_groups), _without_barriers():
                 super().save_checkpoint(
                     str(mine), tag=deepspeed_checkpoint.DEEPSPEED_TAG, client_state={}, save_latest=False, **kwargs
                 )
-            model = self.averaged_state_dict()
             if self.global_rank == 0:
                 save_file(model, folder / checkpoint.MODEL_FILE, metadata={"format": "pt"})
         finally:
@@ -349,6 +372,8 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
                 "scheduler": self.lr_scheduler.state_dict() if self.lr_scheduler is not None else None,
                 "random": deepspeed_checkpoint.random_state(self.device),
                 "client": dict(client_state),
+                "buffers": [buffer.detach().cpu() for buffer in self.module.buffers()],
+                "without_frozen": bool(kwargs.get("exclude_frozen_parameters")),
             },
         )
 
@@ -357,12 +382,12 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
     ) -> tuple[str | None, dict[str, Any] | None]:
         """Go on from what save_checkpoint() wrote: from the newest whole checkpoint, or from the one with a tag.
 
-        Every rank must call it. Arguments as DeepSpeed's; with load_optimizer_states or load_module_only otherwise than
-        by default, the parameters are loaded and the run does not go on bit for bit. With another number of workers
-        the optimizer's state follows qsr.on_other_workers, and a warning says what was taken over.
+        Every rank must call it. Arguments as DeepSpeed's. With another number of workers the optimizer's state follows
+        qsr.on_other_workers, and a warning says what was taken over. load_optimizer_states=False takes parameters, step
+        and scheduler; load_module_only=True takes the parameters alone, and the run begins at step 0 with them.
 
         Returns:
-            (path of the checkpoint's folder, the client_state that this rank gave; {} with another number of workers).
+            (path of the checkpoint's folder, the client_state that this rank gave; with other workers, that of rank 0).
         Raises:
             CheckpointError: on every rank, if there is no whole checkpoint, or it is of another model.
         """
@@ -373,19 +398,21 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
         folder, manifest = checkpoint.find(load_dir, None if tag is None else str(tag))
         found = deepspeed_checkpoint.differences(manifest.layout, self._layout())
         deepspeed_checkpoint.check_same_model(folder, found)
-        client_state: dict[str, Any] = {}
+        alone = bool(kwargs.pop("load_module_only", False))
         together = checkpoint.Together(f"loading the checkpoint {folder}")
         with together.step():
-            if found:
+            if found and not alone:
                 state = self._load_other_layout(folder, manifest, found)
             else:
-                self._load_worker(folder, self._worker, **kwargs)
-                state = deepspeed_checkpoint.read_rank(
-                    deepspeed_checkpoint.rank_file(folder, self._worker, self.global_rank)
-                )
-                deepspeed_checkpoint.restore_random_state(state["random"], self.device)
-                client_state = state["client"]
-            if self.lr_scheduler is not None and state["scheduler"] and kwargs.get("load_lr_scheduler_states", True):
+                rank, worker = (0, 0) if found else (self.global_rank, self._worker)
+                state = deepspeed_checkpoint.read_rank(deepspeed_checkpoint.rank_file(folder, worker, rank))
+                if alone or not kwargs.get("load_optimizer_states", True):
+                    self._load_parameters(folder, 0 if alone else manifest.step)
+                else:
+                    self._load_all(folder, state, kwargs)
+            if alone:
+                state["local_steps"] = self.local_steps.state_dict()
+            elif self.lr_scheduler is not None and state["scheduler"] and kwargs.get("load_lr_scheduler_states", True):
                 self.lr_scheduler.load_state_dict(state["scheduler"])
             self.local_steps.load_state_dict(state["local_steps"])
             self.local_steps.averager.restart()
@@ -393,7 +420,30 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
                 self.local_steps.averager.load_state_dict(state["averager"])
             self._set_learning_rate()
         together.agree()
-        return str(folder), client_state
+        return str(folder), state["client"]
+
+    def _load_all(self, folder: Path, state: Mapping[str, Any], kwargs: dict[str, Any]) -> None:
+        """Everything of a run with the same layout."""
+        if state["without_frozen"]:
+            kwargs["load_module_strict"] = False
+        self._load_worker(folder, self._worker, **kwargs)
+        if state["without_frozen"]:
+            frozen = {name for name, parameter in self.module.named_parameters() if not parameter.requires_grad}
+            with _deepspeed_uses(self.worker_groups):
+                deepspeed_checkpoint.read_model(folder, self.module, self._put_parameter, frozen)
+        with torch.no_grad():
+            for buffer, value in zip(self.module.buffers(), state["buffers"], strict=True):
+                buffer.copy_(value)
+        deepspeed_checkpoint.restore_random_state(state["random"], self.device)
+
+    def _load_parameters(self, folder: Path, step: int) -> None:
+        """The averaged model, whatever the layout; the optimizer is left as it is."""
+        with _deepspeed_uses(self.worker_groups):
+            deepspeed_checkpoint.read_model(folder, self.module, self._put_parameter)
+            self._masters.refresh()
+        self.global_steps = step
+        self.global_samples = step * self.train_batch_size()
+        self.micro_steps = step * self.gradient_accumulation_steps()
 
     def _load_worker(self, folder: Path, worker: int, **kwargs: Any) -> None:
         """What DeepSpeed saved for a worker."""
@@ -418,12 +468,7 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
                 self._masters, lambda worker: self._load_worker(folder, worker), workers
             )
         else:
-            with _deepspeed_uses(self.worker_groups):
-                deepspeed_checkpoint.read_model(folder, self.module, self._put_parameter)
-                self._masters.refresh()
-            self.global_steps = manifest.step
-            self.global_samples = manifest.step * self.train_batch_size()
-            self.micro_steps = manifest.step * self.gradient_accumulation_steps()
+            self._load_parameters(folder, manifest.step)
         return deepspeed_checkpoint.read_rank(deepspeed_checkpoint.rank_file(folder, 0, 0))
 
     def averaged_state_dict(self) -> dict[str, Tensor]:
@@ -432,15 +477,15 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
         Every rank must call it, on a boundary. All of it is on rank 0; the others get an empty one.
         """
         self.local_steps.wait()
-        if self._worker != 0:
-            return {}
-        with _deepspeed_uses(self.worker_groups):
+        with self.local_steps.buffers_averaged(), _deepspeed_uses(self.worker_groups):
+            if self._worker != 0:
+                return {}
             return deepspeed_checkpoint.named_state(self.module, self._full_parameter, keep=self.global_rank == 0)
 
     def _full_parameter(self, parameter: Tensor) -> Tensor:
         """The fp32 master of a parameter, whole; the parameter itself where it is not trained."""
         if self.zero_optimization():
-            value = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+            value = safe_get_full_fp32_param(parameter) if parameter in self._trained else None
             if value is None and hasattr(parameter, "ds_id"):
                 with deepspeed.zero.GatheredParameters([parameter]):
                     return parameter.detach().clone()
@@ -448,7 +493,7 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
         return self._masters.master_of(parameter)
 
     def _put_parameter(self, parameter: Any, value: Tensor) -> None:
-        if self.zero_optimization() and parameter.requires_grad:
+        if self.zero_optimization() and parameter in self._trained:
             if hasattr(parameter, "ds_id"):  # in parts of equal size, the last one padded
                 size, ranks = parameter.partition_numel(), dist.get_world_size(parameter.ds_process_group)
                 parts = nn.functional.pad(value.flatten(), (0, size * ranks - value.numel())).view(ranks, size)
@@ -459,6 +504,8 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
         elif hasattr(parameter, "ds_id"):
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 parameter.data.copy_(value)
+        elif self.zero_optimization():
+            parameter.data.copy_(value)
         else:
             self._masters.master_of(parameter).data.copy_(value)
 
@@ -523,6 +570,9 @@ def initialize(
         raise ConfigError("initialize() needs model=..., a torch.nn.Module")
     ds_config, qsr = split_deepspeed_config(config)
     check_supported(ds_config, qsr)
+    flat = [name for name, p in model.named_parameters() if p.dim() == 0 and not hasattr(p, "ds_id")]
+    if flat:
+        raise ConfigError(f"the parameter {flat[0]!r} has the shape [], which DeepSpeed cannot broadcast; make it [1]")
     if optimizer is None and not ds_config.get("optimizer"):
         raise ConfigError('there is no optimizer; give initialize() one, or write an "optimizer" block')
     for name, given in (("mpu", mpu), ("mesh_param", mesh_param)):
@@ -694,6 +744,11 @@ def _take_local_steps(engine: DeepSpeedEngine, qsr: QSRConfig, groups: WorkerGro
     engine.__class__ = LocalStepEngine
     engine.worker_groups = groups
     engine._masters = masters
+    attributes = ("fp16_groups", "bit16_groups", "bf16_groups")
+    trained_groups: list[list[Tensor]] = next(
+        (getattr(engine.optimizer, name) for name in attributes if hasattr(engine.optimizer, name)), []
+    )
+    engine._trained = frozenset(parameter for group in trained_groups for parameter in group)
     engine.local_steps = LocalSteps(
         qsr,
         _averager(engine, qsr, groups),

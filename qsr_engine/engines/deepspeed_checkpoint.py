@@ -146,8 +146,12 @@ def named_state(module: nn.Module, full: Callable[[Tensor], Tensor], keep: bool)
 
 
 @torch.no_grad()
-def read_model(folder: Path, module: nn.Module, put: Callable[[Tensor, Tensor], None]) -> None:
-    """Put the averaged model of a checkpoint into the masters and the buffers. Collective where they are sharded.
+def read_model(
+    folder: Path, module: nn.Module, put: Callable[[Tensor, Tensor], None], only: set[str] | None = None
+) -> None:
+    """Put the averaged model of a checkpoint, or only these parameters, into the masters and the buffers.
+
+    Collective where they are sharded.
 
     Raises:
         CheckpointError: it is of another model.
@@ -155,11 +159,13 @@ def read_model(folder: Path, module: nn.Module, put: Callable[[Tensor, Tensor], 
     with safe_open(folder / MODEL_FILE, framework="pt") as file:
         names = set(file.keys())
         for name, parameter in module.named_parameters():
+            if only is not None and name not in only:
+                continue
             if name not in names:
                 raise CheckpointError(f"{folder}: {MODEL_FILE} has no parameter {name!r}, so it is of another model")
             put(parameter, file.get_tensor(name))
         for name, buffer in module.named_buffers():
-            if name in names:
+            if name in names and only is None:
                 buffer.copy_(file.get_tensor(name))
 
 

@@ -243,6 +243,66 @@ def failing_job(folder: str, where: str) -> str:
     return "it was saved"
 
 
+def limited_job(folder: str, combination: Combination) -> str:
+    """Rank 0 cannot write files of more than 5,000 bytes, as on a full disk, whoever writes them."""
+    import resource
+
+    import torch.distributed as dist
+
+    engine = start(combination, QSR)
+    while engine.local_steps.step < 2:
+        take_step(engine, combination)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    if dist.get_rank() == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+    try:
+        engine.save_checkpoint(folder)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    return "it was saved"
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_full_disk_is_an_error_on_every_rank(processes: Processes, tmp_path: Path, stage: int) -> None:
+    """DeepSpeed copies a script beside its files, and ends in a barrier; neither may leave a rank waiting."""
+    for said in processes.run(
+        limited_job, seconds=60, folder=str(tmp_path), combination=Combination(stage, "fp32", "SGD")
+    ):
+        assert said.startswith(f"CheckpointError: writing the checkpoint {tmp_path}/global_step2 failed")
+        assert "rank 0: " in said
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_old_checkpoint_is_whole_until_the_new_one_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process dies between the two renames of a tag that is used again."""
+    from qsr_engine import checkpoint
+
+    for name in ("last", ".last.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "content").write_text(name)
+    rename, calls = Path.rename, []
+
+    def dies(path: Path, target: Path) -> Path:
+        calls.append(path.name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", dies)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint._put_in_place(tmp_path / ".last.tmp", tmp_path / "last")
+    assert (tmp_path / ".last.old" / "content").read_text() == "last"
+    monkeypatch.undo()
+    checkpoint._put_in_place(tmp_path / ".last.tmp", tmp_path / "last")
+    assert (tmp_path / "last" / "content").read_text() == ".last.tmp"
+
+
 @pytest.mark.parametrize("where", ["deepspeed", "own"])
 def test_an_error_of_one_rank_is_an_error_of_all_and_harms_nothing(
     processes: Processes, tmp_path: Path, where: str
@@ -276,6 +336,9 @@ def refused_job(folder: str) -> list[str]:
         take_step(engine, PLAIN)
     attempt(partial(engine.save_checkpoint, folder, tag="../up"))
     attempt(partial(engine.save_checkpoint, folder, client_state={"object": nn.ReLU()}))
+    attempt(partial(engine.save_checkpoint, folder, tag="latest"))
+    attempt(partial(engine.save_checkpoint, folder, tag=f"rank{os.environ['RANK']}"))
+    attempt(partial(engine.save_checkpoint, folder, client_state=[1]))
     return messages
 
 
@@ -286,6 +349,9 @@ def test_what_is_refused(processes: Processes, tmp_path: Path) -> None:
         assert "there is no checkpoint with the tag 'nope' here" in messages[2]
         assert "the tag is '../up'" in messages[3]
         assert "client_state holds objects that cannot be loaded again without running code" in messages[4]
+        assert "the tag is 'latest'" in messages[5]
+        assert "the ranks save under different tags, ['rank0', 'rank1']" in messages[6]
+        assert "client_state is a list; give a dict" in messages[7]
     assert not any(tmp_path.iterdir())
 
 
@@ -381,7 +447,8 @@ def test_a_checkpoint_of_deepspeed_itself_is_refused(processes: Processes, saved
 def test_a_save_that_died_between_two_renames_is_found(processes: Processes, saved: Path, tmp_path: Path) -> None:
     """Overwriting a tag moves the old folder aside; if the process dies then, the old one is still whole."""
     shutil.copytree(saved / "global_step6", tmp_path / ".global_step6.old")
-    assert processes.run(load_job, folder=str(tmp_path))[0][0] == ".global_step6.old"
+    for tag in (None, "global_step6"):
+        assert processes.run(load_job, folder=str(tmp_path), tag=tag)[0][0] == ".global_step6.old"
 
 
 def apart_job(folder: str, load: bool) -> dict[str, Any]:
@@ -399,6 +466,106 @@ def test_hosts_without_a_shared_file_system(processes: Processes, tmp_path: Path
     shutil.rmtree(tmp_path / "host-1" / "global_step4")
     with pytest.raises(JobError, match="it is not on every host"):
         processes.run(apart_job, folder=str(tmp_path), load=True)
+
+
+# ---------------------------------------------------------------- frozen and tied parameters, batch norm
+
+
+class Mixed(nn.Module):
+    """Tied weights, a frozen parameter, one that is not used, one that the optimizer does not have, batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(training.FEATURES, training.OUTPUTS)
+        self.decoder = nn.Linear(training.FEATURES, training.OUTPUTS)
+        self.decoder.weight = self.encoder.weight
+        self.norm = nn.BatchNorm1d(training.OUTPUTS)
+        self.frozen = nn.Parameter(torch.full((training.OUTPUTS,), 0.1), requires_grad=False)
+        self.unused = nn.Parameter(torch.ones(5))
+        self.left_out = nn.Parameter(torch.ones(3))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.norm(self.encoder(inputs)) + self.decoder(inputs)
+        return outputs * self.frozen
+
+
+def mixed_job(
+    folder: str, qsr: dict[str, Any], stage: int, load: dict[str, Any] | None, frozen: bool
+) -> dict[str, Any]:
+    import torch.distributed as dist
+
+    import qsr_engine
+
+    torch.manual_seed(5 if load is None else 6)
+    model = Mixed()
+    if load is not None:
+        model.frozen.data.zero_()
+    parameters = [p for name, p in model.named_parameters() if name != "left_out"]
+    config = {**Combination(stage, "fp32", "SGD").config(), "qsr": qsr}
+    optimizer = training.make_optimizer("sgd", parameters)
+    engine = qsr_engine.initialize(model=model, optimizer=optimizer, config=config)[0]
+    if load is not None:
+        engine.load_checkpoint(folder, **load)
+        loaded = engine.averaged_state_dict()
+    while not engine.local_steps.finished:
+        take_step(engine, Combination(stage, "fp32", "SGD"))
+        if load is None and engine.local_steps.step == 4:
+            engine.save_checkpoint(folder, exclude_frozen_parameters=not frozen)
+            loaded = engine.averaged_state_dict()
+    own = [buffer.clone() for buffer in engine.module.buffers()]
+    gathered = [torch.zeros_like(own[0]) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, own[0])
+    return {
+        "loaded": loaded,
+        "end": engine.averaged_state_dict(),
+        "buffers": own,
+        "mean": torch.stack(gathered).mean(0),
+    }
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["", "without frozen"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_frozen_tied_unused_parameters_and_batch_norm(
+    processes: Processes, tmp_path: Path, stage: int, frozen: bool
+) -> None:
+    job: dict[str, Any] = {"folder": str(tmp_path), "qsr": QSR, "stage": stage, "frozen": frozen}
+    whole = processes.run(mixed_job, load=None, **job)
+    exported = load_file(tmp_path / "global_step4" / "model.safetensors")
+    assert set(exported) == set(Mixed().state_dict())
+    assert all(torch.equal(exported[name], value) for name, value in whole[0]["loaded"].items())
+    resumed = processes.run(mixed_job, load={}, **job)
+    for one, other in zip(whole, resumed, strict=True):
+        for part in ("loaded", "end"):
+            assert one[part].keys() == other[part].keys()
+            assert all(torch.equal(value, other[part][name]) for name, value in one[part].items())
+        assert all(torch.equal(a, b) for a, b in zip(one["buffers"], other["buffers"], strict=True))
+
+
+@pytest.mark.parametrize(
+    "load", [{"load_optimizer_states": False}, {"load_module_only": True}], ids=lambda x: next(iter(x))
+)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_parameters_alone(processes: Processes, tmp_path: Path, stage: int, load: dict[str, Any]) -> None:
+    """The masters are those of the checkpoint, whatever the stage, with frozen parameters and all."""
+    job: dict[str, Any] = {"folder": str(tmp_path), "qsr": QSR, "frozen": True}
+    saved = processes.run(mixed_job, load=None, stage=1, **job)[0]["loaded"]
+    with_fresh = {**job, "qsr": {**QSR, "on_other_workers": "fresh"}}
+    loaded = processes.run(mixed_job, load=load, stage=stage, **with_fresh)[0]["loaded"]
+    assert all(torch.equal(value, loaded[name]) for name, value in saved.items())
+
+
+@pytest.mark.parametrize("strategy", ["parallel", "post_local"])
+def test_batch_norm_in_parallel_phases(processes: Processes, tmp_path: Path, strategy: str) -> None:
+    """Every rank has statistics of its own there: they come back, and the saved model has their mean."""
+    switch = {"switch_step": 12} if strategy == "post_local" else {}
+    qsr = {"strategy": strategy, "total_steps": 12, "lr": QSR["lr"], **switch}
+    job: dict[str, Any] = {"folder": str(tmp_path), "qsr": qsr, "stage": 0, "frozen": True}
+    whole = processes.run(mixed_job, load=None, **job)
+    resumed = processes.run(mixed_job, load={}, **job)
+    assert not torch.equal(whole[0]["buffers"][0], whole[1]["buffers"][0])
+    for one, other in zip(whole, resumed, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one["buffers"], other["buffers"], strict=True))
+    torch.testing.assert_close(whole[0]["end"]["norm.running_mean"], whole[0]["mean"])
 
 
 # ------------------------------------------------------------------------------- another number of workers

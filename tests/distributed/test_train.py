@@ -426,6 +426,13 @@ def test_a_run_that_died_is_resumed_to_the_same_bits(processes: Processes, recip
     assert not (died / "summary.json").exists()
     with (died / "metrics.jsonl").open("a") as file:
         file.write('{"step": 12, "lo')  # a line that was being written
+    for words, changed in (
+        ("seed was 0 and is 7", ["--set", "seed=7"]),
+        ("qsr.lr.peak was 0.003 and is 0.5", ["--set", "qsr.lr.peak=0.5"]),
+    ):
+        for code, _, err in processes.run(qsr_job, argv=[*argv, *changed, "--resume"]):
+            assert code == 2
+            assert words in err
     for code, _, err in processes.run(qsr_job, argv=[*argv, "--resume"]):
         assert code == 0, err
 
@@ -445,6 +452,7 @@ def test_a_run_that_died_is_resumed_to_the_same_bits(processes: Processes, recip
 def test_resume_begins_where_there_is_no_checkpoint(processes: Processes, recipe: Path) -> None:
     argv = ["train", str(recipe), "--set", "logging.name=early"]
     assert processes.run(interrupted_job, argv=argv, at_step=4) == [130, 130]
+    (recipe.parent / "runs" / "early" / "checkpoints" / ".step-00000004.tmp").mkdir(parents=True)  # killed in a save
     for code, _, err in processes.run(qsr_job, argv=[*argv, "--resume"]):
         assert code == 0, err
     again = train(processes, recipe)
