@@ -220,8 +220,8 @@ def _load(engine: Any, recipe: Recipe, data: str) -> dict[str, Any]:
     client = client or {}
     if client.get("data", data) != data:
         raise ConfigError(
-            f"{folder}: the run was trained on other data (the index of its shards differs); give it the same, or begin "
-            "another run with `--set logging.name=NAME`"
+            f"{folder}: the run was trained on other data (the index of its shards differs); give it the same, or "
+            "begin another run with `--set logging.name=NAME`"
         )
     return client
 
