@@ -75,6 +75,7 @@ check_internals(
             DeepSpeedZeroOptimizer: ("update_lp_params", "get_param_id", "reduce_ready_partitions_and_remove_grads"),
             DeepSpeedZeroOptimizer_Stage3: (
                 "_partition_all_parameters",
+                "_get_param_partition_rank",
                 "_reassign_or_swap_out_partitioned_parameters",
                 "_finalize_offload_gradient_accumulation",
                 "invalidate_secondary_tensor",

@@ -256,6 +256,24 @@ class Stage3(Masters):
 
     sharded = True
 
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        self._clear_padding()
+
+    @torch.no_grad()
+    def _clear_padding(self) -> None:
+        """A part is padded where the ranks of a worker do not divide a parameter. DeepSpeed leaves there what the
+        memory held, which can be NaN, and which a boundary would refuse."""
+        optimizer = self.optimizer
+        for group, master in enumerate(self.held()):
+            start = 0
+            for parameter in optimizer.fp16_groups[group]:
+                size = parameter.ds_tensor.ds_numel
+                before = size * optimizer._get_param_partition_rank(parameter)
+                real = min(max(parameter.ds_numel - before, 0), size)
+                master[start + real : start + size] = 0
+                start += size
+
     def held(self) -> list[Tensor]:
         return list(self.optimizer.fp32_partitioned_groups_flat)
 

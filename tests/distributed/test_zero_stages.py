@@ -86,6 +86,23 @@ def test_parallel_is_deepspeeds_own(processes: Processes, combination: Combinati
         assert torch.equal(one["parameters"], other)
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_what_memory_held_before_does_not_matter(processes: Processes, stage: int) -> None:
+    """DeepSpeed pads parts with what the memory held, and here that is NaN."""
+    combination, qsr = Combination(stage, "fp32", "AdamW"), {**QSR, "worker_size": 2}
+    results = processes.run(nan_memory_job, ranks=4, combination=combination, qsr=qsr)
+    assert_like_reference(combination, results, expected(combination, qsr, workers=2))
+
+
+def nan_memory_job(combination: Combination, qsr: dict[str, Any]) -> dict[str, Any]:
+    torch.use_deterministic_algorithms(True, warn_only=True)  # which also fills what torch.empty() gives with NaN
+    try:
+        small = {"reduce_bucket_size": 1000, "stage3_prefetch_bucket_size": 1000}  # else gigabytes are filled
+        return train_job(combination, qsr, {"zero_optimization": {"stage": combination.stage, **small}})
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def plain_job(combination: Combination) -> torch.Tensor:
     import deepspeed
     import torch.distributed as dist
