@@ -184,6 +184,7 @@ def save(
     with together.step():
         if lead:
             _remove_leftovers(directory)
+            shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             for name in folders:
                 (temporary / name).mkdir(parents=True)
@@ -229,9 +230,9 @@ def save(
 
 
 def _remove_leftovers(directory: Path) -> None:
-    """What saves that died have left: temporary folders, and marks of ranks."""
+    """What saves that died have left: temporary folders with a worker's folder inside, and marks of ranks."""
     for path in directory.iterdir():
-        if path.name.startswith(".") and path.name.endswith(".tmp") and path.is_dir():
+        if path.name.startswith(".") and path.name.endswith(".tmp") and any(path.glob("worker-*/")):
             shutil.rmtree(path, ignore_errors=True)
         elif re.fullmatch(r"\.[0-9a-f]{32}-\d+", path.name):
             path.unlink(missing_ok=True)

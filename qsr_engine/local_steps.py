@@ -123,6 +123,18 @@ class LocalSteps:
         """Distance of the workers from their average, at the last averaging that has ended; None before the first."""
         return None if self._distance is None else self._distance.item()
 
+    def figures(self) -> dict[str, float]:
+        """What a monitor shows of a boundary; the distance only where it is known."""
+        figures: dict[str, float] = {
+            "period": self.period,
+            "averagings": self.averagings,
+            "bytes_sent": self.bytes_sent,
+            "skipped_steps": self.skipped_steps_of_all_workers,
+        }
+        if self.relative_distance is not None:
+            figures["relative_distance"] = self.relative_distance
+        return figures
+
     def advance(self) -> bool:
         """Count one optimizer step; at the end of the round, average. Returns True at a boundary.
 
@@ -260,12 +272,18 @@ class LocalSteps:
     def average_buffers(self) -> int:
         """Average the buffers over all ranks; after a `parallel` round, an evaluation asks for it.
 
-        Also inside a worker: its ranks average gradients, and each has seen batches of its own.
+        Also inside a worker: its ranks average gradients, and each has seen batches of its own. In fp64, so that a
+        buffer that is the same everywhere keeps its bits, also one that holds the largest number of its type (a mask).
 
         Returns:
             Bytes that this rank sent.
         """
-        sent = average_packed(self._buffers, None, _BUFFER_BUCKET_BYTES) if self._buffers_differ else 0
+        if not (self._buffers_differ and self._buffers):
+            return 0
+        exact = [buffer.double() for buffer in self._buffers]
+        sent = average_packed(exact, None, _BUFFER_BUCKET_BYTES)
+        for buffer, mean in zip(self._buffers, exact, strict=True):
+            buffer.copy_(mean)
         self._buffers_differ = False
         return sent
 
@@ -289,7 +307,8 @@ class LocalSteps:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state_dict(), also from the middle of a round.
 
-        On a boundary the next round begins by the rule of this run, which may differ from the one that was saved.
+        On a boundary the next round begins by the rule of this run, which may differ from the one that was saved; so it
+        does after the last step of a run, where this one is longer.
 
         Raises:
             ValueError: keys are missing or unknown, or the state lies outside this run.
@@ -314,7 +333,7 @@ class LocalSteps:
             setattr(self, key, state[key])
         distance = state["relative_distance"]
         self._distance = None if distance is None else torch.tensor(distance, dtype=torch.float64)
-        if state["step"] == state["round_start"] and not self.finished:
+        if state["step"] in (state["round_start"], end) and not self.finished:
             self._round = self._begin()
         else:
             self._round = Round(state["round_start"], state["period"], state["mode"])

@@ -8,6 +8,7 @@ torch is imported only where TensorBoard is asked for, so that the command line 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import sys
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import IO, Any, Self, TextIO
 
 from tqdm import tqdm
 
@@ -24,6 +25,7 @@ from qsr_engine.config import ConfigError
 
 RECIPE, METRICS, SUMMARY = "recipe.yaml", "metrics.jsonl", "summary.json"
 CHECKPOINTS = "checkpoints"  # a folder
+LOCK = ".lock"  # held by the process that trains
 _EVENTS = "events.out.tfevents"
 
 _ANOTHER_PLACE = "choose another place with `--set logging.dir=DIR` or `--set logging.name=NAME`"
@@ -66,6 +68,27 @@ def open_run_folder(path: Path, recipe_text: str) -> None:
         raise _cannot_write(path, error) from error
 
 
+def lock_run_folder(path: Path) -> IO[str] | None:
+    """Keep a run's folder for this process, until it closes the file or ends, however it ends.
+
+    Returns:
+        The open lock; None where the file system has no locks.
+    Raises:
+        ConfigError: another process trains in this folder.
+    """
+    try:
+        file = (path / LOCK).open("w", encoding="utf-8")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(
+            f"{path}: another process trains in this folder, perhaps one whose launcher was killed; wait for it or end "
+            "it, or choose another name with `--set logging.name=NAME`"
+        ) from None
+    except OSError:
+        return None
+    return file
+
+
 def check_unfinished(path: Path) -> None:
     """Raises ConfigError if the run in this folder is finished."""
     if (path / SUMMARY).exists():
@@ -81,7 +104,7 @@ def leave_unfinished_run(path: Path) -> None:
     if not path.exists():
         return
     found = {entry.name for entry in path.iterdir()}
-    strange = sorted(n for n in found if n not in (RECIPE, METRICS, CHECKPOINTS) and not n.startswith(_EVENTS))
+    strange = sorted(n for n in found if n not in (RECIPE, METRICS, CHECKPOINTS, LOCK) and not n.startswith(_EVENTS))
     if strange:
         raise ConfigError(f"{path}: this folder holds {', '.join(strange[:3])}, which no run writes; {_ANOTHER_PLACE}")
     for name in found - {CHECKPOINTS}:

@@ -28,7 +28,14 @@ from qsr_engine.averaging.agreement import (
 )
 from qsr_engine.averaging.averager import Averager
 from qsr_engine.averaging.buckets import flat_buckets, place_in
-from qsr_engine.averaging.collectives import CollectiveError, average_in_place, average_packed, bucket_bytes, ring_bytes
+from qsr_engine.averaging.collectives import (
+    CollectiveError,
+    all_gather_flat,
+    average_in_place,
+    average_packed,
+    bucket_bytes,
+    ring_bytes,
+)
 
 __all__ = [
     "AgreementError",
@@ -36,6 +43,7 @@ __all__ = [
     "BoundaryError",
     "CollectiveError",
     "Header",
+    "all_gather_flat",
     "average_in_place",
     "average_packed",
     "bucket_bytes",

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsr_engine.averaging.collectives import Group, collective
+from qsr_engine.averaging.collectives import Group, all_gather_flat, collective
 from qsr_engine.config import digest
 
 
@@ -66,7 +66,7 @@ def exchange_headers(header: Header, device: torch.device, group: Group = None) 
     ranks = dist.get_world_size(group)
     gathered = torch.empty(ranks * mine.numel(), dtype=mine.dtype, device=device)
     with collective("exchanging the boundary's headers", group):
-        dist.all_gather_into_tensor(gathered, mine, group=group)
+        all_gather_flat(gathered, mine, group=group)
     headers = [Header.decode(words) for words in gathered.cpu().view(ranks, -1)]
     _check_headers(headers)
     return headers
@@ -121,7 +121,7 @@ def check_agreement(facts: Mapping[str, Any], device: torch.device, group: Group
     """
     ranks = dist.get_world_size(group)
     digests = torch.empty(ranks, dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(digests, torch.tensor([digest(facts)], device=device), group=group)
+    all_gather_flat(digests, torch.tensor([digest(facts)], device=device), group=group)
     if bool((digests == digests[0]).all()):
         return
     gathered: list[dict[str, Any]] = [{} for _ in range(ranks)]

@@ -40,6 +40,10 @@ def collective(what: str, group: Group) -> Iterator[None]:
         ) from error
 
 
+# torch 2.14 calls it so, and warns of the name that 2.11 has.
+all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 def bucket_bytes(bucket_mb: float | None, group: Group) -> int:
     """Size of a bucket in bytes: as configured, or the default of the group's backend."""
     if bucket_mb is None:

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsr_engine.averaging.buckets import Piece
-from qsr_engine.averaging.collectives import Group, Mean, collective, piece_name
+from qsr_engine.averaging.collectives import Group, Mean, all_gather_flat, collective, piece_name
 
 WireType = Literal["bf16", "fp16", "int8"]
 BLOCK = 512  # elements with one scale
@@ -160,7 +160,7 @@ class Compressed(Mean):
             self._encode(mean, part, index, start, None if residual is None else residual[start:stop])
         gathered = exchange.outgoing.view(-1)  # its content has arrived everywhere that it was sent to
         with self._naming(index):
-            work = dist.all_gather_into_tensor(gathered, part, group=self.group, async_op=True)
+            work = all_gather_flat(gathered, part, group=self.group, async_op=True)
         assert work is not None
         return _Exchange(index, part, exchange.outgoing, work)
 

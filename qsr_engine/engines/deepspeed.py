@@ -18,7 +18,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,32 +28,27 @@ import deepspeed.ops
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.constants import ROUTE_TRAIN
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import partitioned_param_coordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
-from qsr_engine import checkpoint
-from qsr_engine.averaging import (
-    Averager,
-    average_packed,
-    bucket_bytes,
-    check_agreement,
-    place_in,
-    ring_bytes,
-)
-from qsr_engine.checkpoint import CheckpointError, Manifest
+from qsr_engine.averaging import Averager, average_packed, bucket_bytes, check_agreement, ring_bytes
+from qsr_engine.checkpoint import CheckpointError
 from qsr_engine.config import ConfigError, QSRConfig, check_world_size, digest, split_deepspeed_config
 from qsr_engine.engines import deepspeed_checkpoint
 from qsr_engine.engines.deepspeed_config import check_supported, offloads, resolve_deepspeed_config, shared_part
-from qsr_engine.engines.deepspeed_masters import Masters, Stage3, check_state_names, masters_of
+from qsr_engine.engines.deepspeed_masters import Stage3, masters_of
 from qsr_engine.engines.deepspeed_version import check_internals, check_version
+from qsr_engine.engines.learning_rate import LearningRate, largest_rate
+from qsr_engine.engines.masters import Masters, check_state_names, make_averager
 from qsr_engine.engines.one_rank import leave_out_reduction
+from qsr_engine.engines.resumable import Resumable, describe, named_state, order_label, read_model, worker_folder
 from qsr_engine.engines.worker_groups import WorkerGroups
 from qsr_engine.local_steps import LocalSteps
 
@@ -156,20 +151,20 @@ def _keep_checks_inside_the_worker(engine: DeepSpeedEngine, groups: WorkerGroups
     coordinator.reset_step = reset_step_inside_the_worker
 
 
-class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has no types
+class LocalStepEngine(DeepSpeedEngine, Resumable):  # type: ignore[misc]  # deepspeed has no types
     """A DeepSpeed engine whose workers take local steps. Made by `initialize`, never constructed.
 
+    (An engine that DeepSpeed has made can take this class only if DeepSpeed's is the first base.)
     Beyond DeepSpeed's own surface: `local_steps` (step, round, period, ...), and `step()` returns True at a boundary.
     """
 
     local_steps: LocalSteps
     worker_groups: WorkerGroups | None  # None under the strategy `parallel`
     checkpoint_engine: Any
-    _masters: Masters
+    _own_folder = deepspeed_checkpoint.DEEPSPEED_TAG
     _trained: frozenset[Tensor]  # the parameters that the optimizer updates, under ZeRO
     _model_digest: int
-    _given_config: Mapping[str, Any]  # as initialize() got it, without the "qsr" block
-    _learning_rates: Sequence[float] = ()  # of the parameter groups, as qsr.lr set them last
+    _order: str  # of the parameters in the optimizer
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """As DeepSpeed's forward(). Under averaging.overlap it may wait for parameters; in evaluation, for all."""
@@ -201,7 +196,7 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
                 "total_steps from its start, since the learning rate and the last round depend on it"
             )
         if self.is_gradient_accumulation_boundary():
-            self._check_learning_rate()
+            self._learning_rate.check()
             self.local_steps.begin_update()
             if self.worker_groups and self.local_steps.mode == "parallel":
                 self._average_gradients(self.worker_groups.across)
@@ -213,7 +208,7 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
         if self.skipped_steps > skipped_before:
             self._note_skipped_step(lr_kwargs)
         boundary = self.local_steps.advance()
-        self._set_learning_rate()
+        self._learning_rate.set()
         if boundary and self.monitor.enabled and self.global_rank == 0:
             self._write_boundary()
         return boundary
@@ -245,32 +240,9 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
 
     def _write_boundary(self) -> None:
         """To DeepSpeed's own monitor (TensorBoard, W&B, CSV), on its x axis: samples over all workers."""
-        state = self.local_steps
-        figures: dict[str, float] = {
-            "period": state.period,
-            "averagings": state.averagings,
-            "bytes_sent": state.bytes_sent,
-            "skipped_steps": state.skipped_steps_of_all_workers,
-        }
-        if state.relative_distance is not None:
-            figures["relative_distance"] = state.relative_distance
+        figures = self.local_steps.figures()
         events = [(f"Train/LocalSteps/{name}", value, self.global_samples) for name, value in figures.items()]
         self.monitor.write_events(events)
-
-    def _set_learning_rate(self) -> None:
-        if self.local_steps.qsr.lr is not None:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.local_steps.learning_rate * group.get("lr_scale", 1.0)
-            self._learning_rates = [group["lr"] for group in self.optimizer.param_groups]
-
-    def _check_learning_rate(self) -> None:
-        """A scheduler that the engine was not given, and that overwrote what qsr.lr says, goes unseen otherwise."""
-        for group, expected in zip(self.optimizer.param_groups, self._learning_rates, strict=False):
-            if group["lr"] != expected:
-                raise RuntimeError(
-                    f"step {self.local_steps.step} would have the learning rate {group['lr']}, and qsr.lr says "
-                    f"{expected}: something else sets it, a scheduler perhaps; leave that out, or qsr.lr"
-                )
 
     def _average_gradients(self, group: dist.ProcessGroup) -> None:
         """Average over the workers what DeepSpeed reduced inside this one; the first phase of `post_local`."""
@@ -302,186 +274,78 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
             raise ValueError(f"train_batch_size {train_batch_size} does not divide into {self._workers} workers")
         super().set_train_batch_size(train_batch_size // self._workers)
 
+    def deepspeed_io(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """As DeepSpeed's; without a sampler of the caller's, the samples are divided among all ranks.
+
+        DeepSpeed would give every worker the same ones, since it sees one worker's ranks only.
+        """
+        options = dict(zip(("batch_size", "route", "pin_memory", "data_sampler"), args, strict=False), **kwargs)
+        if not hasattr(dataset, "__len__"):
+            raise ConfigError(
+                f"a {type(dataset).__name__} has no length, so it cannot be divided among the ranks here; give your "
+                "loop a DataLoader over a part of the data of its own on every rank"
+            )
+        if options.get("data_sampler") is None:
+            training = options.get("route", ROUTE_TRAIN) == ROUTE_TRAIN
+            ranks, rank = dist.get_world_size(), dist.get_rank()
+            options["data_sampler"] = DistributedSampler(dataset, ranks, rank, shuffle=training)
+        return super().deepspeed_io(dataset, *args[4:], **options)
+
     @property
     def _workers(self) -> int:
         return dist.get_world_size(self.worker_groups.across) if self.worker_groups else 1
 
-    def save_checkpoint(self, save_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> bool:
-        """DeepSpeed's own checkpoint, one folder a worker, whole or not there; on a boundary only.
+    # ------------------------------------------------------------------------------------------- checkpoints
 
-        Every rank must call it. Arguments as DeepSpeed's (tag, client_state, save_latest, exclude_frozen_parameters).
-        client_state is kept for every rank: the position in the data belongs there. Random states, the local steps and
-        the averaged model are saved too; the files are listed in qsr_engine/checkpoint.py.
-
-        Raises:
-            RuntimeError: inside a round, where every worker has parameters of its own.
-            CheckpointError: on every rank, if one could not write; what was saved before is as it was.
-        """
-        if not self.local_steps.on_boundary:
-            raise RuntimeError(
-                f"step {self.local_steps.step} is inside a round of {self.local_steps.period} steps, where every "
-                "worker has parameters of its own; save when engine.step() has returned True"
-            )
+    def save_16bit_model(self, *args: Any, **kwargs: Any) -> Any:
+        """As DeepSpeed's, on a boundary only. Raises RuntimeError inside a round."""
+        self._check_boundary("save")
         self.local_steps.wait()
-        names = ("tag", "client_state", "save_latest", "exclude_frozen_parameters")
-        kwargs.update(zip(names, args, strict=False))
-        tag = str(kwargs.pop("tag", None) or f"global_step{self.global_steps}")
-        client_state, latest = kwargs.pop("client_state", None) or {}, kwargs.pop("save_latest", True)
-        if not isinstance(client_state, Mapping):
-            raise CheckpointError(f"client_state is a {type(client_state).__name__}; give a dict")
-        checkpoint.save(
-            save_dir,
-            tag,
-            lambda folder: self._write_checkpoint(folder, client_state, kwargs),
-            step=self.local_steps.step,
-            layout=self._layout(),
-            config={**self._given_config, "qsr": self.local_steps.qsr.model_dump()},
-            latest=latest,
-            folders=[
-                str(deepspeed_checkpoint.worker_folder(Path(), worker) / deepspeed_checkpoint.DEEPSPEED_TAG)
-                for worker in range(self._workers)
-            ],
-        )
-        return True
+        with _deepspeed_uses(self.worker_groups):
+            return super().save_16bit_model(*args, **kwargs)
+
+    save_checkpoint = Resumable.save_checkpoint  # before DeepSpeed's own, which these call for a worker
+    load_checkpoint = Resumable.load_checkpoint
 
     def _checkpoint_tag_validation(self, tag: str) -> None:
         """DeepSpeed compares the tag over all ranks; checkpoint.save() has done so."""
 
-    def _write_checkpoint(self, folder: Path, client_state: Mapping[str, Any], kwargs: Mapping[str, Any]) -> None:
-        """This rank's part of a checkpoint, in a folder that nobody else uses."""
-        model = self.averaged_state_dict()
-        mine = deepspeed_checkpoint.worker_folder(folder, self._worker)
+    def _write_worker(self, folder: Path, without_frozen: bool) -> None:
         writer = self.checkpoint_engine
         errors = self.checkpoint_engine = deepspeed_checkpoint.RecordedErrors(writer)
         try:
             with _deepspeed_uses(self.worker_groups), _without_barriers():
-                super().save_checkpoint(
-                    str(mine), tag=deepspeed_checkpoint.DEEPSPEED_TAG, client_state={}, save_latest=False, **kwargs
+                DeepSpeedEngine.save_checkpoint(
+                    self,
+                    str(folder),
+                    tag=deepspeed_checkpoint.DEEPSPEED_TAG,
+                    client_state={},
+                    save_latest=False,
+                    exclude_frozen_parameters=without_frozen,
                 )
-            if self.global_rank == 0:
-                save_file(model, folder / checkpoint.MODEL_FILE, metadata={"format": "pt"})
         finally:
             self.checkpoint_engine = writer
         if errors.error is not None:
             raise errors.error
-        (mine / "latest").write_text(deepspeed_checkpoint.DEEPSPEED_TAG, encoding="utf-8")
-        deepspeed_checkpoint.write_rank(
-            deepspeed_checkpoint.rank_file(folder, self._worker, self.global_rank),
-            {
-                "local_steps": self.local_steps.state_dict(),
-                "averager": self.local_steps.averager.state_dict(),
-                "scheduler": self.lr_scheduler.state_dict() if self.lr_scheduler is not None else None,
-                "random": deepspeed_checkpoint.random_state(self.device),
-                "client": dict(client_state),
-                "buffers": [buffer.detach().cpu() for buffer in self.module.buffers()],
-                "without_frozen": bool(kwargs.get("exclude_frozen_parameters")),
-            },
-        )
+        (folder / "latest").write_text(deepspeed_checkpoint.DEEPSPEED_TAG, encoding="utf-8")
 
-    def load_checkpoint(
-        self, load_dir: str | os.PathLike[str], *args: Any, **kwargs: Any
-    ) -> tuple[str | None, dict[str, Any] | None]:
-        """Go on from what save_checkpoint() wrote: from the newest whole checkpoint, or from the one with a tag.
-
-        Every rank must call it. Arguments as DeepSpeed's. With another number of workers the optimizer's state follows
-        qsr.on_other_workers, and a warning says what was taken over. load_optimizer_states=False takes parameters, step
-        and scheduler; load_module_only=True takes the parameters alone, and the run begins at step 0 with them.
-
-        Returns:
-            (path of the checkpoint's folder, the client_state that this rank gave; with other workers, that of rank 0).
-        Raises:
-            CheckpointError: on every rank, if there is no whole checkpoint, or it is of another model.
-        """
-        self.local_steps.averager.finish()
-        names = ("tag", "load_module_strict", "load_optimizer_states", "load_lr_scheduler_states", "load_module_only")
-        kwargs.update(zip(names, args, strict=False))
-        tag = kwargs.pop("tag", None)
-        folder, manifest = checkpoint.find(load_dir, None if tag is None else str(tag))
-        found = deepspeed_checkpoint.differences(manifest.layout, self._layout())
-        deepspeed_checkpoint.check_same_model(folder, found)
-        alone = bool(kwargs.pop("load_module_only", False))
-        together = checkpoint.Together(f"loading the checkpoint {folder}")
-        with together.step():
-            if found and not alone:
-                state = self._load_other_layout(folder, manifest, found)
-            else:
-                rank, worker = (0, 0) if found else (self.global_rank, self._worker)
-                state = deepspeed_checkpoint.read_rank(deepspeed_checkpoint.rank_file(folder, worker, rank))
-                if alone or not kwargs.get("load_optimizer_states", True):
-                    self._load_parameters(folder, 0 if alone else manifest.step)
-                else:
-                    self._load_all(folder, state, kwargs)
-            if alone:
-                state["local_steps"] = self.local_steps.state_dict()
-            elif self.lr_scheduler is not None and state["scheduler"] and kwargs.get("load_lr_scheduler_states", True):
-                self.lr_scheduler.load_state_dict(state["scheduler"])
-            self.local_steps.load_state_dict(state["local_steps"])
-            self.local_steps.averager.restart()
-            if not found and state["averager"]:
-                self.local_steps.averager.load_state_dict(state["averager"])
-            self._set_learning_rate()
-        together.agree()
-        return str(folder), state["client"]
-
-    def _load_all(self, folder: Path, state: Mapping[str, Any], kwargs: dict[str, Any]) -> None:
-        """Everything of a run with the same layout."""
-        if state["without_frozen"]:
-            kwargs["load_module_strict"] = False
-        self._load_worker(folder, self._worker, **kwargs)
-        if state["without_frozen"]:
-            frozen = {name for name, parameter in self.module.named_parameters() if not parameter.requires_grad}
-            with _deepspeed_uses(self.worker_groups):
-                deepspeed_checkpoint.read_model(folder, self.module, self._put_parameter, frozen)
-        with torch.no_grad():
-            for buffer, value in zip(self.module.buffers(), state["buffers"], strict=True):
-                buffer.copy_(value)
-        deepspeed_checkpoint.restore_random_state(state["random"], self.device)
-
-    def _load_parameters(self, folder: Path, step: int) -> None:
-        """The averaged model, whatever the layout; the optimizer is left as it is."""
+    def _load_worker(self, folder: Path, worker: int, state: Mapping[str, Any], **kwargs: Any) -> None:
         with _deepspeed_uses(self.worker_groups):
-            deepspeed_checkpoint.read_model(folder, self.module, self._put_parameter)
-            self._masters.refresh()
-        self.global_steps = step
-        self.global_samples = step * self.train_batch_size()
-        self.micro_steps = step * self.gradient_accumulation_steps()
-
-    def _load_worker(self, folder: Path, worker: int, **kwargs: Any) -> None:
-        """What DeepSpeed saved for a worker."""
-        with _deepspeed_uses(self.worker_groups):
-            path, _ = super().load_checkpoint(
-                str(deepspeed_checkpoint.worker_folder(folder, worker)),
-                tag=deepspeed_checkpoint.DEEPSPEED_TAG,
-                **kwargs,
+            path, _ = DeepSpeedEngine.load_checkpoint(
+                self, str(worker_folder(folder, worker)), tag=deepspeed_checkpoint.DEEPSPEED_TAG, **kwargs
             )
         if path is None:
             raise CheckpointError(f"{folder}: DeepSpeed found nothing to load for worker {worker}")
 
-    def _load_other_layout(
-        self, folder: Path, manifest: Manifest, found: Mapping[str, tuple[Any, Any]]
-    ) -> dict[str, Any]:
-        """Parameters and step of a run with other workers. Returns the state of its rank 0."""
-        chosen = deepspeed_checkpoint.policy(folder, found, self.local_steps.qsr.on_other_workers)
-        deepspeed_checkpoint.say(folder, found, chosen)
-        if chosen == "mean":
-            workers = int(manifest.layout["workers"])
-            deepspeed_checkpoint.mean_of_states(
-                self._masters, lambda worker: self._load_worker(folder, worker), workers
-            )
-        else:
-            self._load_parameters(folder, manifest.step)
-        return deepspeed_checkpoint.read_rank(deepspeed_checkpoint.rank_file(folder, 0, 0))
+    def _read_model(self, folder: Path, only: set[str] | None) -> None:
+        with _deepspeed_uses(self.worker_groups):
+            read_model(folder, self.module, self._put_parameter, only)
+            if only is None:
+                self._masters.refresh()
 
-    def averaged_state_dict(self) -> dict[str, Tensor]:
-        """The averaged model: fp32 parameters and the buffers, on the CPU, under the names of the module's own.
-
-        Every rank must call it, on a boundary. All of it is on rank 0; the others get an empty one.
-        """
-        self.local_steps.wait()
-        with self.local_steps.buffers_averaged(), _deepspeed_uses(self.worker_groups):
-            if self._worker != 0:
-                return {}
-            return deepspeed_checkpoint.named_state(self.module, self._full_parameter, keep=self.global_rank == 0)
+    def _whole_model(self, *, keep: bool) -> dict[str, Tensor]:
+        with _deepspeed_uses(self.worker_groups):
+            return named_state(self.module, self._full_parameter, keep)
 
     def _full_parameter(self, parameter: Tensor) -> Tensor:
         """The fp32 master of a parameter, whole; the parameter itself where it is not trained."""
@@ -514,12 +378,14 @@ class LocalStepEngine(DeepSpeedEngine):  # type: ignore[misc]  # deepspeed has n
         """What must be the same for a run to go on bit for bit."""
         ranks = dist.get_world_size()
         return {
+            "engine": "deepspeed",
             "workers": self._workers,
             "worker_size": ranks // self._workers,
             "zero_stage": int(self.zero_optimization_stage()),
             "masters": type(self._masters).__name__,
             "precision": str(self.get_data_types()[0]).removeprefix("torch."),
             "optimizer": type(self.basic_optimizer).__name__,
+            "order": self._order,
             "model": self._model_digest,
         }
 
@@ -574,6 +440,12 @@ def initialize(
     flat = [name for name, p in model.named_parameters() if p.dim() == 0 and not hasattr(p, "ds_id")]
     if flat:
         raise ConfigError(f"the parameter {flat[0]!r} has the shape [], which DeepSpeed cannot broadcast; make it [1]")
+    apart = [name for name, p in model.named_parameters() if not p.is_contiguous()]
+    if apart and get_accelerator().device_name() == "cpu":
+        raise ConfigError(
+            f"the parameter {apart[0]!r} is not contiguous (channels_last?), and DeepSpeed cannot broadcast that on a "
+            "CPU; make it contiguous: p.data = p.data.contiguous()"
+        )
     if optimizer is None and not ds_config.get("optimizer"):
         raise ConfigError('there is no optimizer; give initialize() one, or write an "optimizer" block')
     for name, given in (("mpu", mpu), ("mesh_param", mesh_param)):
@@ -584,7 +456,7 @@ def initialize(
     _start_process_group(distributed_port, dist_init_required)
 
     # First of all, so that what follows fails on every rank or on none.
-    facts = {"config": {**shared_part(ds_config), "qsr": qsr.model_dump()}, "model": _describe(model)}
+    facts = {"config": {**shared_part(ds_config), "qsr": qsr.model_dump()}, "model": describe(model)}
     device = torch.device(get_accelerator().current_device_name())
     check_agreement(facts, device)
     workers = check_world_size(dist.get_world_size(), qsr.worker_size)
@@ -606,14 +478,14 @@ def initialize(
             collate_fn=collate_fn,
             config=ds_config,
         )
-    check_agreement({"optimizer": _describe_optimizer(engine)}, device)
+    order = _describe_optimizer(engine)
+    check_agreement({"optimizer": order}, device)
+    engine._order = order_label(order)
     engine._model_digest = digest(facts["model"])
     engine._given_config = given_config
     _take_local_steps(engine, qsr, groups, digest(facts["config"]))
     if training_data is not None:
-        # DeepSpeed would give every worker the same samples, since it sees one worker's ranks only.
-        sampler: DistributedSampler[Any] = DistributedSampler(training_data, dist.get_world_size(), dist.get_rank())
-        engine.training_dataloader = engine.deepspeed_io(training_data, data_sampler=sampler)
+        engine.training_dataloader = engine.deepspeed_io(training_data)
     return engine, ds_optimizer, engine.training_dataloader, lr_scheduler
 
 
@@ -680,14 +552,6 @@ def replace_deepspeed_initialize(function: Callable[..., tuple[Any, Any, Any, An
         deepspeed.initialize = before
 
 
-def _describe(model: nn.Module) -> dict[str, str]:
-    """Name, type and shape of every parameter and buffer; it must be the same on every rank."""
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    return {
-        name: f"{str(t.dtype).removeprefix('torch.')} {list(getattr(t, 'ds_shape', t.shape))}" for name, t in tensors
-    }
-
-
 def _zero_init_group(model: nn.Module, qsr: QSRConfig) -> dist.ProcessGroup | None:
     """The group over which deepspeed.zero.Init has partitioned the model; None if it has not."""
     groups: set[dist.ProcessGroup] = {parameter.ds_process_group for parameter in _partitioned(model)}
@@ -732,13 +596,12 @@ def _take_local_steps(engine: DeepSpeedEngine, qsr: QSRConfig, groups: WorkerGro
     """Turn an engine of deepspeed.initialize into a LocalStepEngine."""
     if type(engine) is not DeepSpeedEngine:
         raise ConfigError(f"deepspeed.initialize gave a {type(engine).__name__}; local steps need a DeepSpeedEngine")
-    if qsr.lr is not None:
-        _check_learning_rates(engine.optimizer.param_groups)
     trained = sum(_numel(p) * p.element_size() for p in engine.module.parameters() if p.requires_grad)
     average_buffers = qsr.averaging.buffers == "average"
     if groups and qsr.worker_size == 1:
         leave_out_reduction(engine)
     masters = masters_of(engine)
+    _check_state(masters.base_optimizer)
     state_names = check_state_names(qsr.averaging.state, masters)
     if groups and isinstance(masters, Stage3):
         _keep_checks_inside_the_worker(engine, groups)
@@ -752,66 +615,34 @@ def _take_local_steps(engine: DeepSpeedEngine, qsr: QSRConfig, groups: WorkerGro
     engine._trained = frozenset(parameter for group in trained_groups for parameter in group)
     engine.local_steps = LocalSteps(
         qsr,
-        _averager(engine, qsr, groups),
+        _averager(masters, qsr, groups, engine.device),
         config_digest,
-        optimizer_lr=lambda: float(engine.optimizer.param_groups[0]["lr"]),
+        optimizer_lr=lambda: largest_rate(engine.optimizer.param_groups),
         buffers=[b for b in engine.module.buffers() if b.is_floating_point() and average_buffers],
         optimizer_state=lambda: [tensor for name in state_names for tensor in masters.state_to_average(name)],
         after_averaging=masters.refresh,
         parallel_bytes=ring_bytes(trained, dist.get_world_size()),
     )
-    engine._set_learning_rate()
+    engine._learning_rate = LearningRate(engine.optimizer, engine.local_steps)
+
+
+def _check_state(optimizer: torch.optim.Optimizer) -> None:
+    """Some optimizers (torch's Adagrad) make their state at once; DeepSpeed may replace the parameters afterwards."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if any(id(parameter) not in held for parameter in optimizer.state):
+        raise ConfigError(
+            f"{type(optimizer).__name__} makes its state for the parameters that it is given, and DeepSpeed gives it "
+            "masters in their place afterwards, without state; write an optimizer that makes it at its first step, "
+            "such as AdamW or SGD, or fp32 at ZeRO stage 0"
+        )
+
+
+def _averager(masters: Masters, qsr: QSRConfig, groups: WorkerGroups | None, device: torch.device) -> Averager:
+    return make_averager(masters, qsr, groups.across, groups.worker, device) if groups else Averager([], None)
 
 
 def _numel(parameter: Tensor) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
-
-
-def _averager(engine: LocalStepEngine, qsr: QSRConfig, groups: WorkerGroups | None) -> Averager:
-    """What is averaged at a boundary: the masters, in place."""
-    if groups is None:
-        return Averager([], None)
-    masters, options = engine._masters, qsr.averaging
-    averager = Averager(
-        masters.buckets(bucket_bytes(options.bucket_mb, groups.across)),
-        groups.across,
-        options,
-        shard_group=groups.worker if masters.sharded else None,
-        tensors=masters.held,
-        device=engine.device,
-    )
-    if options.overlap == "next_forward":
-        _overlap(averager, masters, qsr.worker_size)
-    return averager
-
-
-def _overlap(averager: Averager, masters: Masters, worker_size: int) -> None:
-    """Say of which elements of the buckets each parameter of the model is made."""
-    why = masters.why_no_overlap
-    if masters.sharded and worker_size > 1:
-        why = why or (
-            f"qsr.worker_size is {worker_size} under ZeRO, where a rank holds a part of the masters, so a parameter is "
-            "whole only after a collective inside the worker, for which a forward cannot wait"
-        )
-    if why:
-        raise ConfigError(
-            f"qsr.averaging.overlap is 'next_forward', and {why}; write overlap 'none' or 'delayed', or a worker_size "
-            "of 1 with ZeRO stage 0, 1 or 2 without offload"
-        )
-    copies = masters.copies(averager.buckets)
-    places = [
-        (parameter, *place_in(parameter, copies or averager.buckets))
-        for parameter in masters.parameters()
-        if parameter.numel()
-    ]
-
-    @torch.no_grad()
-    def refresh(part: Tensor) -> None:
-        if copies is not None:
-            bucket, start, stop = place_in(part, averager.buckets)
-            copies[bucket][start:stop].copy_(part)
-
-    averager.overlap_with(masters.module, places, refresh)
 
 
 def _describe_optimizer(engine: DeepSpeedEngine) -> dict[str, Any]:
@@ -829,12 +660,3 @@ def _describe_optimizer(engine: DeepSpeedEngine) -> dict[str, Any]:
             for number, group in enumerate(groups)
         },
     }
-
-
-def _check_learning_rates(param_groups: list[dict[str, Any]]) -> None:
-    rates = {float(group["lr"]) for group in param_groups if "lr_scale" not in group}
-    if len(rates) > 1:
-        raise ConfigError(
-            f"the parameter groups have the learning rates {sorted(rates)}, and qsr.lr sets one for all; give the "
-            "groups an 'lr_scale' (a factor on qsr.lr), or leave qsr.lr out and use a scheduler of your own"
-        )

@@ -5,13 +5,14 @@ Imports neither deepspeed nor torch, so that a configuration is refused before a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qsr_engine.config import ConfigError, QSRConfig, resolve_batch
 
 DEEPSPEED_GRADIENT_CLIPPING = 1.0  # DeepSpeed 0.19 clips to this norm where the configuration says nothing
 
+_BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 # Keys that say where a rank writes and what it prints; hosts may differ in them.
 _LOCAL_KEYS = frozenset(
     {"tensorboard", "wandb", "csv_monitor", "comet", "flops_profiler", "comms_logger", "nebula", "dump_state"}
@@ -47,6 +48,11 @@ def check_supported(config: Mapping[str, Any], qsr: QSRConfig) -> None:
     Raises:
         ConfigError: with the key's path, the reason and the nearest setting that works.
     """
+    for path in _auto(config):
+        if path not in _BATCH_KEYS:
+            raise ConfigError(
+                f"{path} is 'auto', which Hugging Face's libraries fill in and DeepSpeed does not; write it"
+            )
     for key in ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler"):
         if not isinstance(config.get(key) or {}, Mapping):
             raise ConfigError(f"{key} is {config[key]!r}; in DeepSpeed's configuration it is a block of keys")
@@ -71,6 +77,14 @@ def check_supported(config: Mapping[str, Any], qsr: QSRConfig) -> None:
         raise ConfigError(f"optimizer.type {optimizer!r} communicates by itself; use for example AdamW or SGD")
     if qsr.lr is not None and config.get("scheduler"):
         raise ConfigError("both qsr.lr and scheduler set the learning rate; leave one of them out")
+
+
+def _auto(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _auto(value, f"{prefix}{key}.")
+        elif isinstance(value, str) and value == "auto":
+            yield f"{prefix}{key}"
 
 
 def _check_zero(zero: Mapping[str, Any], qsr: QSRConfig) -> None:
@@ -155,9 +169,8 @@ def resolve_deepspeed_config(config: Mapping[str, Any], world_size: int, workers
     Raises:
         ConfigError: the batch sizes contradict one another.
     """
-    keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    given = [None if config.get(key) == "auto" else config.get(key) for key in keys]
-    for key, value in zip(keys, given, strict=True):
+    given = [None if config.get(key) == "auto" else config.get(key) for key in _BATCH_KEYS]
+    for key, value in zip(_BATCH_KEYS, given, strict=True):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ConfigError(f"{key} is {value!r}; write a whole number of at least 1")
     train, micro, accumulation = resolve_batch(
@@ -166,7 +179,7 @@ def resolve_deepspeed_config(config: Mapping[str, Any], world_size: int, workers
     return {
         "gradient_clipping": DEEPSPEED_GRADIENT_CLIPPING,
         **config,
-        **dict(zip(keys, (train // workers, micro, accumulation), strict=True)),
+        **dict(zip(_BATCH_KEYS, (train // workers, micro, accumulation), strict=True)),
     }
 
 

@@ -18,107 +18,15 @@ imported.
 
 from __future__ import annotations
 
-import abc
-import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qsr_engine.averaging import flat_buckets, place_in
 from qsr_engine.config import ConfigError
-
-Place = tuple[Tensor, int, int, int]  # a parameter, and the bucket, start and stop of the elements that it is made of
-
-
-class Masters(abc.ABC):
-    """The fp32 parameters that this rank's optimizer updates."""
-
-    sharded = False  # whether a rank holds a part of the masters of its worker only
-
-    def __init__(self, engine: Any) -> None:
-        self.optimizer = engine.optimizer  # DeepSpeed's
-        self.module: nn.Module = engine.module
-
-    @property
-    def base_optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer whose state belongs to the masters."""
-        optimizer: torch.optim.Optimizer = self.optimizer.optimizer
-        return optimizer
-
-    @abc.abstractmethod
-    def held(self) -> list[Tensor]:
-        """The masters, as the optimizer holds them."""
-
-    def buckets(self, bucket_bytes: int) -> list[Tensor]:
-        """The masters as flat buckets, which averaging changes in place."""
-        return [master.detach() for master in self.held() if master.numel()]
-
-    def master_of(self, parameter: Tensor) -> Tensor:
-        """The master of a parameter at stage 0, in its shape; the parameter itself where it has none (frozen)."""
-        raise NotImplementedError("sharded masters are read through DeepSpeed, since no rank holds them whole")
-
-    @abc.abstractmethod
-    def refresh(self) -> None:
-        """The masters have changed: bring what derives from them up to date. Collective inside the worker."""
-
-    @abc.abstractmethod
-    def gradients(self) -> list[Tensor]:
-        """The gradients of the masters, reduced inside the worker, not yet clipped nor unscaled."""
-
-    def gradients_changed(self) -> None:
-        """The gradients have been averaged: bring what DeepSpeed measured on the old ones up to date."""
-        return
-
-    def state(self, name: str) -> list[Tensor | None]:
-        """The optimizer's state of this name, for each of held(); None where it has none (yet)."""
-        states = self.base_optimizer.state
-        return [states[master].get(name) if master in states else None for master in self.held()]
-
-    def state_to_average(self, name: str) -> list[Tensor]:
-        """The state of this name for each of held(), zeros where it has none here: another worker may have some."""
-        return [
-            torch.zeros_like(master) if state is None else state
-            for master, state in zip(self.held(), self.state(name), strict=True)
-        ]
-
-    def copies(self, buckets: Sequence[Tensor]) -> list[Tensor] | None:
-        """Flat low-precision copies, laid out as the buckets; None where the model reads the buckets themselves."""
-        return None
-
-    def parameters(self) -> list[Tensor]:
-        """The model's parameters that are made of the masters, where each is made of elements of this rank only."""
-        return self.held()
-
-    @property
-    def why_no_overlap(self) -> str | None:
-        """Why the next forward cannot wait for single parameters; None where it can."""
-        return None
-
-
-class Parameters(Masters):
-    """Stage 0 in fp32: the optimizer is torch's and holds the parameters."""
-
-    @property
-    def base_optimizer(self) -> torch.optim.Optimizer:
-        optimizer: torch.optim.Optimizer = self.optimizer
-        return optimizer
-
-    def held(self) -> list[Tensor]:
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-
-    def buckets(self, bucket_bytes: int) -> list[Tensor]:
-        return flat_buckets(self.held(), bucket_bytes)
-
-    def master_of(self, parameter: Tensor) -> Tensor:
-        return parameter
-
-    def refresh(self) -> None:
-        return
-
-    def gradients(self) -> list[Tensor]:
-        return _dense_gradients(self.held())
+from qsr_engine.engines.masters import Masters, Parameters, dense_gradients
 
 
 class MasterPerParameter(Masters):
@@ -139,7 +47,7 @@ class MasterPerParameter(Masters):
         torch._foreach_copy_(self.parameters(), self.held())
 
     def gradients(self) -> list[Tensor]:
-        return _dense_gradients(self.parameters())
+        return dense_gradients(self.parameters())
 
     @torch.no_grad()
     def copies(self, buckets: Sequence[Tensor]) -> list[Tensor]:
@@ -178,7 +86,7 @@ class FlatMasters(Masters):
             copy.copy_(master)
 
     def gradients(self) -> list[Tensor]:
-        return _dense_gradients(self.parameters())
+        return dense_gradients(self.parameters())
 
     def copies(self, buckets: Sequence[Tensor]) -> list[Tensor]:
         return [copy for copy in self.optimizer.fp16_groups_flat if copy.numel()]
@@ -332,48 +240,3 @@ def masters_of(engine: Any) -> Masters:
             "write bf16 or fp16 with fp32 masters (leave out bf16_master_weights_and_grads and the like)"
         )
     return masters
-
-
-def _dense_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
-    found = list(_made_dense(parameters))
-    return [gradient for gradient in found if gradient is not None]
-
-
-def _made_dense(parameters: Sequence[Tensor]) -> Iterator[Tensor | None]:
-    for parameter in parameters:
-        if parameter.requires_grad and parameter.grad is None:  # not used in this step here; maybe on another worker
-            parameter.grad = torch.zeros_like(parameter)
-        yield parameter.grad
-
-
-def check_state_names(names: Sequence[str], masters: Masters) -> Sequence[str]:
-    """Check averaging.state against the state that an optimizer keeps for a parameter, before any training.
-
-    One step of an optimizer of its class on a parameter of its own tells what it keeps; a class that cannot be made
-    from its own defaults is trusted.
-
-    Raises:
-        ConfigError: the optimizer keeps nothing of this name.
-    """
-    if not names:
-        return names
-    optimizer = masters.base_optimizer
-    parameter = nn.Parameter(torch.zeros(2, device=masters.held()[0].device))
-    parameter.grad = torch.zeros_like(parameter)
-    accepted = inspect.signature(type(optimizer).__init__).parameters
-    try:
-        trial = type(optimizer)(
-            [parameter],
-            **{key: value for key, value in optimizer.param_groups[0].items() if key in accepted and key != "params"},
-        )
-        trial.step()
-    except Exception:
-        return names
-    kept = sorted(k for k, v in trial.state[parameter].items() if isinstance(v, Tensor) and v.shape == parameter.shape)
-    unknown = [name for name in names if name not in kept]
-    if unknown:
-        raise ConfigError(
-            f"qsr.averaging.state names {unknown}, and {type(optimizer).__name__} as configured keeps {kept}; write "
-            "names among these, or []"
-        )
-    return names

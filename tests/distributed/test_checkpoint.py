@@ -308,13 +308,20 @@ def test_an_error_of_one_rank_is_an_error_of_all_and_harms_nothing(
     processes: Processes, tmp_path: Path, where: str
 ) -> None:
     """The write's failure is a stub: a full disk cannot be made here without other rights."""
-    (tmp_path / ".later.tmp").mkdir()
+    (tmp_path / ".later.tmp" / "worker-00000").mkdir(parents=True)
     (tmp_path / ".later.tmp" / "left over").touch()
+    (tmp_path / ".dead.tmp" / "worker-00001").mkdir(parents=True)
+    (tmp_path / ".somebody_elses.tmp").mkdir()
     for said in processes.run(failing_job, folder=str(tmp_path), where=where):
         assert said.startswith(f"CheckpointError: writing the checkpoint {tmp_path}/global_step4 failed")
         assert "rank 1: " in said
         assert "No space left on device" in said
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step2", "later", "latest"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".somebody_elses.tmp",
+        "global_step2",
+        "later",
+        "latest",
+    ]
     assert not (tmp_path / "later" / "left over").exists()
 
 
@@ -339,6 +346,10 @@ def refused_job(folder: str) -> list[str]:
     attempt(partial(engine.save_checkpoint, folder, tag="latest"))
     attempt(partial(engine.save_checkpoint, folder, tag=f"rank{os.environ['RANK']}"))
     attempt(partial(engine.save_checkpoint, folder, client_state=[1]))
+    attempt(partial(engine.load_checkpoint, folder, load_module_only=True))
+    take_step(engine, PLAIN)
+    attempt(partial(engine.save_16bit_model, folder))
+    attempt(engine.averaged_state_dict)
     return messages
 
 
@@ -348,11 +359,109 @@ def test_what_is_refused(processes: Processes, tmp_path: Path) -> None:
         assert "there is no checkpoint here that qsr_engine wrote" in messages[1]
         assert "there is no checkpoint with the tag 'nope' here" in messages[2]
         assert "the tag is '../up'" in messages[3]
-        assert "client_state holds objects that cannot be loaded again without running code" in messages[4]
+        assert "objects that cannot be loaded again without running code, under ['object']" in messages[4]
         assert "the tag is 'latest'" in messages[5]
         assert "the ranks save under different tags, ['rank0', 'rank1']" in messages[6]
         assert "client_state is a list; give a dict" in messages[7]
+        assert "load_module_only begins a run with the parameters of another, and this one is at step 4" in messages[8]
+        assert messages[9].startswith("RuntimeError: step 5 is inside a round of 4 steps")
+        assert messages[10].startswith("RuntimeError: step 5 is inside a round of 4 steps")
     assert not any(tmp_path.iterdir())
+
+
+# -------------------------------------------------------------------------------------- another configuration
+
+
+def other_job(
+    folder: str,
+    qsr: dict[str, Any],
+    stage: int = 0,
+    order: tuple[int, ...] = (0, 1, 2, 3, 4, 5),
+    load: dict[str, Any] | None = None,
+    stop_at: int = 10**9,
+    accumulation: int = 1,
+) -> dict[str, Any]:
+    """Train with the parameters in an order of the optimizer, saving at the end; or load, and train on."""
+    import logging
+
+    import qsr_engine
+
+    said: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    handler = Handler()
+    logging.getLogger("qsr_engine").addHandler(handler)
+    model = training.make_model(torch.float32)
+    parameters = list(model.parameters())
+    engine = qsr_engine.initialize(
+        model=model,
+        optimizer=lambda _: training.make_optimizer("adamw", [parameters[number] for number in order]),
+        config={
+            **Combination(stage, "fp32", "AdamW").config(),
+            "qsr": qsr,
+            "gradient_accumulation_steps": accumulation,
+        },
+    )[0]
+    if load is not None:
+        engine.load_checkpoint(folder, **load)
+    found = {
+        "state": len(engine.optimizer.state) if stage == 0 else -1,
+        "loaded": engine.averaged_state_dict(),
+        "began": engine.local_steps.step,
+        "micro_steps": engine.micro_steps,
+    }
+    ends = []
+    while not engine.local_steps.finished and engine.local_steps.step < stop_at:
+        if take_step(engine, PLAIN):
+            ends.append(engine.local_steps.step)
+    if load is None:
+        engine.save_checkpoint(folder)
+    logging.getLogger("qsr_engine").removeHandler(handler)
+    return {**found, "ends": ends, "said": said, "parameters": whole_parameters(engine)}
+
+
+def test_a_finished_run_goes_on_where_this_one_is_longer(processes: Processes, tmp_path: Path) -> None:
+    """It used to stay in the round that had ended, never to average again."""
+    qsr = {"strategy": "constant", "h_base": 4, "total_steps": 8, "lr": {"schedule": "constant", "peak": 0.01}}
+    processes.run(other_job, folder=str(tmp_path), qsr=qsr)
+    results = processes.run(other_job, folder=str(tmp_path), qsr={**qsr, "total_steps": 15}, load={})
+    assert results[0]["ends"] == [12, 15]
+    assert torch.equal(results[0]["parameters"], results[1]["parameters"])
+    assert any("another configuration: qsr.total_steps was 8 and is 15" in said for said in results[0]["said"])
+    assert not any("another configuration" in said for said in results[1]["said"]), "rank 0 says it"
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_parameters_in_another_order_are_refused(processes: Processes, tmp_path: Path, stage: int) -> None:
+    """DeepSpeed would give them one another's values; by name they are right, with a fresh optimizer."""
+    job: dict[str, Any] = {"folder": str(tmp_path), "stage": stage, "stop_at": 4}
+    order = (2, 3, 0, 1, 4, 5)
+    processes.run(other_job, qsr=QSR, **job)
+    with pytest.raises(JobError, match=r"order was .* and is .*on_other_workers 'fresh'"):
+        processes.run(other_job, qsr=QSR, order=order, load={}, **job)
+    fresh = processes.run(other_job, qsr={**QSR, "on_other_workers": "fresh"}, order=order, load={}, **job)
+    saved = load_file(tmp_path / "global_step4" / "model.safetensors")
+    assert all(torch.equal(fresh[0]["loaded"][name], value) for name, value in saved.items())
+
+
+def test_without_the_optimizer_states_for_other_workers_too(processes: Processes, tmp_path: Path) -> None:
+    processes.run(other_job, folder=str(tmp_path), qsr=QSR, stop_at=4)
+    job: dict[str, Any] = {"folder": str(tmp_path), "qsr": QSR, "stop_at": 4, "ranks": 1}
+    with_state = processes.run(other_job, load={}, **job)[0]
+    without = processes.run(other_job, load={"load_optimizer_states": False}, **job)[0]
+    assert (with_state["state"], without["state"]) == (6, 0)
+    assert without["began"] == 4
+
+
+def test_another_accumulation_starts_with_a_whole_step(processes: Processes, tmp_path: Path) -> None:
+    """DeepSpeed goes on counting the micro-batches of the other one, and the first step would be cut short."""
+    processes.run(other_job, folder=str(tmp_path), qsr={**QSR, "total_steps": 5})
+    qsr = {**QSR, "total_steps": 8}
+    result = processes.run(other_job, folder=str(tmp_path), qsr=qsr, load={}, accumulation=2, stop_at=5)[0]
+    assert (result["began"], result["micro_steps"]) == (5, 10)
 
 
 # ---------------------------------------------------------------------------------- torn, altered and foreign

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -299,7 +300,7 @@ def group_job(groups: list[dict[str, Any]]) -> list[float]:
         model=model, optimizer=torch.optim.SGD(parameters, lr=0.1), config={"train_batch_size": 8, "qsr": QSR}
     )
     engine.local_steps.step = 3  # the end of the warm-up
-    engine._set_learning_rate()
+    engine._learning_rate.set()
     return [group["lr"] for group in engine.optimizer.param_groups]
 
 
@@ -487,3 +488,96 @@ def test_shared_frozen_and_unused_parameters(processes: Processes) -> None:
         assert torch.equal(weight, mean), "averaged once, not twice"
         assert torch.equal(frozen, torch.full((training.OUTPUTS,), 0.1))
         assert torch.equal(unused, torch.ones(2))
+
+
+# --------------------------------------------------------------------------------------- data, buffers, groups
+
+
+def data_job() -> list[list[int]]:
+    """The samples that each rank gets from the engine's own loader, for training and for evaluation."""
+    engine = start(QSR)
+    data = torch.arange(32)
+    loaders = [engine.deepspeed_io(data, batch_size=4), engine.deepspeed_io(data, batch_size=4, route="eval")]
+    return [[int(sample) for batch in loader for sample in batch] for loader in loaders]
+
+
+def test_the_engines_loader_divides_the_data_among_all_ranks(processes: Processes) -> None:
+    """DeepSpeed's would give every worker the same samples."""
+    first, second = processes.run(data_job)
+    for one, other in zip(first, second, strict=True):
+        assert sorted(one + other) == list(range(32))
+    assert first[0] != sorted(first[0]), "training data are shuffled"
+
+
+def iterable_job() -> None:
+    class Stream(torch.utils.data.IterableDataset[int]):
+        def __iter__(self) -> Iterator[int]:
+            return iter(range(3))
+
+    start(QSR).deepspeed_io(Stream())
+
+
+def test_data_without_a_length_are_refused(processes: Processes) -> None:
+    with pytest.raises(JobError, match="a Stream has no length"):
+        processes.run(iterable_job)
+
+
+def mask_job(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    model = training.make_model(torch.float32)
+    constant = torch.linspace(-3, 3, 50).to(dtype)
+    constant[0] = torch.finfo(dtype).min
+    model.register_buffer("mask", constant.clone())
+    engine = start(QSR, model)
+    while not engine.local_steps.finished:
+        step(engine)
+    return constant, engine.module.mask
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_buffer_that_is_the_same_everywhere_keeps_its_bits(processes: Processes, dtype: torch.dtype) -> None:
+    """Averaged in its own type, the sum of an attention mask's smallest numbers was minus infinity."""
+    for constant, found in processes.run(mask_job, ranks=3, dtype=dtype):
+        assert torch.equal(constant, found)
+
+
+def groups_job() -> list[int]:
+    import qsr_engine
+
+    model = training.make_model(torch.float32)
+    backbone, head = list(model.parameters())[:2], list(model.parameters())[2:]
+    optimizer = torch.optim.SGD([{"params": backbone, "lr": 0.0}, {"params": head, "lr": 0.01}])
+    qsr = {"strategy": "qsr", "h_base": 2, "alpha": 0.03, "total_steps": 40, "warmup_steps": 0}
+    config = {"train_micro_batch_size_per_gpu": training.BATCH, "qsr": qsr}
+    engine = qsr_engine.initialize(model=model, optimizer=optimizer, config=config)[0]
+    return [engine.local_steps.period]
+
+
+def test_h_follows_the_largest_learning_rate_of_the_groups(processes: Processes) -> None:
+    """A frozen first group, of learning rate 0, would make one round of the whole run."""
+    assert processes.run(groups_job) == [[9], [9]]
+
+
+def adagrad_job() -> None:
+    import qsr_engine
+
+    model = training.make_model(torch.float32)
+    config = {"train_micro_batch_size_per_gpu": training.BATCH, "qsr": QSR, "bf16": {"enabled": True}}
+    qsr_engine.initialize(
+        model=model, optimizer=torch.optim.Adagrad, model_parameters=model.parameters(), config=config
+    )
+
+
+def channels_last_job() -> None:
+    start(QSR, nn.Sequential(nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)))
+
+
+@pytest.mark.parametrize(
+    ("job", "words"),
+    [
+        (adagrad_job, "Adagrad makes its state for the parameters that it is given"),
+        (channels_last_job, r"the parameter '0.weight' is not contiguous \(channels_last\?\)"),
+    ],
+)
+def test_what_deepspeed_itself_cannot_do_is_refused(processes: Processes, job: Any, words: str) -> None:
+    with pytest.raises(JobError, match=words):
+        processes.run(job)

@@ -165,6 +165,8 @@ def test_digest_tells_configurations_apart() -> None:
         ({"compile": {"deepcompile": True}}, "compile.deepcompile is set"),
         ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "round_robin_gradients is set"),
         ({"torch_autocast": {"enabled": True}}, "torch_autocast is enabled"),
+        ({"gradient_clipping": "auto"}, "gradient_clipping is 'auto', which Hugging Face's libraries fill in"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}, "optimizer.params.lr is 'auto'"),
         ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer is set"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param.device is 'nvme'"),
         ({"optimizer": {"type": "OneBitAdam"}}, "'OneBitAdam' communicates by itself"),

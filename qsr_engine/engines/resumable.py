@@ -1,0 +1,508 @@
+"""Saving and resuming, as both engines do it.
+
+    worker-00000/rank-00000.pt local steps, random states, the averager's and the scheduler's state, the caller's own
+    worker-00000/...           what the engine itself writes for this worker (deepspeed/ or fsdp/)
+
+A run with the same layout goes on bit for bit. One with another number of workers takes the parameters, which are the
+same on every worker, and the mean of the workers' optimizer state, or none (`qsr.on_other_workers`). One whose layout
+differs in more than the engine can convert takes the parameters only, and so does one of the other engine.
+"""
+
+from __future__ import annotations
+
+import abc
+import io
+import json
+import logging
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from qsr_engine import checkpoint
+from qsr_engine.checkpoint import MODEL_FILE, CheckpointError, Manifest
+from qsr_engine.config import digest
+from qsr_engine.engines.learning_rate import LearningRate
+from qsr_engine.engines.masters import Masters
+from qsr_engine.local_steps import LocalSteps
+
+log = logging.getLogger(__name__)
+
+_SAME_MODEL = ("model",)  # of a layout: what must be the same for anything to be taken over
+
+
+class Resumable(abc.ABC):
+    """An engine that saves on boundaries and goes on from what it saved. The engine sets what is named here."""
+
+    local_steps: LocalSteps
+    module: nn.Module
+    device: torch.device
+    lr_scheduler: Any
+    global_steps: int
+    global_samples: int
+    micro_steps: int
+    train_batch_size: Callable[[], int]
+    gradient_accumulation_steps: Callable[[], int]
+    _masters: Masters
+    _learning_rate: LearningRate
+    _given_config: Mapping[str, Any]  # as initialize() got it, without the "qsr" block
+    _own_folder: str  # inside a worker's folder, of the engine's own files
+    _may_differ: frozenset[str] = frozenset({"workers"})  # of a layout, where the optimizer's state is converted
+
+    def save_checkpoint(
+        self,
+        save_dir: str | os.PathLike[str],
+        tag: Any = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Save a checkpoint, one folder a worker, whole or not there; on a boundary only.
+
+        Every rank must call it. Arguments as DeepSpeed's. client_state is kept for every rank: the position in the data
+        belongs there. Random states, the local steps and the averaged model are saved too; the files are listed in
+        qsr_engine/checkpoint.py.
+
+        Raises:
+            RuntimeError: inside a round, where every worker has parameters of its own, or inside gradient accumulation.
+            CheckpointError: on every rank, if one could not write; what was saved before is as it was.
+        """
+        self._check_boundary("save")
+        self._check_whole_step("save")
+        self.local_steps.wait()
+        client = client_state or {}
+        if not isinstance(client, Mapping):
+            raise CheckpointError(f"client_state is a {type(client).__name__}; give a dict")
+        checkpoint.save(
+            save_dir,
+            str(tag or f"global_step{self.global_steps}"),
+            lambda folder: self._write_checkpoint(folder, client, exclude_frozen_parameters),
+            step=self.local_steps.step,
+            layout=self._layout(),
+            config={**self._given_config, "qsr": self.local_steps.qsr.model_dump()},
+            latest=save_latest,
+            folders=[str(worker_folder(Path(), worker) / self._own_folder) for worker in range(self._workers)],
+        )
+        return True
+
+    def _check_boundary(self, what: str) -> None:
+        if not self.local_steps.on_boundary:
+            raise RuntimeError(
+                f"step {self.local_steps.step} is inside a round of {self.local_steps.period} steps, where every "
+                f"worker has parameters of its own; {what} when engine.step() has returned True"
+            )
+
+    def _check_whole_step(self, what: str) -> None:
+        done = self.micro_steps % self.gradient_accumulation_steps()
+        if done:
+            raise RuntimeError(
+                f"{done} of the {self.gradient_accumulation_steps()} micro-batches of step {self.local_steps.step} "
+                f"have been seen, and no checkpoint has their gradients; {what} before the first or after the last one"
+            )
+
+    def _write_checkpoint(self, folder: Path, client_state: Mapping[str, Any], without_frozen: bool) -> None:
+        """This rank's part of a checkpoint, in a folder that nobody else uses."""
+        model = self.averaged_state_dict()
+        self._write_worker(worker_folder(folder, self._worker), without_frozen)
+        rank = dist.get_rank()
+        if rank == 0:
+            save_file(model, folder / MODEL_FILE, metadata={"format": "pt"})
+        write_rank(
+            rank_file(folder, self._worker, rank),
+            {
+                "local_steps": self.local_steps.state_dict(),
+                "averager": self.local_steps.averager.state_dict(),
+                "scheduler": self.lr_scheduler.state_dict() if self.lr_scheduler is not None else None,
+                "random": random_state(self.device),
+                "client": dict(client_state),
+                "buffers": [buffer.detach().cpu() for buffer in self.module.buffers()],
+                "without_frozen": without_frozen,
+                "own": self._own_state(),
+            },
+        )
+
+    def load_checkpoint(
+        self, load_dir: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        """Go on from what save_checkpoint() wrote: from the newest whole checkpoint, or from the one with a tag.
+
+        Every rank must call it. Arguments as DeepSpeed's. With another number of workers the optimizer's state follows
+        qsr.on_other_workers, and a warning says what was taken over. load_optimizer_states=False takes parameters, step
+        and scheduler; load_module_only=True takes the parameters alone, also those of the other engine, and the run
+        begins at step 0 with them.
+
+        Returns:
+            (path of the checkpoint's folder, the client_state that this rank gave; with other workers, that of rank 0).
+        Raises:
+            CheckpointError: on every rank, if there is no whole checkpoint, or it is of another model.
+            RuntimeError: inside gradient accumulation; or load_module_only, and this run has begun.
+        """
+        self._check_whole_step("load")
+        self.local_steps.averager.finish()
+        names = ("tag", "load_module_strict", "load_optimizer_states", "load_lr_scheduler_states", "load_module_only")
+        kwargs.update(zip(names, args, strict=False))
+        tag, alone = kwargs.pop("tag", None), bool(kwargs.pop("load_module_only", False))
+        if alone and self.local_steps.step:
+            raise RuntimeError(
+                f"load_module_only begins a run with the parameters of another, and this one is at step "
+                f"{self.local_steps.step}; load them before its first step"
+            )
+        folder, manifest = checkpoint.find(load_dir, None if tag is None else str(tag))
+        found = differences(manifest.layout, self._layout())
+        check_same_model(folder, found)
+        without_state = alone or not kwargs.get("load_optimizer_states", True)
+        if not alone and "engine" not in found:
+            self._say_what_differs(folder, manifest)
+        together = checkpoint.Together(f"loading the checkpoint {folder}")
+        with together.step():
+            if found and not without_state:
+                state = self._load_other_layout(folder, manifest, found)
+            else:
+                rank, worker = (0, 0) if found else (dist.get_rank(), self._worker)
+                state = read_rank(rank_file(folder, worker, rank))
+                if without_state:
+                    self._load_parameters(folder, 0 if alone else manifest.step)
+                else:
+                    self._load_all(folder, state, kwargs)
+            if alone:
+                state["local_steps"] = self.local_steps.state_dict()
+            elif self.lr_scheduler is not None and state["scheduler"] and kwargs.get("load_lr_scheduler_states", True):
+                self.lr_scheduler.load_state_dict(state["scheduler"])
+            self.local_steps.load_state_dict(state["local_steps"])
+            self.local_steps.averager.restart()
+            if not found and state["averager"]:
+                self.local_steps.averager.load_state_dict(state["averager"])
+            self.micro_steps = self.local_steps.step * self.gradient_accumulation_steps()
+            self._learning_rate.set()
+        together.agree()
+        return str(folder), state["client"]
+
+    def _say_what_differs(self, folder: Path, manifest: Manifest) -> None:
+        """On rank 0: a run may go on with another configuration, but not in silence."""
+        now = json.loads(json.dumps({**self._given_config, "qsr": self.local_steps.qsr.model_dump()}, default=str))
+        then, here = dict(_flat(manifest.config)), dict(_flat(now))
+        found = [
+            f"{key} was {then.get(key)!r} and is {here.get(key)!r}"
+            for key in sorted({*then, *here})
+            if then.get(key) != here.get(key)
+        ]
+        if found and dist.get_rank() == 0:
+            log.warning("%s: the run goes on with another configuration: %s", folder, "; ".join(found))
+
+    def _load_all(self, folder: Path, state: Mapping[str, Any], kwargs: dict[str, Any]) -> None:
+        """Everything of a run with the same layout."""
+        if state["without_frozen"]:
+            kwargs["load_module_strict"] = False
+        self._load_worker(folder, self._worker, state, **kwargs)
+        if state["without_frozen"]:
+            frozen = {name for name, parameter in self._named_parameters() if not parameter.requires_grad}
+            self._read_model(folder, frozen)
+        with torch.no_grad():
+            for buffer, value in zip(self.module.buffers(), state["buffers"], strict=True):
+                buffer.copy_(value)
+        restore_random_state(state["random"], self.device)
+
+    def _load_parameters(self, folder: Path, step: int) -> None:
+        """The averaged model, whatever the layout; the optimizer is left as it is."""
+        self._read_model(folder, None)
+        self.global_steps = step
+        self.global_samples = step * self.train_batch_size()
+
+    def _load_other_layout(
+        self, folder: Path, manifest: Manifest, found: Mapping[str, tuple[Any, Any]]
+    ) -> dict[str, Any]:
+        """Parameters and step of a run with other workers. Returns the state of its rank 0."""
+        chosen = policy(folder, found, self.local_steps.qsr.on_other_workers, self._may_differ)
+        say(folder, found, chosen)
+        state = read_rank(rank_file(folder, 0, 0))
+        if chosen == "mean":
+            workers = int(manifest.layout["workers"])
+            mean_of_states(self._masters, lambda worker: self._load_worker(folder, worker, state), workers)
+        else:
+            self._load_parameters(folder, manifest.step)
+        return state
+
+    def averaged_state_dict(self) -> dict[str, Tensor]:
+        """The averaged model: fp32 parameters and the buffers, on the CPU, under the names of the module's own.
+
+        Every rank must call it, on a boundary. All of it is on rank 0; the others get an empty one.
+
+        Raises:
+            RuntimeError: inside a round.
+        """
+        self._check_boundary("ask for the averaged model")
+        self.local_steps.wait()
+        with self.local_steps.buffers_averaged():
+            if self._worker != 0:
+                return {}
+            return self._whole_model(keep=dist.get_rank() == 0)
+
+    # ------------------------------------------------------------------------------- what the engine provides
+
+    @property
+    @abc.abstractmethod
+    def _worker(self) -> int:
+        """Number of this rank's worker, as checkpoints count them; 0 under `parallel`."""
+
+    @property
+    @abc.abstractmethod
+    def _workers(self) -> int:
+        """Number of workers, as checkpoints count them; 1 under `parallel`."""
+
+    @abc.abstractmethod
+    def _layout(self) -> dict[str, Any]:
+        """What must be the same for a run to go on bit for bit."""
+
+    @abc.abstractmethod
+    def _write_worker(self, folder: Path, without_frozen: bool) -> None:
+        """Write parameters and optimizer state of this rank's worker under folder / _own_folder, which is there.
+
+        One rank may fail, so none may wait for another that does not come.
+        """
+
+    @abc.abstractmethod
+    def _load_worker(self, folder: Path, worker: int, state: Mapping[str, Any], **kwargs: Any) -> None:
+        """Take over what _write_worker() wrote for a worker; `state` is what a rank of it wrote itself."""
+
+    @abc.abstractmethod
+    def _read_model(self, folder: Path, only: set[str] | None) -> None:
+        """Put the averaged model of a checkpoint, or only these parameters, into the masters and the buffers."""
+
+    @abc.abstractmethod
+    def _whole_model(self, *, keep: bool) -> dict[str, Tensor]:
+        """Parameters and buffers, as named_state() gives them; called on every rank of worker 0."""
+
+    def _named_parameters(self) -> list[tuple[str, Tensor]]:
+        return list(self.module.named_parameters())
+
+    def _own_state(self) -> dict[str, Any]:
+        """Plain values of this rank that the engine wants back in _load_worker()."""
+        return {}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def worker_folder(folder: Path, worker: int) -> Path:
+    return folder / f"worker-{worker:05d}"
+
+
+def rank_file(folder: Path, worker: int, rank: int) -> Path:
+    return worker_folder(folder, worker) / f"rank-{rank:05d}.pt"
+
+
+# ------------------------------------------------------------------------------------------------------ a rank
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The states of the random generators of this process, as plain values and tensors."""
+    name, keys, *rest = np.random.get_state()
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": [name, np.asarray(keys).tolist(), *rest],
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def write_rank(path: Path, state: dict[str, Any]) -> None:
+    """Write a rank's own file.
+
+    Raises:
+        CheckpointError: the caller's state holds what cannot be loaded again safely.
+    """
+    buffer = io.BytesIO()
+    try:
+        _save_safely(state, buffer)
+    except Exception as error:
+        wrong = [key for key, value in state["client"].items() if not _is_safe(value)]
+        raise CheckpointError(
+            f"client_state holds objects that cannot be loaded again without running code, under {wrong}; give numbers "
+            f"(float(...) of numpy's), strings, lists, dicts and tensors: {error}"
+        ) from error
+    path.write_bytes(buffer.getvalue())
+
+
+def _save_safely(value: Any, buffer: io.BytesIO) -> None:
+    torch.save(value, buffer)
+    buffer.seek(0)
+    torch.load(buffer, weights_only=True, map_location="cpu")
+
+
+def _is_safe(value: Any) -> bool:
+    try:
+        _save_safely(value, io.BytesIO())
+    except Exception:
+        return False
+    return True
+
+
+def read_rank(path: Path) -> dict[str, Any]:
+    """Raises CheckpointError if the file is missing or is not what write_rank() wrote."""
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    return state
+
+
+# --------------------------------------------------------------------------------------------------- the model
+
+
+def describe(model: nn.Module) -> dict[str, str]:
+    """Name, type and shape of every parameter and buffer; it must be the same on every rank."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return {
+        name: f"{str(t.dtype).removeprefix('torch.')} {list(getattr(t, 'ds_shape', t.shape))}" for name, t in tensors
+    }
+
+
+def order_label(groups: Mapping[str, Any]) -> str:
+    """Which parameters are in which group of the optimizer, in which order, in a few characters for a layout."""
+    counts = [len(group) for group in groups.values() if isinstance(group, Mapping)]
+    return f"groups of {counts} parameters, in the order {digest(groups):x}"
+
+
+def named_state(module: nn.Module, full: Callable[[Tensor], Tensor], keep: bool) -> dict[str, Tensor]:
+    """fp32 values of all parameters and buffers under their names in state_dict(), on the CPU, none of them shared.
+
+    Collective in a worker that shards them, a parameter at a time; a rank with `keep` False holds one at a time only
+    and returns nothing.
+    """
+    state: dict[str, Tensor] = {}
+    first_name: dict[int, str] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if id(parameter) in first_name:
+            if keep:
+                state[name] = state[first_name[id(parameter)]].clone()
+            continue
+        first_name[id(parameter)] = name
+        value = full(parameter)
+        if keep:
+            state[name] = value.detach().float().cpu().clone().contiguous()
+    for prefix, part in module.named_modules():
+        for name, buffer in part.named_buffers(prefix, recurse=False):
+            if keep and name.rpartition(".")[2] not in part._non_persistent_buffers_set:
+                state[name] = buffer.detach().cpu().clone().contiguous()
+    return state
+
+
+@torch.no_grad()
+def read_model(
+    folder: Path, module: nn.Module, put: Callable[[Tensor, Tensor], None], only: set[str] | None = None
+) -> None:
+    """Put the averaged model of a checkpoint, or only these parameters, into the masters and the buffers.
+
+    Collective where they are sharded.
+
+    Raises:
+        CheckpointError: it is of another model.
+    """
+    with safe_open(folder / MODEL_FILE, framework="pt") as file:
+        names = set(file.keys())
+        for name, parameter in module.named_parameters():
+            if only is not None and name not in only:
+                continue
+            if name not in names:
+                raise CheckpointError(f"{folder}: {MODEL_FILE} has no parameter {name!r}, so it is of another model")
+            put(parameter, file.get_tensor(name))
+        for name, buffer in module.named_buffers():
+            if name in names and only is None:
+                buffer.copy_(file.get_tensor(name))
+
+
+# --------------------------------------------------------------------------------------- another number of workers
+
+
+def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Keys of two layouts whose values differ: (saved, now)."""
+    return {key: (saved.get(key), now.get(key)) for key in {*saved, *now} if saved.get(key) != now.get(key)}
+
+
+def check_same_model(folder: Path, found: Mapping[str, tuple[Any, Any]]) -> None:
+    """Raises CheckpointError if the checkpoint is of another model."""
+    if any(key in found for key in _SAME_MODEL):
+        raise CheckpointError(
+            f"{folder}: it is the checkpoint of another model (names, types or shapes of parameters and buffers "
+            "differ); give the folder of this run"
+        )
+
+
+def policy(
+    folder: Path, found: Mapping[str, tuple[Any, Any]], on_other_workers: str, may_differ: frozenset[str]
+) -> str:
+    """What happens to the optimizer's state in a run with another layout: "mean" or "fresh".
+
+    Raises:
+        CheckpointError: the mean was asked for, and more differs than what may.
+    """
+    if on_other_workers == "fresh":
+        return "fresh"
+    others = {key: values for key, values in found.items() if key not in may_differ}
+    if others:
+        spelled = ", ".join(f"{key} was {then!r} and is {now!r}" for key, (then, now) in sorted(others.items()))
+        raise CheckpointError(
+            f"{folder}: {spelled}, so the workers' optimizer states do not fit this run and cannot be averaged; write "
+            "qsr.on_other_workers 'fresh' to take the parameters and start the optimizer anew, or go on as before"
+        )
+    return "mean"
+
+
+def say(folder: Path, found: Mapping[str, tuple[Any, Any]], chosen: str) -> None:
+    """On rank 0, loudly: what was taken over and what was not."""
+    if dist.get_rank() != 0:
+        return
+    spelled = ", ".join(f"{key} was {then!r} and is {now!r}" for key, (then, now) in sorted(found.items()))
+    state = {
+        "mean": "Every worker's optimizer starts from the mean of the saved workers' states.",
+        "fresh": "The optimizer starts anew, without the state that was saved.",
+    }[chosen]
+    log.warning(
+        "%s: %s. The parameters, the step and the scheduler are taken over. %s Random states start anew, and where the "
+        "data goes on is the caller's affair, so this is not the run that was saved.",
+        folder,
+        spelled,
+        state,
+    )
+
+
+@torch.no_grad()
+def mean_of_states(masters: Masters, load_worker: Callable[[int], Any], workers: int) -> None:
+    """Load the saved workers one after another, and leave the mean of their optimizer states in the optimizer.
+
+    State that is not floating point (step counters as integers) and single numbers are those of the last one loaded;
+    workers have counted the same steps but for overflows.
+    """
+    sums: dict[tuple[int, str], Tensor] = {}
+    for worker in range(workers):
+        load_worker(worker)
+        for place, name, value in masters.state_tensors():
+            key = (place, name)
+            sums[key] = sums[key] + value.double() if key in sums else value.double()
+    for place, name, value in masters.state_tensors():
+        value.copy_(sums[place, name] / workers)
