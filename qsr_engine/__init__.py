@@ -1,8 +1,9 @@
 """Train large models with local steps under the Quadratic Synchronization Rule (arXiv 2310.14423).
 
 `initialize` takes the place of `deepspeed.initialize`, and `attach` puts it there for a loop that others own;
-`zero_init` takes the place of `deepspeed.zero.Init`; the command `qsr` trains recipes. DeepSpeed and torch are imported
-when one of these is first used, so that the command line stays quick.
+`zero_init` takes the place of `deepspeed.zero.Init`. `initialize_fsdp` does the same on PyTorch's own sharding, without
+DeepSpeed. The command `qsr` trains recipes. DeepSpeed and torch are imported when one of these is first used, so that
+the command line stays quick.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,9 @@ from qsr_engine.config import ConfigError
 if TYPE_CHECKING:
     from qsr_engine.engines.attach import attach
     from qsr_engine.engines.deepspeed import initialize, zero_init
+    from qsr_engine.engines.fsdp import initialize_fsdp
 
-__all__ = ["ConfigError", "attach", "initialize", "zero_init"]
+__all__ = ["ConfigError", "attach", "initialize", "initialize_fsdp", "zero_init"]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,6 +23,10 @@ def __getattr__(name: str) -> Any:
         from qsr_engine.engines import deepspeed
 
         return getattr(deepspeed, name)
+    if name == "initialize_fsdp":
+        from qsr_engine.engines.fsdp import initialize_fsdp
+
+        return initialize_fsdp
     if name == "attach":
         from qsr_engine.engines.attach import attach
 

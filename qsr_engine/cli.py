@@ -1,7 +1,7 @@
 """The `qsr` command, which is `python -m qsr_engine` too.
 
-`qsr train` starts DeepSpeed's launcher when no launcher started it; started by one (RANK is set), it trains. Errors
-that are the user's to mend end the command with one message and no traceback.
+`qsr train` starts DeepSpeed's launcher, or torchrun for the engine `fsdp`, when no launcher started it; started by one
+(RANK is set), it trains. Errors that are the user's to mend end the command with one message and no traceback.
 """
 
 from __future__ import annotations
@@ -64,10 +64,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a key; repeatable"
     )
+    train.add_argument("--engine", choices=["deepspeed", "fsdp"], help="instead of the recipe's (default: deepspeed)")
     train.add_argument(
         "--resume", action="store_true", help="go on from the run's newest checkpoint; begin if there is none"
     )
-    train.add_argument("--ranks", type=whole_number, help="processes on this host (default: DeepSpeed's, one a GPU)")
+    train.add_argument("--ranks", type=whole_number, help="processes on this host (default: one a GPU)")
     train.set_defaults(run=_train)
 
     command = commands.add_parser("export", help="write a checkpoint's averaged model as safetensors")
@@ -133,16 +134,24 @@ def _train(args: argparse.Namespace) -> int:
     if args.ranks is not None:
         check_world_size(args.ranks, recipe.qsr.worker_size)
         resolve_recipe_batch(recipe, args.ranks)
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(_free_port())]
-    if args.ranks is not None:
-        launcher += ["--num_gpus", str(args.ranks)]
+    launcher = _torchrun(args.ranks) if recipe.engine == "fsdp" else _deepspeed(args.ranks)
     overrides = [word for override in args.set for word in ("--set", override)]
-    command = [*launcher, "--log_level", "error", "--module", "qsr_engine", "train", args.recipe, *overrides]
+    command = [*launcher, "--module", "qsr_engine", "train", args.recipe, *overrides]
     command += ["--resume"] if args.resume else []
     code = _run_launcher(command)
     if code == 0 and not (recipe.run_dir / SUMMARY).exists():  # the launcher hides some deaths of its children
         raise ConfigError(f"{recipe.run_dir}: the launcher ended without an error, and the run is not finished")
     return code
+
+
+def _deepspeed(ranks: int | None) -> list[str]:
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(_free_port())]
+    return [*launcher, *(["--num_gpus", str(ranks)] if ranks is not None else []), "--log_level", "error"]
+
+
+def _torchrun(ranks: int | None) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, "--nproc-per-node", "auto" if ranks is None else str(ranks)]
 
 
 def _run_launcher(command: list[str]) -> int:
@@ -176,6 +185,8 @@ def _run_launcher(command: list[str]) -> int:
 
 def _prepare(args: argparse.Namespace) -> tuple[Recipe, Index]:
     """Everything that can be checked before a process group starts."""
+    if args.engine is not None:
+        args.set.append(f"engine={args.engine}")
     recipe = load_recipe(args.recipe, args.set)
     index = read_index(recipe.data.shards)
     for split in (recipe.data.train, recipe.data.eval):

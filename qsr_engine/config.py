@@ -172,6 +172,78 @@ def _check_steps(qsr: QSRConfig) -> None:
         )
 
 
+# ------------------------------------------------------------------------------------------------------- FSDP
+
+
+class FSDPOptions(StrictModel):
+    """What the FSDP engine does beside sharding a worker's parameters over its ranks."""
+
+    # Free a block's gathered parameters after its forward and gather them again for its backward.
+    reshard_after_forward: bool = True
+    cpu_offload: bool = False  # on a GPU: parameters, gradients and optimizer state stay on the CPU
+    activation_checkpointing: bool = False  # every block keeps its input only, and computes the rest again
+    compile: bool = False  # torch.compile for every block
+
+
+class EnabledConfig(StrictModel):
+    """DeepSpeed's switch of a precision."""
+
+    enabled: bool = False
+
+
+class TensorBoardConfig(StrictModel):
+    """DeepSpeed's `tensorboard` block: event files in output_path/job_name."""
+
+    enabled: bool = False
+    output_path: str = ""
+    job_name: str = "DeepSpeedJobName"
+
+
+class FSDPConfig(StrictModel):
+    """The configuration of `initialize_fsdp`: DeepSpeed's keys that mean something there, `fsdp` and `qsr`."""
+
+    train_batch_size: PositiveInt | None = None
+    train_micro_batch_size_per_gpu: PositiveInt | None = None
+    gradient_accumulation_steps: PositiveInt | None = None
+    gradient_clipping: NonNegative = 1.0  # per worker; DeepSpeed's own default, so that both engines read it alike
+    bf16: EnabledConfig = EnabledConfig()
+    tensorboard: TensorBoardConfig = TensorBoardConfig()
+    fsdp: FSDPOptions = FSDPOptions()
+    qsr: QSRConfig
+
+
+# Keys of DeepSpeed's that a user brings along, and what stands for them here.
+_NOT_FOR_FSDP = {
+    "zero_optimization": "a worker's ranks shard everything, as ZeRO stage 3 does; fsdp.reshard_after_forward false "
+    "keeps parameters gathered from forward to backward, and fsdp.cpu_offload is the offload",
+    "optimizer": "give initialize_fsdp(optimizer=lambda parameters: torch.optim.AdamW(parameters, ...))",
+    "scheduler": "write qsr.lr, or give initialize_fsdp(lr_scheduler=lambda optimizer: ...)",
+    "fp16": "there is no loss scaling; write bf16",
+    "activation_checkpointing": "write fsdp.activation_checkpointing",
+    "compile": "write fsdp.compile",
+    "communication_data_type": "gradients are reduced in fp32",
+    "data_types": "gradients are accumulated and reduced in fp32",
+}
+
+
+def load_fsdp_config(config: str | os.PathLike[str] | Mapping[str, Any]) -> FSDPConfig:
+    """Read and check the configuration of `initialize_fsdp`.
+
+    Args:
+        config: path of a JSON file, or a mapping.
+    Raises:
+        ConfigError: it cannot be read, or a key is unknown, means nothing under FSDP, or is wrong.
+    """
+    where = "config" if isinstance(config, Mapping) else str(config)
+    raw, qsr = split_deepspeed_config(config)
+    lines = [
+        f"{where}: {key}: the FSDP engine does not read it; {_NOT_FOR_FSDP[key]}" for key in raw if key in _NOT_FOR_FSDP
+    ]
+    if lines:
+        raise ConfigError("\n".join(lines))
+    return validate(FSDPConfig, {**raw, "qsr": qsr}, where=where)
+
+
 # ---------------------------------------------------------------------------------------------------- recipes
 
 
@@ -235,7 +307,10 @@ class OptimizerConfig(StrictModel):
 
 
 class PrecisionConfig(StrictModel):
-    """What the forward and backward pass compute in; the masters are fp32. ZeRO shards inside a worker."""
+    """What the forward and backward pass compute in; the masters are fp32. ZeRO shards inside a worker.
+
+    The engine "fsdp" does not read zero_stage: it shards everything inside a worker, and `fsdp` says the rest.
+    """
 
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     zero_stage: Literal[0, 1, 2, 3] = 0
@@ -260,6 +335,8 @@ class Recipe(StrictModel):
     batch: BatchConfig
     optimizer: OptimizerConfig
     precision: PrecisionConfig = PrecisionConfig()
+    engine: Literal["deepspeed", "fsdp"] = "deepspeed"
+    fsdp: FSDPOptions = FSDPOptions()  # read by the engine "fsdp" only
     qsr: RecipeQSR
     logging: LoggingConfig
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -271,7 +348,12 @@ class Recipe(StrictModel):
         return Path(self.logging.dir) / self.logging.name
 
     @model_validator(mode="after")
-    def _fp16_needs_zero(self) -> Recipe:
+    def _fp16_needs_loss_scaling(self) -> Recipe:
+        if self.precision.dtype == "fp16" and self.engine == "fsdp":
+            raise ValueError(
+                "precision.dtype is 'fp16' and the engine is 'fsdp', which does not scale the loss; write bf16, or the "
+                "engine deepspeed"
+            )
         if self.precision.dtype == "fp16" and self.precision.zero_stage == 0:
             raise ValueError(
                 "precision.dtype is 'fp16' and precision.zero_stage is 0, where DeepSpeed does not scale the loss; "

@@ -14,7 +14,6 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,12 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-import qsr_engine
 from qsr_engine.averaging import check_agreement
 from qsr_engine.checkpoint import any_here, gathered
 from qsr_engine.config import ConfigError, Recipe, check_world_size
 from qsr_engine.data import Index
 from qsr_engine.data.loader import EvalLoader, TrainLoader
+from qsr_engine.engines.from_recipe import Engine, make_engine
 from qsr_engine.models import create_model
 from qsr_engine.monitor import (
     CHECKPOINTS,
@@ -38,6 +37,7 @@ from qsr_engine.monitor import (
     check_run_folder,
     check_unfinished,
     leave_unfinished_run,
+    lock_run_folder,
     open_run_folder,
 )
 from qsr_engine.recipe import Batch, dump_recipe, load_recipe, resolve_recipe_batch
@@ -66,9 +66,12 @@ def train(recipe: Recipe, index: Index, *, resume: bool = False) -> dict[str, An
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     check_world_size(ranks, recipe.qsr.worker_size)
     batch = resolve_recipe_batch(recipe, ranks)
+    lock = None
     if resume:
         check_unfinished(recipe.run_dir)
         check_same_recipe(recipe)
+        if rank == 0 and recipe.run_dir.exists():
+            lock = lock_run_folder(recipe.run_dir)
     elif rank == 0:
         check_run_folder(recipe.run_dir)
     _share_cores()
@@ -77,9 +80,7 @@ def train(recipe: Recipe, index: Index, *, resume: bool = False) -> dict[str, An
     if index.classes is None:  # so that a label that is too large is found where it is read
         names = [str(label) for label in range(recipe.model.kwargs["num_classes"])]
         index = index.model_copy(update={"classes": names})
-    engine, *_ = qsr_engine.initialize(
-        model=model, optimizer=partial(_optimizer, recipe), config=deepspeed_config(recipe, batch)
-    )
+    engine = make_engine(recipe, batch, model)
     check_agreement({"recipe": _shared(recipe), "data": index.digest()}, engine.device)
     torch.manual_seed(recipe.seed + 1 + rank)  # dropout differs between ranks
     client = _load(engine, recipe, str(index.digest())) if resume else {}
@@ -88,6 +89,7 @@ def train(recipe: Recipe, index: Index, *, resume: bool = False) -> dict[str, An
         if resume:
             leave_unfinished_run(recipe.run_dir)
         open_run_folder(recipe.run_dir, dump_recipe(recipe))
+        lock = lock_run_folder(recipe.run_dir)
     loaders = {"rank": rank, "ranks": ranks, "batch_size": batch.micro}
     total_steps = recipe.qsr.total_steps
     assert total_steps is not None, "resolve_recipe() fills it in"
@@ -117,41 +119,9 @@ def train(recipe: Recipe, index: Index, *, resume: bool = False) -> dict[str, An
         if rank == 0:
             _save_model(averaged, recipe)
             monitor.summary(**summary)
+    if lock is not None:
+        lock.close()
     return summary
-
-
-def deepspeed_config(recipe: Recipe, batch: Batch) -> dict[str, Any]:
-    """The DeepSpeed configuration of a recipe, its `"qsr"` block included."""
-    return {
-        "train_batch_size": batch.train,
-        "train_micro_batch_size_per_gpu": batch.micro,
-        "gradient_accumulation_steps": batch.accumulation,
-        "gradient_clipping": recipe.optimizer.gradient_clipping,
-        "bf16": {"enabled": recipe.precision.dtype == "bf16"},
-        "fp16": {"enabled": recipe.precision.dtype == "fp16"},
-        "zero_optimization": {"stage": recipe.precision.zero_stage},
-        "zero_allow_untested_optimizer": True,  # DeepSpeed has not tested torch's SGD under ZeRO; the tests here have
-        "qsr": recipe.qsr.model_dump(exclude_none=True),
-    }
-
-
-def _optimizer(recipe: Recipe, parameters: Any) -> torch.optim.Optimizer:
-    options = recipe.optimizer
-    if options.type == "SGD":
-        return torch.optim.SGD(
-            parameters,
-            lr=recipe.qsr.lr.peak,
-            momentum=options.momentum,
-            weight_decay=options.weight_decay,
-            nesterov=options.nesterov,
-        )
-    return torch.optim.AdamW(
-        parameters,
-        lr=recipe.qsr.lr.peak,
-        betas=(options.betas[0], options.betas[1]),
-        eps=options.eps,
-        weight_decay=options.weight_decay,
-    )
 
 
 def _shared(recipe: Recipe) -> dict[str, Any]:
@@ -164,7 +134,8 @@ def _share_cores() -> None:
     on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available()
     if on_cpu and "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_SIZE", "1"))))
+        here = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1"  # deepspeed's, torchrun's
+        torch.set_num_threads(max(1, cores // int(here)))
 
 
 def check_same_recipe(recipe: Recipe) -> None:
@@ -200,6 +171,7 @@ _MAY_DIFFER = (
     "batch.train_micro_batch_size_per_gpu",
     "batch.gradient_accumulation_steps",
     "precision.",
+    "fsdp.",
 )
 
 
@@ -211,7 +183,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", value
 
 
-def _load(engine: Any, recipe: Recipe, data: str) -> dict[str, Any]:
+def _load(engine: Engine, recipe: Recipe, data: str) -> dict[str, Any]:
     """Go on from the newest whole checkpoint. Returns what this rank saved in it; {} if there is none."""
     folder = recipe.run_dir / CHECKPOINTS
     if not any(gathered(any_here(folder))):
@@ -265,7 +237,7 @@ class _Run:
     def __init__(
         self,
         recipe: Recipe,
-        engine: Any,
+        engine: Engine,
         train: TrainLoader,
         evaluation: EvalLoader,
         monitor: Monitor,
@@ -357,8 +329,10 @@ class _Run:
         self.engine.local_steps.average_buffers()
         self.engine.eval()
         totals = torch.zeros(3, dtype=torch.float64, device=self.engine.device)  # samples, right ones, summed loss
-        for images, labels in self.evaluation:
+        for images, labels in self._evaluation_batches():
             scores = self.engine.module(images.to(self.engine.device, self.dtype)).float()
+            if len(labels) == 0:
+                continue
             labels = labels.to(self.engine.device)
             right = (scores.argmax(1) == labels).sum()
             loss = F.cross_entropy(scores, labels, reduction="sum")
@@ -369,6 +343,19 @@ class _Run:
         self.accuracy, self.loss = 100 * right / samples, loss / samples
         self.clock.elsewhere += time.perf_counter() - started
         return {"eval_accuracy": self.accuracy, "eval_loss": self.loss}
+
+    def _evaluation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of evaluation; a rank that has one fewer than others gets an image without a label at the end.
+
+        Where the ranks of a worker hold the parameters together, every forward of one needs one of the others.
+        """
+        seen = 0
+        for images, labels in self.evaluation:
+            seen += 1
+            yield images, labels
+        size = self.recipe.data.image_size
+        for _ in range(seen, self.evaluation.most_batches):
+            yield torch.zeros(1, 3, size, size), torch.zeros(0, dtype=torch.int64)
 
     def _log(self, before: dict[str, Any], evaluated: dict[str, Any]) -> None:
         loss = torch.stack(self._losses).mean().item()  # waits for the device, so the times below are true
@@ -421,6 +408,7 @@ class _Run:
             "images_per_second": state.step * self.batch.train / training,
             "ranks": dist.get_world_size(),
             "worker_size": self.recipe.qsr.worker_size,
+            "engine": self.recipe.engine,
             "device": self.engine.device.type,
             "torch": torch.__version__,
         }

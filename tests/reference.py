@@ -128,6 +128,8 @@ def simulate(
     zero_step: bool = False,
     skipped: Callable[[int, int], bool] = lambda worker, step: False,
     state: tuple[str, ...] = (),
+    average_buffers: bool = False,
+    gradient_dtype: torch.dtype | None = None,
 ) -> tuple[list[nn.Module], list[float]]:
     """Train K workers in one process.
 
@@ -145,6 +147,9 @@ def simulate(
         zero_step: DeepSpeed makes the state of some optimizers by a step with a gradient of zero before the first one.
         skipped: whether a worker skips its update at a step, as after an overflow.
         state: names of the optimizer's state that is averaged with the parameters.
+        average_buffers: floating-point buffers (batch-norm statistics), of which every rank has its own, are averaged
+            over all ranks at a boundary of local steps; the models returned hold those of each worker's first rank.
+        gradient_dtype: type to which a rank's gradient goes before it is averaged, and in which it stays.
         delay: steps from a boundary until its average takes effect, as x += average - x at the boundary; at the latest
             at the next boundary, and at once at the last one.
     Returns:
@@ -152,12 +157,13 @@ def simulate(
     """
     total = qsr["total_steps"]
     models = [make_model() for _ in range(workers)]
-    optimizers = [make_optimizer(list(model.parameters())) for model in models]
+    optimizers = [make_optimizer(_trained(model)) for model in models]
     if zero_step:
         for model, optimizer in zip(models, optimizers, strict=True):
-            for parameter in model.parameters():
+            for parameter in _trained(model):
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
+    buffers = [[b.clone() for b in models[0].buffers()] for _ in range(workers * worker_size)]  # of every rank
     ends = dict(boundaries(qsr))
     first_local = next((step for step, mode in ends.items() if mode == "local"), total + 1)
     distances = []
@@ -166,19 +172,27 @@ def simulate(
     for step in range(total):
         for worker, model in enumerate(models):
             ranks = range(worker * worker_size, (worker + 1) * worker_size)
-            found = [_gradient(model, batches(rank, step), compute_dtype, loss, loss_scale) for rank in ranks]
-            _average(found, reduce_dtype or compute_dtype)
-            for parameter, gradient in zip(model.parameters(), found[0], strict=True):
+            found = []
+            for rank in ranks:
+                _set_buffers(model, buffers[rank])
+                own = _gradient(model, batches(rank, step), compute_dtype, loss, loss_scale)
+                found.append([gradient.to(gradient_dtype or gradient.dtype) for gradient in own])
+                buffers[rank] = [buffer.clone() for buffer in model.buffers()]
+            _average(found, reduce_dtype or gradient_dtype or compute_dtype)
+            for parameter, gradient in zip(_trained(model), found[0], strict=True):
                 parameter.grad = gradient.to(parameter.dtype)
         parallel = ends.get(step + 1) == "parallel" and step + 1 < first_local
         if parallel:
-            _average([[p.grad for p in model.parameters()] for model in models], reduce_dtype or compute_dtype)
+            _average(
+                [[p.grad for p in _trained(model)] for model in models],
+                reduce_dtype or gradient_dtype or compute_dtype,
+            )
         for worker, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
-            for parameter in model.parameters():
+            for parameter in _trained(model):
                 assert parameter.grad is not None
                 parameter.grad *= 1.0 / loss_scale
             if clip:
-                nn.utils.clip_grad_norm_(model.parameters(), clip)
+                nn.utils.clip_grad_norm_(_trained(model), clip)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(qsr["lr"], step, total)
             if not skipped(worker, step):
@@ -193,7 +207,7 @@ def simulate(
             for name in state:
                 _average(
                     [
-                        [optimizer.state[p][name] for p in model.parameters()]
+                        [optimizer.state[p][name] for p in _trained(model)]
                         for model, optimizer in zip(models, optimizers, strict=True)
                     ]
                 )
@@ -208,7 +222,20 @@ def simulate(
             else:
                 for average, model in zip(averaged, models, strict=True):
                     model.load_state_dict(average.state_dict())
+            if average_buffers:
+                _average([[b for b in own if b.is_floating_point()] for own in buffers])
+    for worker, model in enumerate(models):
+        _set_buffers(model, buffers[worker * worker_size])
     return models, distances
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _set_buffers(model: nn.Module, values: list[Tensor]) -> None:
+    for buffer, value in zip(model.buffers(), values, strict=True):
+        buffer.copy_(value)
 
 
 def _gradient(

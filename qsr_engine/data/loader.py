@@ -112,7 +112,9 @@ class EvalLoader:
     def __init__(
         self, folder: str | Path, index: Index, config: DataConfig, *, rank: int, ranks: int, batch_size: int
     ) -> None:
-        slices = plan_evaluation(index.split(config.eval), rank, ranks)
+        split = index.split(config.eval)
+        slices = plan_evaluation(split, rank, ranks)
+        self.most_batches = -(-split.samples // (ranks * batch_size))  # of any rank; each has this many, or one fewer
         raw_batches = partial(_evaluation_batches, Path(folder), slices, index.class_count, batch_size)
         dataset = _DecodedBatches(raw_batches, EvalTransform(config.image_size))
         self._batches = _parallel(dataset, config.loader_processes)

@@ -491,3 +491,20 @@ def test_precision_and_zero_stage_of_a_recipe(processes: Processes, recipe: Path
     )
     assert records(run)[-1]["eval_loss"] > 0
     assert all(tensor.dtype == torch.float32 for tensor in load_file(run / "model.safetensors").values())
+
+
+def test_a_folder_in_which_another_process_trains_is_refused(
+    processes: Processes, recipe: Path, tmp_path: Path
+) -> None:
+    """A launcher that is killed can leave its ranks behind, and `--resume` would write between their lines."""
+    from qsr_engine.monitor import lock_run_folder
+
+    name = ["--set", "logging.name=held"]
+    (tmp_path / "runs" / "held").mkdir(parents=True)
+    lock = lock_run_folder(tmp_path / "runs" / "held")
+    assert lock is not None
+    code, _, err = processes.run(qsr_job, ranks=1, argv=["train", str(recipe), "--resume", *name])[0]
+    assert code == 2
+    assert "another process trains in this folder" in err
+    lock.close()
+    assert processes.run(qsr_job, ranks=1, argv=["train", str(recipe), "--resume", *name])[0][0] == 0
