@@ -13,8 +13,11 @@ import signal
 import socket
 import subprocess
 import sys
+import uuid
 from collections.abc import Sequence
 from types import FrameType
+
+import psutil
 
 from qsr_engine.config import ConfigError, Recipe, check_world_size
 from qsr_engine.data import (
@@ -31,6 +34,7 @@ from qsr_engine.monitor import SUMMARY, check_run_folder, check_unfinished
 from qsr_engine.recipe import load_recipe, resolve_recipe, resolve_recipe_batch
 from qsr_engine.report import ReportError, report
 
+_LAUNCH = "QSR_ENGINE_LAUNCH"  # in the environment of all processes of one `qsr train`
 USER_ERROR = 2  # exit code, as argparse's own
 
 
@@ -157,15 +161,24 @@ def _torchrun(ranks: int | None) -> list[str]:
 def _run_launcher(command: list[str]) -> int:
     """Run the launcher in a session of its own, and leave nothing of it behind.
 
-    DeepSpeed's launcher leaves its processes behind when it is terminated. So a signal goes to all of them, and when
-    the launcher has ended, whatever is left is terminated too.
+    DeepSpeed's launcher leaves its processes behind when it is terminated, and torchrun those whose agent was killed,
+    in sessions of their own. So a signal goes to all of them, and when the launcher has ended, whatever is left of this
+    launch is terminated too; a variable of the environment tells which processes those are.
     """
-    process = subprocess.Popen(command, start_new_session=True)
+    launch = uuid.uuid4().hex
+    process = subprocess.Popen(command, start_new_session=True, env={**os.environ, _LAUNCH: launch})
     received = 0
 
     def terminate() -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
+
+    def terminate_what_is_left() -> None:
+        terminate()
+        for other in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if other.pid != os.getpid() and other.environ().get(_LAUNCH) == launch:
+                    other.terminate()
 
     def stop(signum: int, _: FrameType | None) -> None:
         nonlocal received
@@ -177,7 +190,7 @@ def _run_launcher(command: list[str]) -> int:
     try:
         code = process.wait()
     finally:
-        terminate()
+        terminate_what_is_left()
         for number, handler in before.items():
             signal.signal(number, handler)
     return 128 + received if received else code if code >= 0 else 128 - code

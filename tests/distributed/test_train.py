@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -109,18 +110,25 @@ def test_a_run_writes_what_it_promises(processes: Processes, recipe: Path) -> No
 
 @pytest.mark.parametrize("clipping", [0.0, 0.5])
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
+@pytest.mark.parametrize("engine", ["deepspeed", "fsdp"])
 def test_a_recipe_trains_as_the_reference_does(
-    processes: Processes, recipe: Path, optimizer: str, clipping: float
+    processes: Processes, recipe: Path, engine: str, optimizer: str, clipping: float
 ) -> None:
     """Every part of a recipe that the loop must obey, against the simulation on the same batches.
 
-    Without clipping, bit for bit. With it to 1e-5: DeepSpeed's and torch's clipping differ by 1e-6 of the norm.
+    Bit for bit; but with DeepSpeed's clipping to 1e-5: it and torch's differ by 1e-6 of the norm.
     """
     options = {
         "AdamW": ["optimizer.betas=[0.8, 0.95]", "optimizer.eps=1e-6", "optimizer.weight_decay=0.3"],
         "SGD": ["optimizer.momentum=0.8", "optimizer.nesterov=true", "optimizer.weight_decay=0.01", "qsr.lr.peak=0.03"],
     }
-    more = ["label_smoothing=0.2", "batch.gradient_accumulation_steps=2", "seed=5", "qsr.total_steps=17"]
+    more = [
+        f"engine={engine}",
+        "label_smoothing=0.2",
+        "batch.gradient_accumulation_steps=2",
+        "seed=5",
+        "qsr.total_steps=17",
+    ]
     overrides = [f"optimizer.type={optimizer}", f"optimizer.gradient_clipping={clipping}", *options[optimizer], *more]
     run = train(processes, recipe, *overrides)
     found = torch.cat([tensor.flatten() for _, tensor in sorted(load_file(run / "model.safetensors").items())])
@@ -151,7 +159,7 @@ def test_a_recipe_trains_as_the_reference_does(
         loss=partial(torch.nn.functional.cross_entropy, label_smoothing=0.2),
     )
     oracle = torch.cat([tensor.flatten() for _, tensor in sorted(models[0].state_dict().items())])
-    torch.testing.assert_close(found, oracle, rtol=0, atol=1e-5 if clipping else 0.0)
+    torch.testing.assert_close(found, oracle, rtol=0, atol=1e-5 if clipping and engine == "deepspeed" else 0.0)
 
 
 def test_the_same_seed_gives_the_same_bits(processes: Processes, recipe: Path) -> None:
@@ -187,8 +195,18 @@ def test_the_resolved_recipe_runs_again_to_the_same_bits(processes: Processes, r
             "logging.eval_every=2",
         ],
         ["label_smoothing=0.1", "logging.tensorboard=false", "data.augment=none"],
+        ["engine=fsdp", "qsr.strategy=parallel"],
+        ["engine=fsdp", "qsr.strategy=post_local", "qsr.switch_step=6", "qsr.worker_size=2", "precision.dtype=bf16"],
+        ["engine=fsdp", "qsr.worker_size=2", "fsdp.activation_checkpointing=true", "data.loader_processes=1"],
+        [
+            "engine=fsdp",
+            "model={name: torchvision/resnet18}",
+            "batch.train_batch_size=24",
+            "qsr.total_steps=3",
+            "logging.eval_every=2",
+        ],
     ],
-    ids=lambda overrides: overrides[0],
+    ids=lambda overrides: " ".join(overrides[:2]) if "fsdp" in overrides[0] else overrides[0],
 )
 def test_recipes_train(processes: Processes, recipe: Path, overrides: list[str]) -> None:
     run = train(processes, recipe, *overrides)
@@ -225,6 +243,36 @@ def test_the_evaluation_is_that_of_the_saved_model_on_the_whole_split(processes:
     # fp32 scores differ in the last bits between batch sizes.
     assert summary["eval_loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
     assert summary["eval_loss"] != pytest.approx(losses[:120].mean().item(), rel=1e-5), "one rank's part is not enough"
+
+
+@pytest.mark.parametrize("engine", [["precision.zero_stage=3"], ["engine=fsdp"]], ids=["zero3", "fsdp"])
+def test_ranks_of_a_worker_evaluate_the_same_number_of_batches(
+    processes: Processes, recipe: Path, engine: list[str]
+) -> None:
+    """718 and 719 images in batches of 359: the second rank has a batch more, and in it the first rank's part of the
+    parameters must be gathered. It used to wait for ever."""
+    overrides = ["data.eval=train", "batch.train_batch_size=718", "qsr.worker_size=2", "qsr.total_steps=2", *engine]
+    summary = json.loads((train(processes, recipe, *overrides) / "summary.json").read_text())
+    assert summary["eval_accuracy"] == pytest.approx(round(summary["eval_accuracy"] * 14.37) / 14.37), "of 1437 images"
+
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("engine", ["deepspeed", "fsdp"])
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_recipe_runs_on_both_engines(
+    processes: Processes, digits: Path, tmp_path: Path, path: Path, engine: str
+) -> None:
+    """Its first steps, by `qsr train RECIPE --engine ENGINE`."""
+    sets = ["epochs=null", "qsr.total_steps=3", "qsr.lr.warmup_epochs=null", f"data.shards={digits}"]
+    sets += [f"logging.dir={tmp_path}", "logging.name=run"]
+    words = [word for override in sets for word in ("--set", override)]
+    for code, _, err in processes.run(qsr_job, argv=["train", str(path), "--engine", engine, *words]):
+        assert code == 0, err
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["engine"], summary["steps"]) == (engine, 3)
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["engine"] == engine
 
 
 # -------------------------------------------------------------------------------------------- bad input
@@ -270,6 +318,7 @@ def test_ranks_with_different_data(processes: Processes, recipe: Path, tmp_path:
         ("data.image_size=9", "does not take images of shape (1, 3, 9, 9)"),
         ("data.train=trian", "did you mean 'train'"),
         ("data.shards=/nowhere", "index is missing"),
+        ("engine=fspd", "engine: found 'fspd'"),
     ],
 )
 def test_what_cannot_run_is_refused(processes: Processes, recipe: Path, override: str, words: str) -> None:
@@ -320,6 +369,71 @@ def test_a_real_deepspeed_launch(recipe: Path, tmp_path: Path) -> None:
     assert "qsr H>=2 alpha=0.006" in report.stdout
 
 
+def test_qsr_train_starts_torchrun_for_fsdp(recipe: Path, tmp_path: Path) -> None:
+    """Two workers of two ranks, with checkpoints; the report reads the run, and `qsr export` the checkpoint."""
+    command = [str(bin_folder() / "qsr"), "train", str(recipe), "--engine", "fsdp", "--ranks", "4"]
+    done = launch(*command, "--set", "qsr.worker_size=2", "--set", "logging.checkpoint_every=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "small"
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["ranks"], summary["worker_size"], summary["engine"]) == (4, 2, "fsdp")
+    report = launch(str(bin_folder() / "qsr"), "report", str(run), cwd=tmp_path)
+    assert "qsr H>=2 alpha=0.006" in report.stdout, report.stderr
+    out = tmp_path / "out.safetensors"
+    export = launch(str(bin_folder() / "qsr"), "export", str(run / "checkpoints"), str(out), cwd=tmp_path)
+    assert export.returncode == 0, export.stderr
+    assert set(load_file(out)) == set(load_file(run / "model.safetensors"))
+
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+
+
+def start_script(*words: str, **environment: str) -> subprocess.Popen[str]:
+    """A script of launch/, with this Python's programs in the path and the recipe's model on a CPU."""
+    path = f"{bin_folder()}{os.pathsep}{os.environ['PATH']}"
+    known = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": path, **environment}
+    return subprocess.Popen(words, env=known, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_torchrun_on_two_hosts(recipe: Path) -> None:
+    """Two agents that meet by c10d rendezvous, here both on this host; two workers of one rank each."""
+    several = {"HOSTS": "2", "RENDEZVOUS": f"127.0.0.1:{free_port()}"}
+    words = [str(LAUNCH / "torchrun.sh"), "1", str(recipe), "--engine", "fsdp"]
+    agents = [start_script(*words, **several) for _ in range(2)]
+    said = [agent.communicate(timeout=120)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    summary = json.loads((recipe.parent / "runs" / "small" / "summary.json").read_text())
+    assert (summary["ranks"], summary["engine"]) == (2, "fsdp")
+
+
+def test_slurm(recipe: Path, tmp_path: Path) -> None:
+    """With stand-ins for SLURM's programs, as there is no SLURM here: srun starts the command once for every node."""
+    stand_ins = tmp_path / "bin"
+    stand_ins.mkdir()
+    srun = '#!/usr/bin/env bash\nshift\nfor node in $(seq $SLURM_NNODES); do "$@" & all+=($!); done\n'
+    (stand_ins / "srun").write_text(srun + "for one in ${all[@]}; do wait $one || exit 1; done\n")
+    (stand_ins / "scontrol").write_text("#!/usr/bin/env bash\nprintf '127.0.0.1\\nother\\n'\n")
+    for program in stand_ins.iterdir():
+        program.chmod(0o755)
+    job = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "RANKS_PER_NODE": "1"}
+    job |= {"PORT": str(free_port()), "PATH": os.pathsep.join([str(stand_ins), str(bin_folder()), os.environ["PATH"]])}
+    words = [str(LAUNCH / "slurm.sh"), str(recipe), "--engine", "fsdp", "--set", "logging.checkpoint_every=4"]
+    process = start_script(*words, **job)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, said
+    run = recipe.parent / "runs" / "small"
+    assert json.loads((run / "summary.json").read_text())["ranks"] == 2
+    assert list((run / "checkpoints").glob("step-*")), "so that a requeued job goes on"
+
+
+@pytest.mark.parametrize("script", sorted(LAUNCH.glob("*.sh")), ids=lambda path: path.name)
+def test_launch_scripts_are_short_and_name_what_is_missing(script: Path) -> None:
+    assert len(script.read_text().splitlines()) < 40
+    done = subprocess.run([str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert re.search(r"recipe|ranks|hostfile", done.stderr)
+
+
 def test_qsr_train_starts_the_launcher_and_passes_on_its_exit_code(recipe: Path, tmp_path: Path) -> None:
     """A sample without a label, on whichever rank reads it: the run ends with the shard and the key, and not 0."""
     write_digits(tmp_path / "data")
@@ -334,32 +448,45 @@ def test_qsr_train_starts_the_launcher_and_passes_on_its_exit_code(recipe: Path,
 
 
 @contextlib.contextmanager
-def endless_training(recipe: Path) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
+def endless_training(
+    recipe: Path, engine: str = "deepspeed"
+) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
     """`qsr train` of a run that would take hours, once its first steps are done, and all processes below it."""
     command = [str(bin_folder() / "qsr"), "train", str(recipe), "--ranks", "2", "--set", "qsr.total_steps=1000000"]
+    command += ["--engine", engine]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     with subprocess.Popen(command, cwd=recipe.parent, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline().startswith("step ")
         below = psutil.Process(process.pid).children(recursive=True)
-        assert len(below) >= 4, "DeepSpeed's two launchers, and two ranks"
+        assert len(below) >= (4 if engine == "deepspeed" else 3), "two ranks, and DeepSpeed's two launchers or torchrun"
         try:
             yield process, below
         finally:
             process.terminate()
 
 
-def test_a_terminated_qsr_train_leaves_no_process_behind(recipe: Path) -> None:
-    with endless_training(recipe) as (process, below):
+@pytest.mark.parametrize("engine", ["deepspeed", "fsdp"])
+def test_a_terminated_qsr_train_leaves_no_process_behind(recipe: Path, engine: str) -> None:
+    with endless_training(recipe, engine) as (process, below):
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 128 + signal.SIGTERM
         _, alive = psutil.wait_procs(below, timeout=10)
         assert alive == []
 
 
-@pytest.mark.parametrize("victim", ["rank 1", "deepspeed.launcher.launch", "deepspeed.launcher.runner"])
-def test_a_killed_process_ends_the_run_with_an_error(recipe: Path, victim: str) -> None:
-    with endless_training(recipe) as (process, below):
+@pytest.mark.parametrize(
+    ("engine", "victim"),
+    [
+        ("deepspeed", "rank 1"),
+        ("deepspeed", "deepspeed.launcher.launch"),
+        ("deepspeed", "deepspeed.launcher.runner"),
+        ("fsdp", "rank 1"),
+        ("fsdp", "torch.distributed.run"),
+    ],
+)
+def test_a_killed_process_ends_the_run_with_an_error(recipe: Path, engine: str, victim: str) -> None:
+    with endless_training(recipe, engine) as (process, below):
         if victim == "rank 1":
             next(child for child in below if child.environ().get("RANK") == "1").kill()
         else:
@@ -411,7 +538,11 @@ def interrupted_job(argv: list[str], at_step: int) -> int:
         module._Run._step = original  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("precision", [[], ["precision.dtype=bf16", "precision.zero_stage=3"]], ids=["fp32", "zero3"])
+@pytest.mark.parametrize(
+    "precision",
+    [[], ["precision.dtype=bf16", "precision.zero_stage=3"], ["engine=fsdp"], ["engine=fsdp", "precision.dtype=bf16"]],
+    ids=["fp32", "zero3", "fsdp", "fsdp-bf16"],
+)
 def test_a_run_that_died_is_resumed_to_the_same_bits(processes: Processes, recipe: Path, precision: list[str]) -> None:
     """With dropout, so that the random states matter; with a loader process; and records that continue."""
     more = ["model.kwargs.drop_rate=0.2", "data.loader_processes=1", "logging.checkpoint_every=4", "qsr.total_steps=18"]
