@@ -49,6 +49,10 @@ class Shards(Masters):
 
     sharded = True
 
+    def __init__(self, engine: FSDPEngine) -> None:
+        super().__init__(engine)
+        self.may_be_shared = not engine.config.fsdp.cpu_offload  # offloaded shards are pinned, and must stay so
+
     @property
     def base_optimizer(self) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = self.optimizer

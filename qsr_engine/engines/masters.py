@@ -23,6 +23,7 @@ class Masters(abc.ABC):
     """The fp32 parameters that this rank's optimizer updates."""
 
     sharded = False  # whether a rank holds a part of the masters of its worker only
+    may_be_shared = True  # whether their memory may move into shared memory, on a CPU
 
     def __init__(self, engine: Any) -> None:
         self.optimizer = engine.optimizer  # DeepSpeed's, or torch's
@@ -129,6 +130,8 @@ def make_averager(
         ConfigError: averaging.overlap asks for what these masters cannot do.
     """
     options = qsr.averaging
+    if not masters.may_be_shared:
+        options = options.model_copy(update={"shared_memory": False})
     averager = Averager(
         masters.buckets(bucket_bytes(options.bucket_mb, across)),
         across,

@@ -20,7 +20,7 @@ def example_job(code: str) -> str:
 
 
 def test_the_readmes_example_takes_local_steps(processes: Processes) -> None:
-    code, *_ = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    code, _, _ = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     first, second = processes.run(example_job, code=code)
     assert second == ""
     lines = first.splitlines()
@@ -28,3 +28,11 @@ def test_the_readmes_example_takes_local_steps(processes: Processes) -> None:
     assert lines[-1].startswith("step 400, ")
     losses = [float(line.rsplit(" ", 1)[1]) for line in lines]
     assert losses[-1] < losses[0] / 4
+
+
+def test_the_example_on_fsdp_takes_local_steps(processes: Processes) -> None:
+    _, code, _ = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    for said in processes.run(example_job, code=code):
+        averaged = re.fullmatch(r"averaged (\d+) times in 12 steps\n", said)
+        assert averaged
+        assert 1 < int(averaged[1]) < 6

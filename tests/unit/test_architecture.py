@@ -50,6 +50,8 @@ def test_imports_never_point_back(path: Path) -> None:
             assert ORDER.index(rest.split(".")[0]) <= place, f"{path.name} imports {name}"
         if package == "deepspeed":
             assert path == PACKAGE / "engines" / "deepspeed.py", f"{path.name} imports deepspeed"
+        if name.startswith(("torch.distributed.fsdp", "torch.distributed.tensor")):
+            assert path == PACKAGE / "engines" / "fsdp.py", f"{path.name} imports {name}"
 
 
 def test_the_command_line_starts_without_torch() -> None:
