@@ -123,6 +123,14 @@ class LocalSteps:
         """Distance of the workers from their average, at the last averaging that has ended; None before the first."""
         return None if self._distance is None else self._distance.item()
 
+    def check_unfinished(self) -> None:
+        """Raises RuntimeError if the run has taken its total_steps."""
+        if self.finished:
+            raise RuntimeError(
+                f"the run ended at step {self.step}, which is qsr.total_steps; a longer run needs a larger total_steps "
+                "from its start, since the learning rate and the last round depend on it"
+            )
+
     def figures(self) -> dict[str, float]:
         """What a monitor shows of a boundary; the distance only where it is known."""
         figures: dict[str, float] = {
@@ -143,8 +151,7 @@ class LocalSteps:
             CollectiveError: a collective failed or timed out.
             RuntimeError: the run has ended already.
         """
-        if self.finished:
-            raise RuntimeError(f"the run ended at step {self.step} (qsr.total_steps); it takes no further step")
+        self.check_unfinished()
         self.step += 1
         self.parallel_bytes_so_far += self._parallel_bytes
         self._buffers_differ = True

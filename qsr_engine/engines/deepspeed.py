@@ -190,11 +190,7 @@ class LocalStepEngine(DeepSpeedEngine, Resumable):  # type: ignore[misc]  # deep
             RuntimeError: the run has taken its total_steps already, or something else than qsr.lr set the learning
                 rate; nothing was changed.
         """
-        if self.local_steps.finished:
-            raise RuntimeError(
-                f"the run ended at step {self.local_steps.step}, which is qsr.total_steps; a longer run needs a larger "
-                "total_steps from its start, since the learning rate and the last round depend on it"
-            )
+        self.local_steps.check_unfinished()
         if self.is_gradient_accumulation_boundary():
             self._learning_rate.check()
             self.local_steps.begin_update()

@@ -36,7 +36,7 @@ from qsr_engine.engines import fsdp_checkpoint
 from qsr_engine.engines.blocks import Wrap, find_blocks
 from qsr_engine.engines.fresh_model import Init, give_values_of_rank_0
 from qsr_engine.engines.learning_rate import LearningRate, largest_rate
-from qsr_engine.engines.masters import Masters, Parameters, check_state_names, make_averager
+from qsr_engine.engines.masters import Parameters, check_state_names, make_averager
 from qsr_engine.engines.resumable import Resumable, describe, named_state, order_label, read_model, worker_folder
 from qsr_engine.local_steps import LocalSteps
 
@@ -44,7 +44,7 @@ MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 MakeScheduler = Callable[[torch.optim.Optimizer], Any]
 
 
-class Shards(Masters):
+class Shards(Parameters):
     """FSDP's parameters: this rank's optimizer updates its shard of each, where FSDP keeps it."""
 
     sharded = True
@@ -53,16 +53,8 @@ class Shards(Masters):
         super().__init__(engine)
         self.may_be_shared = not engine.config.fsdp.cpu_offload  # offloaded shards are pinned, and must stay so
 
-    @property
-    def base_optimizer(self) -> torch.optim.Optimizer:
-        optimizer: torch.optim.Optimizer = self.optimizer
-        return optimizer
-
-    def _parameters(self) -> list[Any]:
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-
     def held(self) -> list[Tensor]:
-        return [_local(parameter) for parameter in self._parameters()]
+        return [_local(parameter) for parameter in super().held()]
 
     def buckets(self, bucket_bytes: int) -> list[Tensor]:
         """Each shard is a bucket of its own: FSDP holds its memory, so it does not move."""
@@ -73,7 +65,7 @@ class Shards(Masters):
         reshard(self.module)
 
     def gradients(self) -> list[Tensor]:
-        parameters = [parameter for parameter in self._parameters() if parameter.requires_grad]
+        parameters = [parameter for parameter in super().held() if parameter.requires_grad]
         for parameter in parameters:
             if parameter.grad is None:  # not used in this step here; maybe on another worker
                 parameter.grad = torch.zeros_like(parameter)
@@ -81,7 +73,7 @@ class Shards(Masters):
 
     def state(self, name: str) -> list[Tensor | None]:
         states = self.optimizer.state
-        found = [states[p].get(name) if p in states else None for p in self._parameters()]
+        found = [states[p].get(name) if p in states else None for p in super().held()]
         return [_local(value) if isinstance(value, Tensor) else value for value in found]
 
     @property
@@ -201,11 +193,7 @@ class FSDPEngine(Resumable):
                 rate; nothing was changed.
         """
         state = self.local_steps
-        if state.finished:
-            raise RuntimeError(
-                f"the run ended at step {state.step}, which is qsr.total_steps; a longer run needs a larger "
-                "total_steps from its start, since the learning rate and the last round depend on it"
-            )
+        state.check_unfinished()
         last = self.is_gradient_accumulation_boundary()
         if last:
             self._learning_rate.check()

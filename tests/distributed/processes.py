@@ -122,6 +122,7 @@ def _serve(pipe: Connection) -> None:
         with suppress(Exception):
             _leave_process_group()
         gc.collect()
+        gc.freeze()  # so that the next search and collection need not look at all of torch and deepspeed again
         pipe.send((outcome, len(os.listdir("/proc/self/task")) if os.path.exists("/proc/self/task") else 0))
 
 
