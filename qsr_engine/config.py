@@ -212,6 +212,13 @@ class FSDPConfig(StrictModel):
     qsr: QSRConfig
 
 
+def _is_off(key: str, block: Any) -> bool:
+    """A block of DeepSpeed's that is switched off, which a user's file may hold and which says nothing here."""
+    if key == "zero_optimization":
+        return bool(block == {"stage": 0})
+    return key in ("fp16", "compile") and isinstance(block, Mapping) and block.get("enabled") is False
+
+
 # Keys of DeepSpeed's that a user brings along, and what stands for them here.
 _NOT_FOR_FSDP = {
     "zero_optimization": "a worker's ranks shard everything, as ZeRO stage 3 does; fsdp.reshard_after_forward false "
@@ -236,6 +243,7 @@ def load_fsdp_config(config: str | os.PathLike[str] | Mapping[str, Any]) -> FSDP
     """
     where = "config" if isinstance(config, Mapping) else str(config)
     raw, qsr = split_deepspeed_config(config)
+    raw = {key: value for key, value in raw.items() if not _is_off(key, value)}
     lines = [
         f"{where}: {key}: the FSDP engine does not read it; {_NOT_FOR_FSDP[key]}" for key in raw if key in _NOT_FOR_FSDP
     ]
@@ -397,9 +405,17 @@ def read_deepspeed_config(config: str | os.PathLike[str] | Mapping[str, Any]) ->
     return dict(config) if isinstance(config, Mapping) else _read_json(Path(os.fspath(config)))
 
 
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice is not None:
+        raise ValueError(f"the key {twice!r} is given twice")
+    return dict(pairs)
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
     except OSError as error:
         raise ConfigError(f"{path}: cannot read this configuration: {error.strerror or error}") from error
     except ValueError as error:
@@ -465,7 +481,8 @@ def validate(model: type[Model], raw: Any, *, where: str, prefix: str = "") -> M
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        lines = [f"{where}: {prefix}{line}" for line in _explain(model, error)]
+        found = _explain(model, error)
+        lines = [f"{where}: {(prefix + line).replace('.: ', ': ', 1)}" for line in found]  # ".: " where it is no block
         raise ConfigError("\n".join(lines)) from None
 
 

@@ -51,7 +51,8 @@ class LocalSteps:
         averager: the parameters, in buckets, and the group of ranks to average over.
         digest: of the configuration; it travels in the boundary header.
         optimizer_lr: reads the optimizer's learning rate; asked only where the configuration has no `lr` block.
-        buffers: floating-point tensors averaged beside the parameters (batch-norm statistics); they do not move.
+        buffers: gives the floating-point tensors averaged beside the parameters (batch-norm statistics); a module may
+            hold others at every boundary.
         optimizer_state: gives the state tensors that are averaged with the parameters; empty if the state is local.
         after_averaging: called once the parameters are averaged; refreshes what derives from them.
         parallel_bytes: bytes that a rank sends at one step of `parallel`.
@@ -64,7 +65,7 @@ class LocalSteps:
         digest: int,
         *,
         optimizer_lr: Callable[[], float],
-        buffers: list[torch.Tensor] | None = None,
+        buffers: Callable[[], list[torch.Tensor]] = lambda: [],
         optimizer_state: Callable[[], list[torch.Tensor]] = lambda: [],
         after_averaging: Callable[[], None] = lambda: None,
         parallel_bytes: int = 0,
@@ -73,7 +74,7 @@ class LocalSteps:
         self.averager = averager
         self._optimizer_lr = optimizer_lr
         self._digest = digest
-        self._buffers = buffers or []
+        self._buffers = buffers
         self._optimizer_state = optimizer_state
         self._after_averaging = after_averaging
         self._parallel_bytes = parallel_bytes
@@ -285,24 +286,26 @@ class LocalSteps:
         Returns:
             Bytes that this rank sent.
         """
-        if not (self._buffers_differ and self._buffers):
-            return 0
-        exact = [buffer.double() for buffer in self._buffers]
-        sent = average_packed(exact, None, _BUFFER_BUCKET_BYTES)
-        for buffer, mean in zip(self._buffers, exact, strict=True):
-            buffer.copy_(mean)
+        buffers = self._buffers() if self._buffers_differ else []
         self._buffers_differ = False
+        if not buffers:
+            return 0
+        exact = [buffer.to(torch.float64, copy=True) for buffer in buffers]
+        sent = average_packed(exact, None, _BUFFER_BUCKET_BYTES)
+        for buffer, mean in zip(buffers, exact, strict=True):
+            buffer.copy_(mean)
         return sent
 
     @contextlib.contextmanager
     def buffers_averaged(self) -> Iterator[None]:
         """Inside, the buffers are the average; afterwards they are as they were. Every rank must enter."""
-        differ, before = self._buffers_differ, [buffer.clone() for buffer in self._buffers]
+        differ, buffers = self._buffers_differ, self._buffers()
+        before = [buffer.clone() for buffer in buffers]
         self.average_buffers()
         try:
             yield
         finally:
-            for buffer, value in zip(self._buffers, before, strict=True):
+            for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
             self._buffers_differ = differ
 

@@ -49,6 +49,8 @@ def find_blocks(model: nn.Module, wrap: Wrap | None = None) -> list[nn.Module]:
 
 
 def _predicate(wrap: Wrap) -> Callable[[nn.Module], bool]:
+    if isinstance(wrap, str):
+        raise ConfigError(f"wrap is {wrap!r}; give classes of modules, or a function of a module")
     if isinstance(wrap, type):
         wrap = [wrap]
     if callable(wrap):
@@ -95,7 +97,7 @@ def _shared_parameters(model: nn.Module) -> dict[int, int]:
     """How often each parameter stands in the model, by its id."""
     counts = Counter(
         id(parameter)
-        for module in model.modules()
+        for _, module in model.named_modules(remove_duplicate=False)  # a module may stand in several places
         for parameter in module._parameters.values()
         if parameter is not None
     )

@@ -48,7 +48,15 @@ from qsr_engine.engines.deepspeed_version import check_internals, check_version
 from qsr_engine.engines.learning_rate import LearningRate, largest_rate
 from qsr_engine.engines.masters import Masters, check_state_names, make_averager
 from qsr_engine.engines.one_rank import leave_out_reduction
-from qsr_engine.engines.resumable import Resumable, describe, named_state, order_label, read_model, worker_folder
+from qsr_engine.engines.resumable import (
+    Resumable,
+    averaged_buffers,
+    describe,
+    named_state,
+    order_label,
+    read_model,
+    worker_folder,
+)
 from qsr_engine.engines.worker_groups import WorkerGroups
 from qsr_engine.local_steps import LocalSteps
 
@@ -614,7 +622,7 @@ def _take_local_steps(engine: DeepSpeedEngine, qsr: QSRConfig, groups: WorkerGro
         _averager(masters, qsr, groups, engine.device),
         config_digest,
         optimizer_lr=lambda: largest_rate(engine.optimizer.param_groups),
-        buffers=[b for b in engine.module.buffers() if b.is_floating_point() and average_buffers],
+        buffers=lambda: averaged_buffers(engine.module) if average_buffers else [],
         optimizer_state=lambda: [tensor for name in state_names for tensor in masters.state_to_average(name)],
         after_averaging=masters.refresh,
         parallel_bytes=ring_bytes(trained, dist.get_world_size()),

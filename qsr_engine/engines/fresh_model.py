@@ -38,7 +38,7 @@ def give_values_of_rank_0(
                 parameter.data = there.contiguous() if contiguous else there
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = buffer.to(device)
+                module._buffers[name] = buffer.to(device).contiguous()  # an expanded one cannot be written to
         tensors.update((id(tensor), tensor) for tensor in _own(module))
     for tensor in tensors.values():
         there = tensor.detach().contiguous()
@@ -53,7 +53,7 @@ def _own(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _fill(module: nn.Module, device: torch.device, init: Init | None, made: dict[nn.Parameter, nn.Parameter]) -> None:
-    """Give memory to what a module on the meta device holds itself, and values; NaN tells what was left out.
+    """Give memory to what a module on the meta device holds itself, and values; a filler tells what was left out.
 
     Args:
         made: what was made of parameters on the meta device so far, since weights may be shared.
@@ -62,13 +62,13 @@ def _fill(module: nn.Module, device: torch.device, init: Init | None, made: dict
     for name, parameter in module._parameters.items():
         if parameter is not None and parameter.is_meta:
             if parameter not in made:
-                value = torch.full_like(parameter, float("nan"), device=device)
+                value = torch.full_like(parameter, _filler(parameter), device=device)
                 made[parameter] = nn.Parameter(value, requires_grad=parameter.requires_grad)
             module._parameters[name] = made[parameter]
     for name, buffer in module._buffers.items():
         if buffer is not None and buffer.is_meta:
-            filler = float("nan") if buffer.is_floating_point() else 0
-            module._buffers[name] = torch.full_like(buffer, filler, device=device)
+            module._buffers[name] = torch.full_like(buffer, _filler(buffer), device=device)
+    before = {name: tensor._version for name, tensor in module._buffers.items() if tensor is not None}
     if init is None:
         reset = getattr(module, "reset_parameters", None)
         if not callable(reset):
@@ -80,5 +80,21 @@ def _fill(module: nn.Module, device: torch.device, init: Init | None, made: dict
     else:
         init(module)
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-        if tensor is not None and tensor.is_floating_point() and bool(tensor.isnan().any()):
+        if tensor is not None and _left_out(tensor, before.get(name)):
             raise ConfigError(f"the model is on the meta device, and {name!r} of a {kind} was not filled by its init")
+
+
+def _filler(tensor: Tensor) -> float:
+    """A value that no initialization leaves; of a bool, any."""
+    if tensor.is_floating_point() or tensor.is_complex():
+        return float("nan")
+    return 0 if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max
+
+
+def _left_out(tensor: Tensor, version: int | None) -> bool:
+    """Whether a tensor still holds the filler; a bool, whether nothing has written to it."""
+    if tensor.is_floating_point() or tensor.is_complex():
+        return bool(tensor.isnan().any())
+    if tensor.dtype == torch.bool:
+        return tensor._version == version
+    return bool((tensor == torch.iinfo(tensor.dtype).max).any())

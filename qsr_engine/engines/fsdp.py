@@ -6,8 +6,8 @@ rank's shards; at a boundary they are averaged over the workers where they lie. 
 (`set_requires_all_reduce`, `set_requires_gradient_sync`) do not give local steps: they delay a reduction that comes
 after all.
 
-    worker of several ranks, or bf16      `fully_shard` over the worker
-    worker of one rank in fp32            the plain model: nothing is sharded, gathered or copied
+    worker of several ranks               `fully_shard` over the worker
+    worker of one rank                    the plain model: nothing is gathered; in bf16 it computes in copies
     strategy `parallel`                   `fully_shard` over (worker, shard): torch's HSDP, and FSDP with one worker
 """
 
@@ -36,8 +36,17 @@ from qsr_engine.engines import fsdp_checkpoint
 from qsr_engine.engines.blocks import Wrap, find_blocks
 from qsr_engine.engines.fresh_model import Init, give_values_of_rank_0
 from qsr_engine.engines.learning_rate import LearningRate, largest_rate
+from qsr_engine.engines.low_precision import Copies
 from qsr_engine.engines.masters import Parameters, check_state_names, make_averager
-from qsr_engine.engines.resumable import Resumable, describe, named_state, order_label, read_model, worker_folder
+from qsr_engine.engines.resumable import (
+    Resumable,
+    averaged_buffers,
+    describe,
+    named_state,
+    order_label,
+    read_model,
+    worker_folder,
+)
 from qsr_engine.local_steps import LocalSteps
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -76,6 +85,8 @@ class Shards(Parameters):
         found = [states[p].get(name) if p in states else None for p in super().held()]
         return [_local(value) if isinstance(value, Tensor) else value for value in found]
 
+    overlaps_with = "a worker_size of 1 in fp32"
+
     @property
     def why_no_overlap(self) -> str | None:
         return "FSDP gathers a parameter by a collective when it is read, for which a forward cannot wait"
@@ -91,6 +102,16 @@ def reshard(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
+
+
+class Whole(Parameters):
+    """The parameters of a worker of one rank that computes in bf16."""
+
+    overlaps_with = "a worker_size of 1 in fp32"
+
+    @property
+    def why_no_overlap(self) -> str | None:
+        return "the bf16 copies of all parameters are made when a forward begins"
 
 
 class FSDPEngine(Resumable):
@@ -112,6 +133,7 @@ class FSDPEngine(Resumable):
         config: FSDPConfig,
         batch: tuple[int, int, int],
         device: torch.device,
+        copies: Copies | None = None,
     ) -> None:
         self.module = model
         self.optimizer = optimizer
@@ -124,7 +146,9 @@ class FSDPEngine(Resumable):
         self._given_config = config.model_dump(exclude={"qsr"})
         self._model_digest, self._order = 0, ""
         self._named = dict(model.named_parameters())  # sharded, and the optimizer's
-        self._masters = Shards(self) if isinstance(model, FSDPModule) else Parameters(self)
+        self._copies = copies  # of the parameters, in bf16, where FSDP does not make them
+        whole = Parameters if copies is None else Whole
+        self._masters = Shards(self) if isinstance(model, FSDPModule) else whole(self)
         self._writer = _tensorboard(config)
         self._loss: Tensor | None = None
         self.local_steps = self._make_local_steps()
@@ -149,7 +173,7 @@ class FSDPEngine(Resumable):
             averager,
             digest(shared_part(self.config)),
             optimizer_lr=lambda: largest_rate(self.optimizer.param_groups),
-            buffers=[b for b in self.module.buffers() if b.is_floating_point() and average_buffers],
+            buffers=lambda: averaged_buffers(self.module) if average_buffers else [],
             optimizer_state=lambda: [tensor for name in state_names for tensor in masters.state_to_average(name)],
             after_averaging=masters.refresh,
             parallel_bytes=ring_bytes(sent, dist.get_world_size(across)),
@@ -180,6 +204,8 @@ class FSDPEngine(Resumable):
             self.module.set_requires_all_reduce(self.is_gradient_accumulation_boundary())
         (loss / self.gradient_accumulation_steps()).backward()  # type: ignore[no-untyped-call]
         self._loss = loss.detach()
+        if self._copies is not None:
+            self._copies.collect()
         return loss
 
     def step(self) -> bool:
@@ -200,11 +226,12 @@ class FSDPEngine(Resumable):
         self.micro_steps += 1
         if not last:
             return False
+        self._check_reduced()
         state.begin_update()
         if state.mode == "parallel" and not self._parallel:
             self._average_gradients()
         self._clip()
-        reshard(self.module)
+        self._hold_masters()
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.lr_scheduler is not None:
@@ -216,6 +243,25 @@ class FSDPEngine(Resumable):
         if boundary and self._writer is not None:
             self._write_boundary()
         return boundary
+
+    def _hold_masters(self) -> None:
+        """The module holds what the optimizer updates, and nothing that was gathered or made from it before."""
+        reshard(self.module)
+        if self._copies is not None:
+            self._copies.withdraw()
+
+    def _check_reduced(self) -> None:
+        """Under `parallel`, gradients of earlier micro-batches wait for those of the last one, block by block."""
+        if not self._parallel or self.gradient_accumulation_steps() == 1:
+            return
+        for name, part in self.module.named_modules():
+            groups = part._get_fsdp_state()._fsdp_param_groups if isinstance(part, FSDPModule) else []
+            if any(getattr(group, "_partial_reduce_output", None) is not None for group in groups):
+                raise RuntimeError(
+                    f"the block {name!r} was used in an earlier micro-batch of step {self.local_steps.step} and not in "
+                    "the last one, with which torch's HSDP reduces the gradients of both; use it in the last one too, "
+                    "or write gradient_accumulation_steps 1"
+                )
 
     def _average_gradients(self) -> None:
         """Average over the workers what FSDP reduced inside this one; the first phase of `post_local`."""
@@ -303,7 +349,7 @@ class FSDPEngine(Resumable):
         }
 
     def _write_worker(self, folder: Path, without_frozen: bool) -> None:
-        reshard(self.module)
+        self._hold_masters()
         tensors: dict[str, Tensor] = {}
         for name, parameter in self._named.items():
             if parameter.requires_grad or not without_frozen:
@@ -329,7 +375,7 @@ class FSDPEngine(Resumable):
     @torch.no_grad()
     def _load_worker(self, folder: Path, worker: int, state: Mapping[str, Any], **kwargs: Any) -> None:
         """In place: the parameters stay where they are, and so does optimizer state that is there already."""
-        reshard(self.module)
+        self._hold_masters()
         own = worker_folder(folder, worker) / self._own_folder
         into: dict[str, Tensor] = {}
         loaded: dict[str, dict[str, Any]] = {}
@@ -353,7 +399,9 @@ class FSDPEngine(Resumable):
     def _empty_state(self, parameter: Tensor, what: str, entry: Any) -> Tensor:
         if entry.size == parameter.shape:
             return torch.zeros_like(parameter, dtype=entry.properties.dtype, requires_grad=False)
-        group = next((g for g in self.optimizer.param_groups if any(p is parameter for p in g["params"])), {})
+        group: dict[str, Any] = next(
+            (g for g in self.optimizer.param_groups if any(p is parameter for p in g["params"])), {}
+        )
         on_host = what == "step" and not (group.get("capturable") or group.get("fused"))  # as torch's own load does
         return torch.zeros(entry.size, dtype=entry.properties.dtype, device="cpu" if on_host else self.device)
 
@@ -369,11 +417,11 @@ class FSDPEngine(Resumable):
         self.global_steps, self.global_samples, self.micro_steps = own["counts"]
 
     def _read_model(self, folder: Path, only: set[str] | None) -> None:
-        reshard(self.module)
+        self._hold_masters()
         read_model(folder, self.module, self._put, only)
 
     def _whole_model(self, *, keep: bool) -> dict[str, Tensor]:
-        reshard(self.module)
+        self._hold_masters()
         return named_state(self.module, self._whole, keep)
 
     def _whole(self, parameter: Tensor) -> Tensor:
@@ -444,8 +492,11 @@ def initialize_fsdp(
         AgreementError: on every rank, if the ranks were started with different configurations, models, or parameters
             in the optimizer.
     """
+    if config is None:
+        raise ConfigError('initialize_fsdp() needs config=..., a path or a dict with a "qsr" block')
     settings = load_fsdp_config(config)
-    _check(model, optimizer, settings, lr_scheduler)
+    _check_model(model)
+    _check(optimizer, settings, lr_scheduler)
     blocks = find_blocks(model, wrap)
     device = _start_process_group()
     if settings.fsdp.cpu_offload and device.type == "cpu":
@@ -466,20 +517,22 @@ def initialize_fsdp(
     given = [parameter for parameter in model.parameters() if parameter.requires_grad]
     made = optimizer(given)
     _check_optimizer(made, model)
-    scheduler = lr_scheduler(made) if lr_scheduler is not None else None
+    scheduler = _make_scheduler(lr_scheduler, made) if lr_scheduler is not None else None
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = {
         f"group {number}": {f"parameter {place}": names[id(p)] for place, p in enumerate(group["params"])}
         for number, group in enumerate(made.param_groups)
     }
     check_agreement({"optimizer": {"type": type(made).__name__, **groups}}, device)
-    engine = FSDPEngine(model, made, scheduler, mesh, settings, batch, device)
+    low = settings.bf16.enabled and not isinstance(model, FSDPModule)
+    copies = Copies(model, blocks, torch.bfloat16) if low else None
+    engine = FSDPEngine(model, made, scheduler, mesh, settings, batch, device, copies)
     engine._model_digest = digest(facts["model"])
     engine._order = order_label(groups)
     return engine
 
 
-def _check(model: nn.Module, optimizer: Any, settings: FSDPConfig, lr_scheduler: Any) -> None:
+def _check(optimizer: Any, settings: FSDPConfig, lr_scheduler: Any) -> None:
     if not callable(optimizer) or isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(
             f"optimizer is a {type(optimizer).__name__}; give a function of the parameters, for example "
@@ -491,6 +544,22 @@ def _check(model: nn.Module, optimizer: Any, settings: FSDPConfig, lr_scheduler:
         )
     if lr_scheduler is not None and settings.qsr.lr is not None:
         raise ConfigError("both qsr.lr and lr_scheduler=... set the learning rate; leave one of them out")
+
+
+def _check_model(model: nn.Module) -> None:
+    """Refuse what cannot be sharded, or would reduce gradients by itself."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model is a {type(model).__name__}; give a torch.nn.Module")
+    for name, module in model.named_modules():
+        where = f"the module {name!r}" if name else "the model"
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise ConfigError(f"{where} is a DistributedDataParallel, which reduces gradients at every step; unwrap it")
+        if isinstance(module, FSDPModule):
+            raise ConfigError(f"{where} is sharded already; leave fully_shard out, initialize_fsdp() calls it")
+        if hasattr(module, "_orig_mod"):
+            raise ConfigError(f"{where} was made by torch.compile; give the model itself, and write fsdp.compile true")
+        if getattr(module, "sparse", None) is True:
+            raise ConfigError(f"{where} has sparse gradients, which are not averaged; write sparse=False")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(f"the {type(model).__name__} has no parameter to train (requires_grad)")
     dtypes = {parameter.dtype for parameter in model.parameters()}
@@ -508,6 +577,8 @@ def _check(model: nn.Module, optimizer: Any, settings: FSDPConfig, lr_scheduler:
 def _check_optimizer(optimizer: Any, model: nn.Module) -> None:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(f"optimizer(...) gave a {type(optimizer).__name__}; it must give a torch.optim.Optimizer")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ConfigError("LBFGS calls the model several times in a step; write an optimizer such as AdamW or SGD")
     known = {id(parameter) for parameter in model.parameters()}
     strange = sum(id(p) not in known for group in optimizer.param_groups for p in group["params"])
     if strange:
@@ -515,6 +586,24 @@ def _check_optimizer(optimizer: Any, model: nn.Module) -> None:
             f"optimizer(...) gave an optimizer of {strange} parameters that the model does not have now: they are from "
             "before it was sharded; use those that the function is given, or model.named_parameters() inside it"
         )
+
+    given = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    left_out = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in given]
+    if left_out:
+        raise ConfigError(
+            f"the optimizer has not got {len(left_out)} parameters that take gradients, such as {left_out[0]!r}; let "
+            "it take all that the function is given, or set their requires_grad to False"
+        )
+
+
+def _make_scheduler(make: MakeScheduler, optimizer: torch.optim.Optimizer) -> Any:
+    scheduler = make(optimizer)
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise ConfigError(
+            "ReduceLROnPlateau needs a metric at every step, which the engine does not have; write a schedule of the "
+            "step, or set the learning rate yourself after engine.step() and give no lr_scheduler"
+        )
+    return scheduler
 
 
 def _start_process_group() -> torch.device:
@@ -538,11 +627,14 @@ def _shard(settings: FSDPConfig, mesh: DeviceMesh) -> Callable[[nn.Module, bool]
     """What shards a block (module, whether it is the whole model); None where nothing is to be sharded."""
     qsr, workers, ranks = settings.qsr, mesh.size(0), mesh.size(1)
     parallel = qsr.strategy == "parallel" and workers > 1
-    if ranks == 1 and not parallel and not settings.bf16.enabled and not settings.fsdp.cpu_offload:
+    if ranks == 1 and not parallel and not settings.fsdp.cpu_offload:
         return None
     low = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
     def shard(module: nn.Module, is_root: bool) -> None:
+        empty = [name for name, parameter in module.named_parameters() if parameter.numel() == 0]
+        if empty:
+            raise ConfigError(f"the parameter {empty[0]!r} has no elements, which FSDP cannot shard; leave it out")
         fully_shard(
             module,
             mesh=mesh if parallel else mesh["shard"],

@@ -23,6 +23,7 @@ class Masters(abc.ABC):
     """The fp32 parameters that this rank's optimizer updates."""
 
     sharded = False  # whether a rank holds a part of the masters of its worker only
+    overlaps_with = "a worker_size of 1 with ZeRO stage 0, 1 or 2 without offload"  # the next forward
     may_be_shared = True  # whether their memory may move into shared memory, on a CPU
 
     def __init__(self, engine: Any) -> None:
@@ -155,8 +156,8 @@ def _overlap(averager: Averager, masters: Masters, worker_size: int) -> None:
         )
     if why:
         raise ConfigError(
-            f"qsr.averaging.overlap is 'next_forward', and {why}; write overlap 'none' or 'delayed', or a worker_size "
-            "of 1 with ZeRO stage 0, 1 or 2 without offload"
+            f"qsr.averaging.overlap is 'next_forward', and {why}; write overlap 'none' or 'delayed', or "
+            f"{masters.overlaps_with}"
         )
     copies = masters.copies(averager.buckets)
     places = [

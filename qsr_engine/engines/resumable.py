@@ -36,6 +36,7 @@ from qsr_engine.local_steps import LocalSteps
 
 log = logging.getLogger(__name__)
 
+_RATES = ("lr", "initial_lr")  # of a parameter group
 _SAME_MODEL = ("model",)  # of a layout: what must be the same for anything to be taken over
 
 
@@ -44,6 +45,7 @@ class Resumable(abc.ABC):
 
     local_steps: LocalSteps
     module: nn.Module
+    optimizer: Any
     device: torch.device
     lr_scheduler: Any
     global_steps: int
@@ -121,6 +123,7 @@ class Resumable(abc.ABC):
                 "local_steps": self.local_steps.state_dict(),
                 "averager": self.local_steps.averager.state_dict(),
                 "scheduler": self.lr_scheduler.state_dict() if self.lr_scheduler is not None else None,
+                "rates": [{key: group[key] for key in _RATES if key in group} for group in self._groups()],
                 "random": random_state(self.device),
                 "client": dict(client_state),
                 "buffers": [buffer.detach().cpu() for buffer in self.module.buffers()],
@@ -176,6 +179,8 @@ class Resumable(abc.ABC):
                 state["local_steps"] = self.local_steps.state_dict()
             elif self.lr_scheduler is not None and state["scheduler"] and kwargs.get("load_lr_scheduler_states", True):
                 self.lr_scheduler.load_state_dict(state["scheduler"])
+                for group, rates in zip(self._groups(), state["rates"], strict=False):
+                    group.update(rates)  # which a scheduler keeps there, and goes on from
             self.local_steps.load_state_dict(state["local_steps"])
             self.local_steps.averager.restart()
             if not found and state["averager"]:
@@ -203,12 +208,18 @@ class Resumable(abc.ABC):
             kwargs["load_module_strict"] = False
         self._load_worker(folder, self._worker, state, **kwargs)
         if state["without_frozen"]:
-            frozen = {name for name, parameter in self._named_parameters() if not parameter.requires_grad}
-            self._read_model(folder, frozen)
-        with torch.no_grad():
-            for buffer, value in zip(self.module.buffers(), state["buffers"], strict=True):
-                buffer.copy_(value)
+            self._read_frozen(folder)
+        self._put_buffers(state)
         restore_random_state(state["random"], self.device)
+
+    @torch.no_grad()
+    def _put_buffers(self, state: Mapping[str, Any]) -> None:
+        for buffer, value in zip(self.module.buffers(), state["buffers"], strict=True):
+            buffer.copy_(value)
+
+    def _read_frozen(self, folder: Path) -> None:
+        """What the engine's own files were told to leave out."""
+        self._read_model(folder, {name for name, p in self.module.named_parameters() if not p.requires_grad})
 
     def _load_parameters(self, folder: Path, step: int) -> None:
         """The averaged model, whatever the layout; the optimizer is left as it is."""
@@ -226,6 +237,9 @@ class Resumable(abc.ABC):
         if chosen == "mean":
             workers = int(manifest.layout["workers"])
             mean_of_states(self._masters, lambda worker: self._load_worker(folder, worker, state), workers)
+            self._put_buffers(state)
+            if state["without_frozen"]:
+                self._read_frozen(folder)
         else:
             self._load_parameters(folder, manifest.step)
         return state
@@ -244,6 +258,10 @@ class Resumable(abc.ABC):
             if self._worker != 0:
                 return {}
             return self._whole_model(keep=dist.get_rank() == 0)
+
+    def _groups(self) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = self.optimizer.param_groups
+        return groups
 
     # ------------------------------------------------------------------------------- what the engine provides
 
@@ -279,9 +297,6 @@ class Resumable(abc.ABC):
     @abc.abstractmethod
     def _whole_model(self, *, keep: bool) -> dict[str, Tensor]:
         """Parameters and buffers, as named_state() gives them; called on every rank of worker 0."""
-
-    def _named_parameters(self) -> list[tuple[str, Tensor]]:
-        return list(self.module.named_parameters())
 
     def _own_state(self) -> dict[str, Any]:
         """Plain values of this rank that the engine wants back in _load_worker()."""
@@ -380,6 +395,11 @@ def describe(model: nn.Module) -> dict[str, str]:
     return {
         name: f"{str(t.dtype).removeprefix('torch.')} {list(getattr(t, 'ds_shape', t.shape))}" for name, t in tensors
     }
+
+
+def averaged_buffers(module: nn.Module) -> list[Tensor]:
+    """Those that a boundary averages."""
+    return [buffer for buffer in module.buffers() if buffer.is_floating_point()]
 
 
 def order_label(groups: Mapping[str, Any]) -> str:
@@ -503,6 +523,6 @@ def mean_of_states(masters: Masters, load_worker: Callable[[int], Any], workers:
         load_worker(worker)
         for place, name, value in masters.state_tensors():
             key = (place, name)
-            sums[key] = sums[key] + value.double() if key in sums else value.double()
+            sums[key] = sums.get(key, 0.0) + value.to(torch.float64, copy=True)
     for place, name, value in masters.state_tensors():
         value.copy_(sums[place, name] / workers)

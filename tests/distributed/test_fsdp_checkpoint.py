@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from qsr_engine.checkpoint import CheckpointError
 from qsr_engine.engines import fsdp_checkpoint
@@ -148,6 +150,111 @@ def test_fresh_leaves_the_optimizer_as_it_is(processes: Processes, tmp_path: Pat
     assert result["began"] == 6
     assert result["loaded"] == {}
     assert furthest(result["state"], saved[0]["state"]) == 0
+
+
+class Frozen(nn.Module):
+    """Batch norm, a frozen layer, and a buffer that is not in the state_dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(training.FEATURES, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.frozen = nn.Linear(6, training.OUTPUTS).requires_grad_(False)
+        self.seen: torch.Tensor
+        self.register_buffer("seen", torch.zeros(1), persistent=False)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.seen += inputs.abs().mean()
+        outputs: torch.Tensor = self.frozen(self.norm(self.first(inputs)))
+        return outputs
+
+
+def frozen_job(folder: str, worker_size: int, load: bool, without_frozen: bool) -> dict[str, torch.Tensor]:
+    torch.manual_seed(5 if load else 1)
+    engine = start({**QSR, "worker_size": worker_size}, Frozen())
+    if load:
+        engine.load_checkpoint(folder)
+    else:
+        while engine.local_steps.step < 4:
+            take_step(engine)
+        engine.save_checkpoint(folder, exclude_frozen_parameters=without_frozen)
+    return {**state_of(engine), "seen": engine.module.seen}
+
+
+@pytest.mark.parametrize("without_frozen", [False, True])
+@pytest.mark.parametrize(("before", "after"), [((4, 2), (4, 1)), ((4, 2), (2, 2)), ((2, 1), (1, 1))])
+def test_other_workers_take_buffers_and_frozen_parameters(
+    processes: Processes, tmp_path: Path, before: tuple[int, int], after: tuple[int, int], without_frozen: bool
+) -> None:
+    """Batch-norm statistics used to be left behind, at 0 and 1, and so were frozen parameters."""
+    job: dict[str, Any] = {"folder": str(tmp_path), "without_frozen": without_frozen}
+    saved = processes.run(frozen_job, ranks=before[0], worker_size=before[1], load=False, **job)[0]
+    loaded = processes.run(frozen_job, ranks=after[0], worker_size=after[1], load=True, **job)[0]
+    assert furthest(loaded, saved) == 0
+    assert float(saved["norm.running_var"].sub(1).abs().max()) > 0.01
+
+
+def rates_job(folder: str, engine: str, worker_size: int, load: dict[str, Any] | None) -> list[float]:
+    """The learning rates of three steps under a scheduler that goes on from the rate that it finds."""
+    import qsr_engine
+
+    qsr = {"strategy": "constant", "h_base": 2, "total_steps": 8, "warmup_steps": 0, "worker_size": worker_size}
+    config = {"train_micro_batch_size_per_gpu": training.BATCH, "qsr": {**qsr, "on_other_workers": "fresh"}}
+    halve = partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)
+    made: Any
+    if engine == "fsdp":
+        made = qsr_engine.initialize_fsdp(model=mlp(), optimizer=sgd, config=config, lr_scheduler=halve)
+    else:
+        made = qsr_engine.initialize(model=mlp(), optimizer=sgd, config=config, lr_scheduler=halve)[0]
+    if load is None:
+        while made.local_steps.step < 4:
+            take_step(made)
+        made.save_checkpoint(folder)
+    else:
+        made.load_checkpoint(folder, **load)
+    rates = []
+    for _ in range(3):
+        rates.append(float(made.get_lr()[0]))
+        take_step(made)
+    return rates
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.4)
+
+
+@pytest.mark.parametrize(("before", "after"), [("fsdp", "fsdp"), ("fsdp", "deepspeed"), ("deepspeed", "fsdp")])
+@pytest.mark.parametrize("load", [{}, {"load_optimizer_states": False}])
+def test_a_scheduler_goes_on_from_the_rate_that_was_saved(
+    processes: Processes, tmp_path: Path, before: str, after: str, load: dict[str, Any]
+) -> None:
+    """Its counter alone would leave it at the first rate, 16 times too high, for good."""
+    other = {"worker_size": 2 if before == after else 1}
+    wanted = processes.run(rates_job, folder=str(tmp_path), engine=before, worker_size=1, load=None)[0]
+    found = processes.run(rates_job, folder=str(tmp_path), engine=after, load=load, **other)[0]
+    assert wanted == found == [0.4 / 16, 0.4 / 32, 0.4 / 64]
+
+
+def fp64_job(folder: str, load: bool) -> dict[str, torch.Tensor]:
+    engine = start(QSR, training.make_model(torch.float64), "sgd")
+    if load:
+        engine.load_checkpoint(folder)
+    while engine.local_steps.step < 6:
+        inputs, targets = training.batch(int(os.environ["RANK"]), engine.local_steps.step)
+        engine.backward(training.loss(engine(inputs), targets))
+        engine.step()
+    if not load:
+        engine.save_checkpoint(folder)
+    return optimizer_state(engine)
+
+
+def test_the_mean_of_states_in_fp64(processes: Processes, tmp_path: Path) -> None:
+    """The sums used to be the very tensors that the next worker's state was read into."""
+    first, second = processes.run(fp64_job, folder=str(tmp_path), load=False)
+    found = processes.run(fp64_job, ranks=1, folder=str(tmp_path), load=True)[0]
+    mean = {key: (first[key] + second[key]) / 2 for key in first}
+    assert furthest(found, mean) <= 1e-15
+    assert furthest(first, second) > 0.01
 
 
 # ----------------------------------------------------------------------------------------- the other engine

@@ -18,6 +18,7 @@ from tests.distributed import training
 from tests.distributed.processes import JobError, Processes
 from tests.distributed.test_deepspeed_engine import collectives_across_workers
 from tests.distributed.test_fsdp_engine import (
+    BF16,
     config_of,
     expected,
     furthest,
@@ -240,6 +241,96 @@ def test_compiled_blocks(processes: Processes, worker_size: int) -> None:
     assert float(differences.median()) <= 1e-7
 
 
+class Parts(nn.Module):
+    """A module that stands in three blocks, and a buffer that is made anew in every forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shared = nn.Linear(training.FEATURES, training.FEATURES)
+        width = training.FEATURES
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.Tanh(), shared) for _ in range(3))
+        self.head = nn.Linear(width, training.OUTPUTS)
+        self.mean: torch.Tensor
+        self.register_buffer("mean", torch.zeros(training.FEATURES))
+        self.register_buffer("expanded", torch.ones(1, 4).expand(3, 4))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            inputs = block(inputs)
+        self.mean = 0.5 * self.mean + 0.5 * inputs.detach().mean(0)
+        outputs: torch.Tensor = self.head(inputs)
+        return outputs
+
+
+def parts_job(worker_size: int) -> tuple[dict[str, Any], torch.Tensor]:
+    torch.manual_seed(2)
+    engine = start({**QSR, "worker_size": worker_size}, Parts())
+    while not engine.local_steps.finished:
+        take_step(engine)
+    return state_of(engine), engine.module.mean
+
+
+@pytest.mark.parametrize("worker_size", [1, 2])
+def test_a_module_in_several_blocks_and_a_buffer_made_anew(processes: Processes, worker_size: int) -> None:
+    results = processes.run(parts_job, ranks=2 * worker_size, worker_size=worker_size)
+    state = results[0][0]
+    assert torch.equal(state["blocks.0.2.weight"], state["blocks.2.2.weight"])
+    assert all(torch.equal(mean, results[0][1]) for _, mean in results), "the buffer that is there now is averaged"
+    assert torch.equal(state["expanded"], torch.ones(3, 4))
+
+
+def state_dict_job() -> list[str]:
+    """A whole worker in bf16: what a caller reads and writes are the fp32 parameters, also after a forward."""
+    engine = start(QSR, vit(), bf16={"enabled": True})
+    take_step(engine, "vit")
+    images = torch.ones(2, 3, 8, 8)
+    with torch.no_grad():
+        engine.module(images)
+        before = engine.module(images).clone()
+        state = {name: 2 * value for name, value in engine.module.state_dict().items()}
+        engine.module.load_state_dict(state)
+        after = engine.module(images)
+    assert not torch.equal(before, after)
+    assert all(torch.equal(value, state[name]) for name, value in engine.module.state_dict().items())
+    return sorted({str(value.dtype) for value in state.values()})
+
+
+def test_a_callers_state_dict_is_in_fp32(processes: Processes) -> None:
+    assert processes.run(state_dict_job)[0] == ["torch.float32"]
+
+
+def last_micro_batch_job() -> None:
+    """A block that only the first of two micro-batches uses, under `parallel`."""
+
+    class Skips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            width = training.FEATURES
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.Sequential()) for _ in range(2))
+            self.head = nn.Linear(width, training.OUTPUTS)
+            self.skip = False
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            inputs = self.blocks[0](inputs)
+            outputs: torch.Tensor = self.head(inputs if self.skip else self.blocks[1](inputs))
+            return outputs
+
+    model = Skips()
+    qsr = {"strategy": "parallel", "total_steps": 2, "lr": {"schedule": "constant", "peak": 0.1}}
+    engine = start(qsr, model, gradient_accumulation_steps=2)
+    for micro in range(2):
+        model.skip = micro == 1
+        inputs, targets = training.batch(0, 0, dtype=torch.float32)
+        engine.backward(training.loss(engine(inputs), targets))
+        engine.step()
+
+
+def test_a_block_that_the_last_micro_batch_skips_is_an_error(processes: Processes) -> None:
+    """torch's HSDP would keep its gradient back, for ever."""
+    with pytest.raises(JobError, match=r"the block 'blocks.1' was used in an earlier micro-batch of step 0"):
+        processes.run(last_micro_batch_job)
+
+
 # ------------------------------------------------------------------------------------------------------ errors
 
 
@@ -250,15 +341,47 @@ def refused_job(model: str, given: dict[str, Any], config: dict[str, Any]) -> No
         "frozen": lambda: mlp().requires_grad_(False),
         "scalar": lambda: nn.ParameterDict({"a": nn.Parameter(torch.tensor(1.0))}),
         "meta": lambda: nn.ParameterDict({"a": nn.Parameter(torch.ones(2, device="meta"))}),
+        "sparse": lambda: nn.Embedding(3, 4, sparse=True),
+        "compiled": lambda: torch.compile(mlp()),
+        "integers": integers_on_meta,
+        "empty": lambda: nn.ParameterList([nn.Parameter(torch.ones(0, 4)), nn.Parameter(torch.ones(2))]),
+        "none": lambda: None,
     }
     import qsr_engine
 
-    arguments = {"optimizer": partial(training.make_optimizer, "sgd"), **given}
-    qsr_engine.initialize_fsdp(model=models[model](), config={**config_of(QSR), **config}, **arguments)
+    arguments = {"optimizer": partial(training.make_optimizer, "sgd"), "config": {**config_of(QSR), **config}, **given}
+    qsr_engine.initialize_fsdp(model=models[model](), **arguments)
 
 
 def not_an_optimizer(parameters: Any) -> str:
     return "sgd"
+
+
+def of_some(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD([parameters[0], parameters[2], parameters[4]], lr=0.1)
+
+
+def plateau(optimizer: torch.optim.Optimizer) -> Any:
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+
+
+WITHOUT_LR = {"warmup_steps": 3, **{key: value for key, value in QSR.items() if key != "lr"}}
+
+
+class Indexed(nn.Module):
+    """A buffer of integers, which a model on the meta device leaves to init."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, device="meta"))
+        self.register_buffer("index", torch.zeros(3, dtype=torch.int64, device="meta"))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+
+def integers_on_meta() -> nn.Module:
+    return Indexed()
 
 
 def of_another_model(parameters: Any) -> torch.optim.Optimizer:
@@ -276,6 +399,28 @@ def of_another_model(parameters: Any) -> torch.optim.Optimizer:
         ("mlp", {}, {"fsdp": {"cpu_offload": True}}, "fsdp.cpu_offload is true, and the model is on the CPU already"),
         ("mlp", {}, {"train_batch_size": 7}, "train_batch_size is 7, but"),
         ("mlp", {}, {"qsr": {**QSR, "worker_size": 3}}, "qsr.worker_size is 3 and there are 2 ranks"),
+        ("mlp", {"config": None}, {}, "needs config=..."),
+        ("mlp", {}, {"qsr": None}, "config: qsr: found None"),
+        ("mlp", {"wrap": "blocks"}, {}, "wrap is 'blocks'; give classes of modules"),
+        (
+            "mlp",
+            {"optimizer": of_some},
+            {},
+            "the optimizer has not got 3 parameters that take gradients, such as",
+        ),
+        ("mlp", {"optimizer": torch.optim.LBFGS}, {}, "LBFGS calls the model several times in a step"),
+        ("mlp", {"lr_scheduler": plateau}, {"qsr": WITHOUT_LR}, "ReduceLROnPlateau needs a metric at every step"),
+        (
+            "mlp",
+            {},
+            {"qsr": {**QSR, "averaging": {"overlap": "next_forward"}}, **BF16},
+            "or a worker_size of 1 in fp32",
+        ),
+        ("none", {}, {}, "model is a NoneType; give a torch.nn.Module"),
+        ("sparse", {}, {}, "the model has sparse gradients"),
+        ("compiled", {}, {}, "the model was made by torch.compile; give the model itself"),
+        ("integers", {}, {}, "'index' of a Indexed was not filled by its init"),
+        ("empty", {}, {"qsr": {**QSR, "worker_size": 2}}, "the parameter '0' has no elements"),
         ("mlp", {"optimizer": "adamw"}, {}, "optimizer is a str; give a function of the parameters"),
         ("mlp", {"optimizer": not_an_optimizer}, {}, "gave a str; it must give a torch.optim.Optimizer"),
         ("mlp", {"optimizer": of_another_model}, {}, "parameters that the model does not have now"),
@@ -310,9 +455,32 @@ def after_the_end_job() -> None:
     take_step(engine)
 
 
+def sharded_job() -> None:
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo")
+    model = mlp()
+    fully_shard(model)
+    start(QSR, model)
+
+
+def replicated_job() -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    start(QSR, nn.parallel.DistributedDataParallel(mlp()))
+
+
 @pytest.mark.parametrize(
     ("job", "kind", "words"),
     [
+        (sharded_job, "ConfigError", "the model is sharded already; leave fully_shard out"),
+        (
+            replicated_job,
+            "ConfigError",
+            "the model is a DistributedDataParallel, which reduces",
+        ),
         (disagreeing_job, "AgreementError", "config.qsr.h_base: 2 on rank 0; 3 on rank 1"),
         (after_the_end_job, "RuntimeError", "the run ended at step 4, which is qsr.total_steps"),
     ],
