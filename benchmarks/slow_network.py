@@ -28,11 +28,11 @@ def _down(hosts: int) -> None:
 
 
 @contextlib.contextmanager
-def slow_network(hosts: int, rate: str) -> Iterator[list[list[str]]]:
+def slow_network(hosts: int, rate: str | None) -> Iterator[list[list[str]]]:
     """For every host the words before a command that run it there; host 0 has the address of `address(0)`.
 
     Args:
-        rate: of each host's port in each direction, as tc writes it: 1gbit, 100mbit.
+        rate: of each host's port in each direction, as tc writes it: 1gbit, 100mbit; None for no limit.
     Raises:
         RuntimeError: not root, or no iproute2.
     """
@@ -50,6 +50,8 @@ def slow_network(hosts: int, rate: str) -> Iterator[list[list[str]]]:
             _ip(f"ip -n {name} addr add {ADDRESS.format(host + 1)}/24 dev eth0")
             _ip(f"ip -n {name} link set eth0 up")
             _ip(f"ip -n {name} link set lo up")
+            if rate is None:
+                continue
             # 1 MB of burst: veth hands over segments of 64 kB. 50 ms of queue: what a switch would hold.
             limit = f"tbf rate {rate} burst 1mb latency 50ms"
             _ip(f"tc qdisc add dev {port} root {limit}")

@@ -187,7 +187,9 @@ def meta_job(worker_size: int, init: bool, depth: int) -> dict[str, Any]:
                 parameter.fill_(0.5)
 
     with torch.profiler.profile(profile_memory=True) as profiler:
-        engine = start({**QSR, "worker_size": worker_size}, model, given={"init": fill} if init else None)
+        # Mapping the other workers' shared memory would count as taking it.
+        qsr = {**QSR, "worker_size": worker_size, "averaging": {"shared_memory": False}}
+        engine = start(qsr, model, given={"init": fill} if init else None)
     most = most_memory(profiler)
     state = state_of(engine)
     take_step(engine)
