@@ -8,6 +8,7 @@ that the job started is destroyed after it. A job that exceeds its time limit fa
 from __future__ import annotations
 
 import faulthandler
+import functools
 import gc
 import multiprocessing as mp
 import os
@@ -102,9 +103,13 @@ def free_port() -> int:
 
 def _serve(pipe: Connection) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
+    import cpuinfo  # deepspeed's; every CPUAdam asks it, and it starts a process for its answer
     import torch
 
+    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+
     torch.set_num_threads(1)
+    first = True
     while True:
         try:
             job, kwargs, environment = pipe.recv()
@@ -122,7 +127,9 @@ def _serve(pipe: Connection) -> None:
         with suppress(Exception):
             _leave_process_group()
         gc.collect()
-        gc.freeze()  # so that the next search and collection need not look at all of torch and deepspeed again
+        if first:  # so that later searches and collections need not look at all of torch and deepspeed again
+            gc.freeze()
+            first = False
         pipe.send((outcome, len(os.listdir("/proc/self/task")) if os.path.exists("/proc/self/task") else 0))
 
 
