@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 JOB_SECONDS = 120.0
-MOST_THREADS = 250  # stage 3 leaves some behind with every engine; above this the pool is started anew
+MOST_THREADS = 600  # stage 3 leaves some behind with every engine; above this the pool is started anew
 
 
 class JobError(AssertionError):
@@ -108,7 +108,6 @@ def _serve(pipe: Connection) -> None:
 
     cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
 
-    torch.set_num_threads(1)
     first = True
     while True:
         try:
@@ -116,6 +115,7 @@ def _serve(pipe: Connection) -> None:
         except EOFError:
             return
         os.environ.update(environment)
+        torch.set_num_threads(1)  # a job of one rank may have taken all cores, and sums then round otherwise
         faulthandler.dump_traceback_later(JOB_SECONDS - 10)  # of a job that hangs, while there is somebody to read it
         try:
             outcome: tuple[str, Any] = ("result", job(**kwargs))
