@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 JOB_SECONDS = 120.0
-MOST_THREADS = 600  # stage 3 leaves some behind with every engine; above this the pool is started anew
+MOST_THREADS = 250  # stage 3 leaves some behind with every engine; above this the pool is started anew
 
 
 class JobError(AssertionError):
