@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from qsr_engine.averaging import check_agreement
 from qsr_engine.checkpoint import any_here, gathered
-from qsr_engine.config import ConfigError, Recipe, check_world_size
+from qsr_engine.config import ConfigError, Recipe, check_world_size, flatten
 from qsr_engine.data import Index
 from qsr_engine.data.loader import EvalLoader, TrainLoader
 from qsr_engine.engines.from_recipe import Engine, make_engine
@@ -149,7 +149,7 @@ def check_same_recipe(recipe: Recipe) -> None:
     path = recipe.run_dir / RECIPE
     if not path.exists():
         return
-    then, now = (dict(_flat(r.model_dump())) for r in (load_recipe(path), recipe))
+    then, now = (dict(flatten(r.model_dump())) for r in (load_recipe(path), recipe))
     lines = [
         f"  {key} was {then.get(key)!r} and is {now.get(key)!r}"
         for key in sorted({*then, *now})
@@ -173,14 +173,6 @@ _MAY_DIFFER = (
     "precision.",
     "fsdp.",
 )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _load(engine: Engine, recipe: Recipe, data: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsr_engine.averaging.collectives import Group, all_gather_flat, collective
-from qsr_engine.config import digest
+from qsr_engine.config import digest, flatten
 
 
 class BoundaryError(RuntimeError):
@@ -125,7 +125,7 @@ def check_agreement(facts: Mapping[str, Any], device: torch.device, group: Group
     if bool((digests == digests[0]).all()):
         return
     gathered: list[dict[str, Any]] = [{} for _ in range(ranks)]
-    dist.all_gather_object(gathered, dict(_flatten(facts)), group=group)
+    dist.all_gather_object(gathered, dict(flatten(facts)), group=group)
     lines = []
     for key in sorted(set().union(*gathered)):
         found = _ranks_by_value([repr(ranks_facts.get(key, "nothing")) for ranks_facts in gathered])
@@ -138,14 +138,6 @@ def check_agreement(facts: Mapping[str, Any], device: torch.device, group: Group
             + "\n".join(lines[:_LINES] + more)
             + "\nStart every rank with the same configuration."
         )
-
-
-def _flatten(facts: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in facts.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _ranks_by_value(values: Sequence[Any]) -> dict[Any, list[int]]:

@@ -375,6 +375,9 @@ class FSDPEngine(Resumable):
     @torch.no_grad()
     def _load_worker(self, folder: Path, worker: int, state: Mapping[str, Any], **kwargs: Any) -> None:
         """In place: the parameters stay where they are, and so does optimizer state that is there already."""
+        strange = sorted(set(kwargs) - {"load_module_strict", "load_optimizer_states", "load_lr_scheduler_states"})
+        if strange:
+            raise CheckpointError(f"load_checkpoint({strange[0]}=...) means nothing to the FSDP engine; leave it out")
         self._hold_masters()
         own = worker_folder(folder, worker) / self._own_folder
         into: dict[str, Tensor] = {}

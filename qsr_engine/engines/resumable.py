@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from qsr_engine import checkpoint
 from qsr_engine.checkpoint import MODEL_FILE, CheckpointError, Manifest
-from qsr_engine.config import digest
+from qsr_engine.config import digest, flatten
 from qsr_engine.engines.learning_rate import LearningRate
 from qsr_engine.engines.masters import Masters
 from qsr_engine.local_steps import LocalSteps
@@ -193,7 +193,7 @@ class Resumable(abc.ABC):
     def _say_what_differs(self, folder: Path, manifest: Manifest) -> None:
         """On rank 0: a run may go on with another configuration, but not in silence."""
         now = json.loads(json.dumps({**self._given_config, "qsr": self.local_steps.qsr.model_dump()}, default=str))
-        then, here = dict(_flat(manifest.config)), dict(_flat(now))
+        then, here = dict(flatten(manifest.config)), dict(flatten(now))
         found = [
             f"{key} was {then.get(key)!r} and is {here.get(key)!r}"
             for key in sorted({*then, *here})
@@ -301,14 +301,6 @@ class Resumable(abc.ABC):
     def _own_state(self) -> dict[str, Any]:
         """Plain values of this rank that the engine wants back in _load_worker()."""
         return {}
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def worker_folder(folder: Path, worker: int) -> Path:

@@ -293,6 +293,16 @@ def test_a_model_moves_between_the_engines(
     assert result["global_steps"] == 12
 
 
+def strange_job(folder: str) -> None:
+    start(QSR).load_checkpoint(folder, custom_load_fn=print)
+
+
+def test_arguments_that_mean_nothing_are_refused(processes: Processes, tmp_path: Path) -> None:
+    processes.run(train_job, folder=str(tmp_path), qsr=QSR, save_at=(6,), stop_at=6)
+    with pytest.raises(JobError, match=r"load_checkpoint\(custom_load_fn=...\) means nothing to the FSDP engine"):
+        processes.run(strange_job, folder=str(tmp_path))
+
+
 def test_the_other_engines_optimizer_is_refused(processes: Processes, tmp_path: Path) -> None:
     processes.run(train_job, folder=str(tmp_path), qsr=QSR, save_at=(6,), stop_at=6)
     with pytest.raises(JobError, match=r"engine was 'fsdp' and is 'deepspeed'.*on_other_workers 'fresh'"):
