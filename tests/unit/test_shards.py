@@ -20,12 +20,13 @@ from qsr_engine.data import (
     check_shards,
     index_shards,
     read_index,
-    verify_checksums,
+    verify_shards,
     write_digits,
     write_imagefolder,
 )
 from qsr_engine.data.index import Shard, Split
 from qsr_engine.data.shards import Sample, parse_sample, read_shard
+from tests.shard_files import write_images, write_tar
 
 SHA = "0" * 64
 
@@ -33,14 +34,6 @@ SHA = "0" * 64
 def members(shard: Path) -> dict[str, bytes]:
     with tarfile.open(shard) as tar:
         return {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
-
-
-def write_tar(path: Path, content: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, data in content.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
 
 
 def samples(folder: Path, index: Index, split: str) -> list[Sample]:
@@ -70,7 +63,7 @@ def test_digits_are_1437_for_training_and_360_for_evaluation(digits: Path) -> No
     assert [shard.samples for shard in index.splits["val"].shards] == [128, 128, 104]
     for name in index.splits:
         check_shards(digits, index, name)
-    verify_checksums(digits, index)
+    verify_shards(digits)
 
 
 def test_digits_are_all_there_once_with_their_labels(digits: Path) -> None:
@@ -99,6 +92,8 @@ def test_writing_twice_gives_the_same_bytes_and_another_seed_gives_others(digits
 
 def test_keys_are_running_numbers_and_nothing_temporary_stays(digits: Path) -> None:
     index = read_index(digits)
+    # Reports of runs on this data, and checkpoints inside an epoch, stand on this order.
+    assert [sample.label for sample in samples(digits, index, "val")][:12] == [2, 8, 7, 9, 5, 9, 3, 4, 7, 8, 4, 3]
     assert [sample.key for sample in samples(digits, index, "val")] == [f"{number:08d}" for number in range(360)]
     names = {shard.name for split in index.splits.values() for shard in split.shards}
     assert {path.name for path in digits.iterdir()} == {*names, "index.json"}
@@ -108,6 +103,10 @@ def test_a_failed_write_leaves_neither_shard_nor_index(tmp_path: Path) -> None:
     write_images(tmp_path / "images", {"train/cat": 2})
     (tmp_path / "images/train/cat/empty.png").touch()
     with pytest.raises(DataError, match=r"empty\.png: this image is an empty file"):
+        write_imagefolder(tmp_path / "images", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "images/train/cat/empty.png").write_bytes(b"GIF89a")
+    with pytest.raises(DataError, match=r"empty\.png: this is neither JPEG nor PNG, it begins with b'GIF89a'"):
         write_imagefolder(tmp_path / "images", tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -131,16 +130,6 @@ def test_out_must_be_a_folder_and_shards_must_have_samples(tmp_path: Path) -> No
 
 
 # ---------------------------------------------------------------------------------------------- image folders
-
-
-def write_images(root: Path, counts: dict[str, int], name: str = "{}.png") -> None:
-    """So many small images in each folder, each of another grey."""
-    grey = 0
-    for folder, count in counts.items():
-        (root / folder).mkdir(parents=True)
-        for number in range(count):
-            image = Image.new("L", (4, 4), grey := grey + 1)
-            image.save(root / folder / name.format(number), format="JPEG" if "j" in name.lower() else "PNG")
 
 
 def test_imagefolder_round_trip_keeps_every_byte_and_label(tmp_path: Path) -> None:
@@ -205,7 +194,7 @@ def test_missing_root_unreadable_image_and_wrong_split_name(tmp_path: Path) -> N
     with pytest.raises(DataError, match="there is no such folder"):
         write_imagefolder(tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "cat" / "directory.png").mkdir(parents=True)
-    with pytest.raises(DataError, match=r"directory\.png: this image cannot be read: Is a directory"):
+    with pytest.raises(DataError, match=r"directory\.png: this image cannot be read: it is no regular file"):
         write_imagefolder(tmp_path, tmp_path / "out", split="train")
     with pytest.raises(DataError, match=r"the split name is '\.\./train'"):
         write_imagefolder(tmp_path, tmp_path / "out", split="../train")
@@ -219,7 +208,7 @@ def test_existing_shards_are_counted_and_checked(small: Path) -> None:
     assert index.classes is None
     assert {name: split.samples for name, split in index.splits.items()} == {"train": 4, "val": 2}
     assert [shard.name for shard in index.splits["train"].shards] == ["train-000000.tar", "train-000001.tar"]
-    verify_checksums(small, index)
+    verify_shards(small)
 
 
 def test_index_of_digits_shards_agrees_with_the_one_that_writing_made(digits: Path, tmp_path: Path) -> None:
@@ -236,7 +225,7 @@ def test_index_of_digits_shards_agrees_with_the_one_that_writing_made(digits: Pa
         ("train-0.tar", {"k7.jpg": b"A"}, r"train-0\.tar: sample 'k7' has no label"),
         ("train-0.tar", {"k7.txt": b"A", "k7.cls": b"0"}, r"train-0\.tar: sample 'k7' has no image"),
         ("train-0.tar", {"k7.jpg": b"A", "k7.cls": b"cat"}, r"train-0\.tar: sample 'k7' has the label b'cat'"),
-        ("train-0.tar", {"a.jpg": b"A", "a.JPG": b"A"}, r"train-0\.tar: this shard cannot be read past sample 0"),
+        ("train-0.tar", {"a.jpg": b"A", "a.JPG": b"A"}, r"train-0\.tar: sample 'a' has two members of one name"),
     ],
 )
 def test_unusable_shards_are_not_indexed(tmp_path: Path, name: str, content: dict[str, bytes], message: str) -> None:
@@ -322,16 +311,6 @@ def test_shards_of_another_size_are_found_without_reading(small: Path, size: int
     check_shards(small, index, "val")
     with pytest.raises(DataError, match=rf"train-000001\.tar: {message}"):
         check_shards(small, index, "train")
-
-
-def test_verify_names_every_shard_that_changed(small: Path) -> None:
-    changed = small / "train-000000.tar"
-    changed.write_bytes(changed.read_bytes().replace(b"A", b"X"))
-    (small / "val-000000.tar").unlink()
-    index = read_index(small)
-    check_shards(small, index, "train")
-    with pytest.raises(DataError, match=r"train-000000\.tar: its sha256 is not that(.|\n)*val-000000\.tar: .*missing"):
-        verify_checksums(small, index)
 
 
 def test_the_index_is_read_without_importing_torch() -> None:

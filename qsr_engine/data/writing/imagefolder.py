@@ -1,0 +1,134 @@
+"""List the images of ImageNet's layout: files in class folders, or members of ILSVRC's archives."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from qsr_engine.data.index import DataError
+from qsr_engine.data.writing import imagenet
+from qsr_engine.data.writing.sources import Listed, Source
+
+SPLIT_FOLDERS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
+SUFFIXES = (".jpg", ".jpeg", ".png")  # of image files, in any case
+
+
+class Images(NamedTuple):
+    """All images of a data set. `digest` is the SHA-256 of their names, sizes, labels and times of modification."""
+
+    classes: list[str]
+    splits: dict[str, list[Source]]  # sorted by class and name
+    digest: str
+
+
+def find_images(root: Path, split: str | None) -> Images:
+    """List the images below root, in ImageNet's layout of folders, or in the archives of ILSVRC2012.
+
+    Raises:
+        DataError: as write_imagefolder() does for what lies in root.
+    """
+    if not root.is_dir():
+        raise DataError(f"{root}: there is no such folder; name the folder that holds train/ and val/, or the classes")
+    folders = {split: root} if split is not None else _split_folders(root)
+    train_tar, val_tar = root / imagenet.TRAIN, root / imagenet.VAL
+    archives = {"train": train_tar, "val": val_tar} if split is None else {}
+    archives = {name: path for name, path in archives.items() if path.is_file() and name not in folders}
+    if not folders and not archives:
+        folders = {"train": root}
+
+    classes: list[str] | None = None
+    listed: dict[str, Iterator[Listed]] = {}
+    if "train" in archives:
+        classes, listed["train"] = imagenet.list_train(train_tar)
+    elif folders:
+        classes = _class_names(folders.get("train") or next(iter(folders.values())))
+    if "val" in archives:
+        classes, listed["val"] = imagenet.list_val(val_tar, classes)
+    assert classes is not None  # each of the three ways above sets it
+    _check_names(root, classes)
+    for name, folder in folders.items():
+        listed[name] = _list_folder(folder, classes)
+
+    sha256 = hashlib.sha256()
+    splits = {}
+    for name in sorted(listed, key=[*SPLIT_FOLDERS.values(), split].index):
+        splits[name] = [_hashed(sha256, name, *image) for image in listed[name]]
+    return Images(classes, splits, sha256.hexdigest())
+
+
+def _hashed(sha256: hashlib._Hash, split: str, source: Source, identity: str) -> Source:
+    text = f"{split}\0{identity}\0{source.offset}\0{source.size}\0{source.label}\0\0"
+    sha256.update(text.encode(errors="surrogateescape"))
+    return source
+
+
+def _split_folders(root: Path) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for name, of_split in SPLIT_FOLDERS.items():
+        if (root / name).is_dir():
+            if of_split in found:
+                raise DataError(f"{root}: both {found[of_split].name} and {name} are here; keep one of them")
+            found[of_split] = root / name
+    return found
+
+
+def _class_names(folder: Path) -> list[str]:
+    try:
+        names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{folder}: this folder cannot be read: {error.strerror or error}") from error
+    if not names:
+        raise DataError(f"{folder}: there are no class folders here; write one folder of images for each class")
+    return names
+
+
+def _check_names(root: Path, classes: list[str]) -> None:
+    for name in classes:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{root}: the class name {os.fsencode(name)!r} is not UTF-8; rename its folder") from None
+
+
+def _list_folder(folder: Path, classes: list[str]) -> Iterator[Listed]:
+    """The images of a split, sorted by class and name."""
+    labels = {name: label for label, name in enumerate(classes)}
+    names = _class_names(folder)
+    for name in names:
+        if name not in labels:
+            raise DataError(f"{folder / name}: training has no class {name!r}; add it there, or take it away here")
+    for name in tqdm(names, desc=f"listing {folder.name}", unit="class", disable=None):
+        of_class = os.path.join(folder, name)
+        try:
+            files = sorted(file for file in os.listdir(of_class) if _is_image(file))
+        except OSError as error:
+            raise DataError(f"{of_class}: this folder cannot be read: {error.strerror or error}") from error
+        if not files:
+            raise DataError(f"{of_class}: there are no images here (.jpg, .jpeg or .png); add some or delete it")
+        for file in files:
+            path = os.path.join(of_class, file)
+            size, changed = _measure(path)
+            yield Listed(Source(path, labels[name], size), f"{name}/{file}\0{changed}")
+
+
+def _is_image(file: str) -> bool:
+    return file.lower().endswith(SUFFIXES) and not file.startswith(".")  # macOS leaves ._NAME.jpg beside NAME.jpg
+
+
+def _measure(path: str) -> tuple[int, int]:
+    """Bytes of an image file, and the time of its last change in nanoseconds; follows symbolic links."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("it is no regular file")
+    except OSError as error:
+        raise DataError(f"{path}: this image cannot be read: {error.strerror or error}") from error
+    if status.st_size == 0:
+        raise DataError(f"{path}: this image is an empty file; replace or delete it")
+    return status.st_size, status.st_mtime_ns
