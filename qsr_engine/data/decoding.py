@@ -1,97 +1,312 @@
-"""From the bytes of an image to a batch of tensors: decode, augment, normalise.
+"""From the bytes of an image to the pixels of its view: decode what the view needs, resize it, put it into the batch.
 
-Images stay uint8 [3, H, W] until the batch is whole, then become float32 [B, 3, S, S].
+JPEG images of the usual kinds are decoded by libjpeg-turbo, the rows and columns of the view only (`_jpeg.c`). All
+others, and all where that extension was not built, are decoded whole by Pillow; both give the same pixels.
+Pictures stay uint8 [S, S, 3]; a batch is uint8 [B, 3, S, S] in channels-last memory.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from random import Random
+from typing import Any, NamedTuple
 
+import cykooz_resizer as resizer
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional
 
 from qsr_engine.data.index import DataError
 from qsr_engine.data.shards import Sample
+from qsr_engine.data.views import ChooseView, View
+from qsr_engine.data.writing.images import MAX_PIXELS
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's training images, in RGB from 0 to 1
-MAX_PIXELS = 100_000_000  # 300 MB decoded; a larger image is a mistake or an attack
+try:
+    from qsr_engine.data import _jpeg
+except ImportError:  # no compiler or no libjpeg-turbo when the package was installed
+    REGIONS = False
+else:
+    REGIONS = True
+
 MAX_ASPECT = 100  # long side to short side; resizing the short side makes a bomb of a 1 x 100,000 image
-SMALL = 64  # pixels of the short side; images up to here are shown whole, as is usual for CIFAR and digits
+MAX_SCANS = 100  # of a progressive JPEG; encoders write about 10, and each costs a pass over the whole image
+# Where a crop is so many times larger than the picture even after it was halved, the DCT halves it. The difference to
+# Pillow's resize of all pixels is 0.1 to 0.4 of 255 then, in the mean over crops of a photograph; with 2 it is 0.6.
+REDUCED = 3
 
-Batch = tuple[Tensor, Tensor]
-Transform = Callable[[Tensor], Tensor]
+Pixels = NDArray[np.uint8]
 
 
-class TrainTransform:
-    """uint8 [3, H, W] to uint8 [3, S, S], augmented with torch's global generator.
+def _options(box: tuple[float, float, float, float] | None) -> Any:
+    algorithm = resizer.ResizeAlg.convolution(resizer.FilterType.bilinear)
+    return resizer.ResizeOptions(algorithm, crop_box=resizer.CropBox(*box) if box else None)
 
-    "none" resizes the short side to S and crops the centre. "crop" takes a random crop of random area and aspect
-    ratio, resized to S; an image whose short side has at most 64 pixels is resized as for "none", padded with black
-    by S / 8 pixels on each side and cropped to S at random. "crop_flip" is "crop" and, for half of
-    the images, a horizontal flip.
+
+_WHOLE = _options(None)
+
+
+class Batch(NamedTuple):
+    """Pictures and labels.
+
+    `images` are uint8 [B, 3, S, S] in channels-last memory, RGB. `labels` are int64 [B]; -1 marks a picture that
+    evaluation leaves out. `skipped` says for each bad sample of the batch what was wrong with it.
     """
 
-    def __init__(self, size: int, augment: str) -> None:
-        whole = [v2.Resize(size), v2.CenterCrop(size)]
-        crop = augment != "none"
-        flip = [v2.RandomHorizontalFlip()] if augment == "crop_flip" else []
-        self.small = v2.Compose([*whole, *([v2.RandomCrop(size, padding=size // 8)] if crop else []), *flip])
-        self.large = v2.Compose([*([v2.RandomResizedCrop(size)] if crop else whole), *flip])
-
-    def __call__(self, image: Tensor) -> Tensor:
-        transformed: Tensor = (self.small if min(image.shape[1:]) <= SMALL else self.large)(image)
-        return transformed
+    images: Tensor
+    labels: Tensor
+    skipped: tuple[str, ...] = ()
 
 
-class EvalTransform:
-    """uint8 [3, H, W] to uint8 [3, S, S], always the same.
+class Augment:
+    """RandAugment on pictures [S, S, 3], with torch's global generator (Cubuk et al., arXiv 1909.13719).
 
-    The short side is resized to S * 256 / 224, the usual margin at evaluation on ImageNet, and the centre is cropped;
-    an image whose short side has at most 64 pixels is resized to S without a margin.
+    Args:
+        operations: a picture's number of operations, N of the paper.
+        magnitude: from 0 to 30, M of the paper.
     """
 
-    def __init__(self, size: int) -> None:
-        self.small = v2.Compose([v2.Resize(size), v2.CenterCrop(size)])
-        self.large = v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)])
+    def __init__(self, operations: int, magnitude: int) -> None:
+        self.transform = v2.RandAugment(operations, magnitude)
 
-    def __call__(self, image: Tensor) -> Tensor:
-        transformed: Tensor = (self.small if min(image.shape[1:]) <= SMALL else self.large)(image)
-        return transformed
+    def __call__(self, picture: Pixels) -> Pixels:
+        # Of a Pillow image: of a tensor on the CPU these operations take three times as long.
+        return np.asarray(self.transform(Image.fromarray(picture)))
 
 
-def decode_image(sample: Sample) -> Tensor:
-    """RGB, uint8 [3, H, W]. Raises DataError where the bytes are not a whole JPEG or PNG within the limits above."""
-    where = f"{sample.shard}: sample {sample.key!r}"
+class Decoder:
+    """Decodes samples into pictures of S x S pixels.
+
+    Args:
+        size: S.
+        choose: the view of a sample.
+        augment: applied to the picture afterwards.
+    """
+
+    def __init__(self, size: int, choose: ChooseView, augment: Augment | None = None) -> None:
+        self.size, self.choose, self.augment = size, choose, augment
+        self._made: Any = None  # resizer and target, made once: a target of its own for each picture costs 2 %
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_made": None}  # they cannot be pickled, and another process makes its own
+
+    def decode(self, sample: Sample, random: Random, out: Pixels) -> None:
+        """Decode one sample into `out`, uint8 [S, S, 3].
+
+        Raises:
+            DataError: the bytes are not a whole JPEG or PNG within the limits above.
+        """
+        width, height, simple = image_size(sample)
+        view = self.choose(width, height, random)
+        region = Region.of(view, width, height, self.size)
+        pixels = _decode_simple(sample, region) if simple else None
+        picture = self._resize(decode_whole(sample, region) if pixels is None else pixels, region)
+        if self.augment is None and not (view.dx or view.dy):
+            _copy(picture, out, flip=view.flip)
+            return
+        picture = _moved(picture, view.dx, view.dy)
+        if view.flip:
+            picture = np.ascontiguousarray(picture[:, ::-1])
+        out[:] = picture if self.augment is None else self.augment(picture)
+
+    def _resize(self, pixels: bytes, region: Region) -> Pixels:
+        """uint8 [S, S, 3]: the box of the region, antialiased, as Pillow's resize(..., BILINEAR, box=...)."""
+        if self._made is None:
+            self._made = resizer.Resizer(), resizer.ImageData(self.size, self.size, resizer.PixelType.U8x3)
+        made, target = self._made
+        source = resizer.ImageData(region.width, region.height, resizer.PixelType.U8x3, pixels)
+        whole = region.box == (0, 0, region.width, region.height)
+        made.resize(source, target, _WHOLE if whole else _options(region.box))
+        return np.frombuffer(target.get_buffer(), np.uint8).reshape(self.size, self.size, 3)
+
+
+class Region(NamedTuple):
+    """The pixels that a view needs, in the image scaled by eighths / 8, and the box to resize inside them."""
+
+    x: int
+    y: int
+    width: int
+    height: int
+    box: tuple[float, float, float, float]  # left, top, width, height
+    eighths: int
+
+    @classmethod
+    def of(cls, view: View, width: int, height: int, size: int) -> Region:
+        """The region of a view of an image of so many pixels, shown on size x size pixels."""
+        eighths = 8
+        while eighths > 1 and min(view.width, view.height) * eighths / 16 >= REDUCED * size:
+            eighths //= 2
+        scale = eighths / 8
+        x, across, left, wide = _range(view.left, view.width, width, scale, size, view.context)
+        y, down, top, high = _range(view.top, view.height, height, scale, size, view.context)
+        return cls(x, y, across, down, (left, top, wide, high), eighths)
+
+
+def _range(
+    start: float, length: float, side: int, scale: float, size: int, context: bool
+) -> tuple[int, int, float, float]:
+    """One axis: first pixel and number of pixels to decode, then start and length of the box inside them."""
+    side = math.ceil(side * scale)  # as libjpeg rounds it
+    start, length = start * scale, length * scale
+    # A bilinear filter reaches one pixel of the smaller of both images to each side.
+    reach = math.ceil(max(1.0, length / size)) + 1 if context else 0
+    first = max(0, math.floor(start) - reach)
+    last = min(side, math.ceil(start + length) + reach)
+    start -= first
+    return first, last - first, start, min(length, last - first - start)
+
+
+def image_size(sample: Sample) -> tuple[int, int, bool]:
+    """Width and height of an image in pixels from its header, and whether libjpeg-turbo decodes it by regions.
+
+    Raises:
+        DataError: it is not a JPEG or PNG, or is larger than the limits above.
+    """
+    data, simple = sample.image, False
     try:
-        with Image.open(io.BytesIO(sample.image), formats=("JPEG", "PNG")) as image:
-            size = f"{image.width} x {image.height} pixels"
-            if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"{where} has {size}; the limit is {MAX_PIXELS:,}")
-            if max(image.size) > MAX_ASPECT * min(image.size):
-                raise DataError(f"{where} has {size}; the limit is a side {MAX_ASPECT} times as long as the other")
-            decoded: Tensor = functional.pil_to_tensor(image.convert("RGB"))
-    except DataError:
-        raise
-    except Exception as error:  # what Pillow raises for broken bytes depends on the format and on where they break
-        raise DataError(f"{where} does not decode as JPEG or PNG: {error}") from error
-    return decoded
+        if REGIONS and data[:2] == b"\xff\xd8":
+            width, height, simple = _jpeg.size(data)
+            # A file that does not end as a JPEG does may be cut: what Pillow finds is what counts.
+            simple = simple and data[-2:] == b"\xff\xd9"
+        else:
+            width, height = _size_by_pillow(data)
+    except Exception:
+        try:
+            width, height = _size_by_pillow(data)
+        except Exception as error:  # what Pillow raises for broken bytes depends on the format and on where they break
+            raise _undecodable(sample, error) from error
+    pixels = f"{width} x {height} pixels"
+    if width * height > MAX_PIXELS:
+        raise DataError(f"{sample.where} has {pixels}; the limit is {MAX_PIXELS:,}")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise DataError(f"{sample.where} has {pixels}; the limit is a side {MAX_ASPECT} times as long as the other")
+    return width, height, simple
 
 
-def decode_batch(samples: Sequence[Sample], transform: Transform, seed: int) -> Batch:
-    """Decode and transform samples.
+def _size_by_pillow(data: bytes) -> tuple[int, int]:
+    with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+        return image.size
 
-    The transform's random numbers depend on the seed alone; the generators of this process are as before.
 
-    Returns:
-        images, float32 [B, 3, S, S], (x / 255 - mean) / std by channel; labels, int64 [B].
+def _decode_simple(sample: Sample, region: Region) -> bytes | None:
+    """RGB pixels of the region, by libjpeg-turbo; None where it finds something to complain of."""
+    try:
+        pixels: bytes = _jpeg.decode(sample.image, region.x, region.y, region.width, region.height, region.eighths)
+    except ValueError:
+        return None
+    return pixels
+
+
+def decode_whole(sample: Sample, region: Region) -> bytes:
+    """RGB pixels of the region, by Pillow, which decodes the whole image.
+
+    Raises:
+        DataError: the image cannot be decoded, or is a progressive JPEG of more than MAX_SCANS scans.
     """
+    data = sample.image
+    scans = data.count(b"\xff\xda")
+    if scans > MAX_SCANS and data[:2] == b"\xff\xd8":
+        raise DataError(f"{sample.where} has {scans} scans; the limit is {MAX_SCANS}")
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+            scale = 8 // region.eighths
+            image.draft(None, (image.width // scale, image.height // scale))  # of a JPEG; it does nothing to a PNG
+            pixels = image.convert("RGB")
+            if image.format == "PNG" and scale > 1:
+                pixels = pixels.reduce(scale)
+            box = (region.x, region.y, region.x + region.width, region.y + region.height)
+            return pixels.crop(box).tobytes()
+    except Exception as error:
+        raise _undecodable(sample, error) from error
+
+
+@contextmanager
+def torch_seeded(seed: int, wanted: bool) -> Iterator[None]:
+    """torch's global generator seeded, and as before afterwards, where it is wanted at all: this takes 0.1 ms."""
+    if not wanted:
+        yield
+        return
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed: it seeds the generators of all GPUs too, and with it the model's dropout.
         torch.default_generator.manual_seed(seed)
-        images = torch.stack([transform(decode_image(sample)) for sample in samples])
-    normalised: Tensor = functional.normalize(functional.to_dtype(images, torch.float32, scale=True), MEAN, STD)
-    return normalised, torch.tensor([sample.label for sample in samples], dtype=torch.int64)
+        yield
+
+
+def _undecodable(sample: Sample, error: Exception) -> DataError:
+    return DataError(f"{sample.where} does not decode as JPEG or PNG: {error}")
+
+
+def _copy(picture: Pixels, out: Pixels, *, flip: bool) -> None:
+    if flip:
+        # torch flips channels-last images with SIMD: an eighth of numpy's time.
+        source = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None]
+        torch.from_numpy(out).copy_(torch.flip(source, (3,))[0].permute(1, 2, 0))
+    else:
+        out[:] = picture
+
+
+def _moved(picture: Pixels, dx: int, dy: int) -> Pixels:
+    """The picture moved to the right and down; what is moved in is black."""
+    if dx == 0 and dy == 0:
+        return picture
+    height, width = picture.shape[:2]
+    moved = np.zeros_like(picture)
+    moved[max(0, dy) : height + min(0, dy), max(0, dx) : width + min(0, dx)] = picture[
+        max(0, -dy) : height + min(0, -dy), max(0, -dx) : width + min(0, -dx)
+    ]
+    return moved
+
+
+def decode_batch(
+    samples: Sequence[Sample | DataError], decoder: Decoder, seed: int, out: Pixels, *, skip: bool, replace: bool
+) -> tuple[list[int], tuple[str, ...]]:
+    """Decode samples into `out`, uint8 [B, S, S, 3].
+
+    The random numbers depend on the seed alone; the generators of this process are as before.
+
+    Args:
+        samples: B samples, or for a bad one what was wrong with it.
+        skip: go on where a sample is bad.
+        replace: a skipped sample is replaced by the next good one of its batch; otherwise by black, with label -1.
+    Returns:
+        Labels, and what was wrong with each skipped sample.
+    Raises:
+        DataError: a sample is bad and `skip` is false, or no sample is left to replace the bad ones.
+    """
+    labels, bad = [], {}
+    with torch_seeded(seed, decoder.augment is not None):
+        random = Random(seed)
+        for number, sample in enumerate(samples):
+            try:
+                if isinstance(sample, DataError):
+                    raise sample
+                decoder.decode(sample, random, out[number])
+                labels.append(sample.label)
+            except DataError as error:
+                if not skip:
+                    raise
+                bad[number] = str(error)
+                labels.append(-1)
+                out[number] = 0
+    if replace:
+        replace_bad(out, labels, bad)
+    return labels, tuple(bad.values())
+
+
+def replace_bad(pictures: Any, labels: list[int], bad: Mapping[int, str]) -> None:
+    """Put the next good sample of the batch, or the first, in the place of each bad one.
+
+    Raises:
+        DataError: all are bad.
+    """
+    good = [number for number in range(len(labels)) if number not in bad]
+    if bad and not good:
+        raise DataError(f"all {len(labels)} samples of a batch are bad; the last: {bad[len(labels) - 1]}")
+    for number in bad:
+        other = next((n for n in good if n > number), good[0])
+        pictures[number], labels[number] = pictures[other], labels[other]
