@@ -282,16 +282,38 @@ class ModelConfig(StrictModel):
     kwargs: dict[str, Any] = {}
 
 
+class RandAugmentConfig(StrictModel):
+    """RandAugment (Cubuk et al., arXiv 1909.13719): N operations of magnitude M; the paper of QSR has 2 and 10."""
+
+    operations: PositiveInt = 2
+    magnitude: Annotated[int, Field(ge=0, le=30)] = 10
+
+
 class DataConfig(StrictModel):
     """WebDataset shards in one folder with an `index.json` (see `qsr_engine.data`)."""
 
-    shards: Annotated[str, Field(min_length=1)]
+    shards: Annotated[str, Field(min_length=1)]  # a folder, or the URL of one: http://, https://, s3://, gs://, ...
     train: str = "train"  # split names in index.json
     eval: str = "val"
     image_size: PositiveInt
     augment: Literal["none", "crop", "crop_flip"] = "none"
+    randaugment: RandAugmentConfig | None = None
+    mixup: NonNegative = 0.0  # alpha of MixUp's Beta distribution; 0 mixes nothing
     shuffle_buffer: PositiveInt = 4096  # samples
     loader_processes: Count = 0
+    max_bad_samples: Count = 0  # that each rank may skip in a run; with 0 the first one ends the run
+    decoder: Literal["cpu", "gpu"] = "cpu"  # "gpu": JPEGs by the GPU's decoder, through torchvision
+    cache_dir: str | None = None  # of shards from a URL; None: qsr_engine in the user's cache folder
+    cache_gb: NonNegative = 100.0  # that all copies in it may take; 0 keeps nothing and reads them as they come
+
+    @model_validator(mode="after")
+    def _gpu_decoder_reads_alone(self) -> DataConfig:
+        if self.decoder == "gpu" and self.loader_processes:
+            raise ValueError(
+                f"decoder is 'gpu', and loader_processes is {self.loader_processes}; the GPU decodes for its rank "
+                "alone: write loader_processes: 0"
+            )
+        return self
 
 
 class BatchConfig(StrictModel):

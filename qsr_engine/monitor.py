@@ -146,6 +146,8 @@ class Record:
     relative_distance: float | None = None  # RMS over workers of ||x_k - mean|| / ||mean|| before the last averaging
     eval_accuracy: float | None = None  # %; None where this record has no evaluation
     eval_loss: float | None = None  # None likewise
+    data_percent: float | None = None  # of the time since the last record: rank 0 waited for data
+    skipped_samples: int = 0  # bad samples that rank 0 has skipped so far
     skipped_steps: int = 0  # updates skipped after an overflow, over all workers, as of the last boundary
 
 
@@ -162,6 +164,8 @@ TAGS = {
     "time/compute_seconds": "seconds_compute",
     "time/averaging_seconds": "seconds_averaging",
     "time/data_seconds": "seconds_data",
+    "data/waiting_percent": "data_percent",
+    "data/skipped_samples": "skipped_samples",
     "throughput/images_per_second": "images_per_second",
     "throughput/images_seen": "images_seen",
     "eval/accuracy": "eval_accuracy",

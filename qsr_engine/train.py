@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,7 @@ from qsr_engine.averaging import check_agreement
 from qsr_engine.checkpoint import any_here, gathered
 from qsr_engine.config import ConfigError, Recipe, check_world_size, flatten
 from qsr_engine.data import Index
+from qsr_engine.data.device import MixUp, Normalise, on_device
 from qsr_engine.data.loader import EvalLoader, TrainLoader
 from qsr_engine.engines.from_recipe import Engine, make_engine
 from qsr_engine.models import create_model
@@ -81,6 +83,8 @@ def train(recipe: Recipe, index: Index, *, resume: bool = False) -> dict[str, An
         names = [str(label) for label in range(recipe.model.kwargs["num_classes"])]
         index = index.model_copy(update={"classes": names})
     engine = make_engine(recipe, batch, model)
+    if recipe.data.decoder == "gpu" and engine.device.type != "cuda":
+        raise ConfigError(f"data.decoder is 'gpu', and this rank trains on {engine.device.type}; write decoder: cpu")
     check_agreement({"recipe": _shared(recipe), "data": index.digest()}, engine.device)
     torch.manual_seed(recipe.seed + 1 + rank)  # dropout differs between ranks
     client = _load(engine, recipe, str(index.digest())) if resume else {}
@@ -103,7 +107,6 @@ def train(recipe: Recipe, index: Index, *, resume: bool = False) -> dict[str, An
                 recipe.data.shards,
                 index,
                 recipe.data,
-                batches_per_epoch=index.split(recipe.data.train).samples // batch.train * batch.accumulation,
                 seed=recipe.seed,
                 **loaders,
             ),
@@ -112,6 +115,7 @@ def train(recipe: Recipe, index: Index, *, resume: bool = False) -> dict[str, An
             batch,
             client,
             str(index.digest()),
+            len(index.classes or ()),
         )
         run.loop()
         summary = run.summary()
@@ -236,20 +240,22 @@ class _Run:
         batch: Batch,
         client: dict[str, Any],
         data: str,
+        classes: int,
     ) -> None:
         self.recipe = recipe
         self.engine = engine
-        self.batches: Iterator[tuple[Tensor, Tensor]] = train.batches(engine.local_steps.step * batch.accumulation)
+        self.skipped_samples = client.get("skipped_samples", 0)
+        self.batches = train.batches(engine.local_steps.step * batch.accumulation, self.skipped_samples, engine.device)
         self._data = data
-        self._first_batch_of_resumed = engine.local_steps.step > 0
         self.evaluation = evaluation
         self.monitor = monitor
         self.batch = batch
-        self.dtype = _DTYPES[recipe.precision.dtype]
+        self.normalise = Normalise(engine.device, _DTYPES[recipe.precision.dtype])
+        self.mixup = MixUp(recipe.data.mixup, classes) if recipe.data.mixup > 0 else None
         self.clock = _Clock()
         self.accuracy = self.loss = math.nan
         self._losses: list[Tensor] = []
-        self._logged = (0, 0.0)  # step and training seconds of the last record
+        self._logged = (0, 0.0, 0.0)  # step, training seconds and seconds of waiting for data at the last record
         if client:
             self._resume(client)
 
@@ -277,6 +283,7 @@ class _Run:
             "data": self._data,
             "ranks": dist.get_world_size(),
             "losses": [loss.item() for loss in self._losses],
+            "skipped_samples": self.skipped_samples,
         }
         tag = f"step-{self.engine.local_steps.step:08d}"
         self.engine.save_checkpoint(self.recipe.run_dir / CHECKPOINTS, tag=tag, client_state=client)
@@ -285,29 +292,28 @@ class _Run:
     def _resume(self, client: dict[str, Any]) -> None:
         training, self.clock.data = client["seconds"]
         self.clock.started -= training
-        self._logged = (client["logged"][0], client["logged"][1])
+        self._logged = (client["logged"][0], client["logged"][1], client["logged"][2])
         if client["ranks"] == dist.get_world_size():  # else they are rank 0's of other batches
             self._losses = [torch.tensor(loss, device=self.engine.device) for loss in client["losses"]]
 
     def _next_batch(self) -> tuple[Tensor, Tensor]:
-        """Making the loader draws a random number; the one of a resumed run was drawn by the run that was saved."""
-        if not self._first_batch_of_resumed:
-            return next(self.batches)
-        self._first_batch_of_resumed = False
-        with torch.random.fork_rng(devices=[]):
-            return next(self.batches)
+        """Pictures as the model reads them, and labels or, mixed, shares of classes."""
+        started = time.perf_counter()
+        batch = next(self.batches)
+        self.clock.data += time.perf_counter() - started
+        if batch.skipped:
+            self.skipped_samples += len(batch.skipped)
+            warnings.warn("skipped: " + "; ".join(batch.skipped), stacklevel=2)
+        images, labels = self.normalise(batch.images), batch.labels
+        return (images, labels) if self.mixup is None else self.mixup(images, labels)
 
     def _step(self) -> bool:
         """One optimizer step. Returns True at a boundary."""
         boundary = False
         for _ in range(self.batch.accumulation):
-            started = time.perf_counter()
             images, labels = self._next_batch()
-            self.clock.data += time.perf_counter() - started
-            scores = self.engine(images.to(self.engine.device, self.dtype))
-            loss = F.cross_entropy(
-                scores.float(), labels.to(self.engine.device), label_smoothing=self.recipe.label_smoothing
-            )
+            scores = self.engine(images)
+            loss = F.cross_entropy(scores.float(), labels, label_smoothing=self.recipe.label_smoothing)
             self.engine.backward(loss)
             self._losses.append(loss.detach())
             boundary = self.engine.step()
@@ -322,41 +328,39 @@ class _Run:
         self.engine.eval()
         totals = torch.zeros(3, dtype=torch.float64, device=self.engine.device)  # samples, right ones, summed loss
         for images, labels in self._evaluation_batches():
-            scores = self.engine.module(images.to(self.engine.device, self.dtype)).float()
-            if len(labels) == 0:
-                continue
-            labels = labels.to(self.engine.device)
+            scores = self.engine.module(self.normalise(images)).float()
             right = (scores.argmax(1) == labels).sum()
-            loss = F.cross_entropy(scores, labels, reduction="sum")
-            totals += torch.stack([torch.tensor(float(len(labels)), device=loss.device), right, loss]).double()
+            loss = F.cross_entropy(scores, labels, reduction="sum", ignore_index=-1)
+            totals += torch.stack([(labels >= 0).sum(), right, loss]).double()
         dist.all_reduce(totals)
         self.engine.train()
         samples, right, loss = totals.tolist()
-        self.accuracy, self.loss = 100 * right / samples, loss / samples
+        self.accuracy, self.loss = 100 * right / max(1, samples), loss / max(1, samples)
         self.clock.elsewhere += time.perf_counter() - started
         return {"eval_accuracy": self.accuracy, "eval_loss": self.loss}
 
     def _evaluation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of evaluation; a rank that has one fewer than others gets an image without a label at the end.
+        """Batches of evaluation; a rank that has one fewer than others gets a picture that does not count at the end.
 
         Where the ranks of a worker hold the parameters together, every forward of one needs one of the others.
         """
-        seen = 0
-        for images, labels in self.evaluation:
+        seen, device = 0, self.engine.device
+        for images, labels, _ in on_device(self.evaluation, device):
             seen += 1
             yield images, labels
         size = self.recipe.data.image_size
         for _ in range(seen, self.evaluation.most_batches):
-            yield torch.zeros(1, 3, size, size), torch.zeros(0, dtype=torch.int64)
+            yield torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device), torch.tensor([-1], device=device)
 
     def _log(self, before: dict[str, Any], evaluated: dict[str, Any]) -> None:
         loss = torch.stack(self._losses).mean().item()  # waits for the device, so the times below are true
         self._losses.clear()
         state = self.engine.local_steps
-        step, seconds = self._logged
+        step, seconds, waited = self._logged
         figures = self._figures()
-        self._logged = (state.step, self.clock.training())
+        self._logged = (state.step, self.clock.training(), self.clock.data)
         images = (state.step - step) * self.batch.train
+        elapsed = max(1e-9, self._logged[1] - seconds)
         self.monitor.log(
             Record(
                 **before,
@@ -364,7 +368,9 @@ class _Run:
                 **evaluated,
                 step=state.step,
                 loss=loss,
-                images_per_second=images / max(1e-9, self._logged[1] - seconds),
+                images_per_second=images / elapsed,
+                data_percent=100 * (self.clock.data - waited) / elapsed,
+                skipped_samples=self.skipped_samples,
                 relative_distance=state.relative_distance,
                 skipped_steps=state.skipped_steps_of_all_workers,
             )

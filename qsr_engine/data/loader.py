@@ -1,51 +1,52 @@
 """Batches of training and evaluation data for one rank, the same for any number of loader processes.
 
-Every loader process walks through all raw samples of its rank and decodes one batch in P: reading an image from a tar
-file takes 0.2 ms, decoding it 3 ms or more. DataLoader collects from its processes in turn, which restores the order.
-Each process keeps a shuffle buffer of its own: shuffle_buffer encoded images of memory.
+order        which samples, in which order: positions, no bytes                  (order.py, webdataset's shuffle)
+source       the bytes and labels of the samples of one batch                    (shards.py, remote.py)
+decoding     into one block of memory                                            (views.py, decoding.py)
+ring         the loader processes, each of which does all of this for one batch in P
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import torch
 import webdataset as wds
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from qsr_engine.config import DataConfig
-from qsr_engine.data.decoding import Batch, EvalTransform, TrainTransform, Transform, decode_batch
-from qsr_engine.data.index import DataError, Index
-from qsr_engine.data.order import ShardSlice, plan_epoch, plan_evaluation, seed_for
-from qsr_engine.data.shards import Sample, read_slices
+from qsr_engine.data.decoding import Augment, Batch, Decoder, decode_batch
+from qsr_engine.data.device import on_device
+from qsr_engine.data.gpu_decoding import GPUDecoder, in_thread
+from qsr_engine.data.index import DataError, Index, is_url
+from qsr_engine.data.order import epoch_of, plan_epoch, plan_evaluation, seed_for
+from qsr_engine.data.remote import ShardCache, open_url
+from qsr_engine.data.ring import Beside, Pixels, run_here, run_in_processes
+from qsr_engine.data.shards import Item, RandomAccess, Sample, Source, Streamed
+from qsr_engine.data.views import EvalView, TrainView
 
-RawBatch = tuple[int, list[Sample]]  # the seed of its augmentation, and its samples
+CPU = torch.device("cpu")
+_AHEAD = 8  # batches of a loader process whose shards are fetched before they are needed
 
-# A fork of the training process can deadlock on locks that threads of gloo, NCCL or CUDA hold at that moment. The fork
-# server is a fresh process without such threads, and it imports torch once for all loader processes, which then start
-# in a tenth of a second: cheap enough for every evaluation. spawn would import torch in each of them.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload([__name__])
+RawBatch = tuple[int, list[Item]]  # the seed of its augmentation, and its samples
 
 
 class TrainLoader:
     """The training batches of one rank, without end, resumable at any batch.
 
     Args:
-        folder: of the shards.
+        folder: of the shards, or its URL.
         config: which split, image size, augmentation, shuffle buffer and loader processes.
         batch_size: samples in a micro-batch of this rank.
-        batches_per_epoch: micro-batches of this rank in an epoch.
     Raises:
-        DataError: the split is unknown, or has too few samples for such an epoch.
+        DataError: the split is unknown or empty, or the cache cannot be used.
     """
 
     def __init__(
@@ -57,146 +58,174 @@ class TrainLoader:
         rank: int,
         ranks: int,
         batch_size: int,
-        batches_per_epoch: int,
         seed: int,
     ) -> None:
-        if batch_size < 1 or batches_per_epoch < 1:
-            raise DataError(
-                f"an epoch has {batches_per_epoch} batches of {batch_size} samples on each rank; at least 1 of 1 is "
-                "needed: write a smaller batch or give more data"
-            )
-        self.folder, self.config = Path(folder), config
-        self.class_count = index.class_count
-        self.batch_size, self.batches_per_epoch = batch_size, batches_per_epoch
-        self.seed, self.rank = seed, rank
-        per_rank = batch_size * batches_per_epoch
-        split = index.split(config.train)
-        self._plan = partial(plan_epoch, split, seed, rank=rank, ranks=ranks, per_rank=per_rank)
-        self._plan(epoch=0)  # raises now what it would raise in a loader process
+        self.config, self.batch_size = config, batch_size
+        self._split = index.split(config.train)
+        self._source = make_source(folder, index, config, config.train)
+        self._rank, self._ranks, self._seed = rank, ranks, seed
+        augment = config.randaugment
+        self._decoder = Decoder(
+            config.image_size,
+            TrainView(config.image_size, config.augment),
+            Augment(augment.operations, augment.magnitude) if augment else None,
+        )
 
-    def batches(self, start: int = 0) -> Iterator[Batch]:
-        """Yield (images, labels) from micro-batch number `start` on, counted from the start of training.
+    def batches(self, start: int = 0, skipped: int = 0, device: torch.device = CPU) -> Iterator[Batch]:
+        """Yield batches on a device from micro-batch number `start` on, counted from the start of training.
 
-        Batches before `start` in its epoch are read and not decoded.
+        What is before `start` is neither read nor decoded (a remote shard without a cache is read).
 
-        Yields:
-            images, float32 [B, 3, S, S], normalised; labels, int64 [B].
+        Args:
+            skipped: bad samples that this rank has skipped before `start`.
         Raises:
-            DataError: a shard or a sample cannot be used.
+            DataError: a shard or a sample cannot be used, and no more may be skipped.
         """
-        transform = TrainTransform(self.config.image_size, self.config.augment)
-        dataset = _DecodedBatches(partial(self._raw_batches, start), transform)
-        yield from _unwrap(_parallel(dataset, self.config.loader_processes))
+        produce = _Decode(
+            partial(self._raw_batches, start), self._source, self._decoder, self.config.max_bad_samples > 0, True
+        )
+        batches: Iterator[Batch]
+        if self.config.decoder == "gpu":
+            decoder = GPUDecoder(self._decoder, device)
+            batches = (
+                decoder.batch(samples, seed, skip=produce.skip) for seed, samples in in_thread(produce.samples(0, 1))
+            )
+        else:
+            batches = on_device(_batches(produce, self.batch_size, self.config), device)
+        return _limited(batches, skipped, self.config.max_bad_samples, "this rank")
+
+    def items(self, start: int = 0) -> Iterator[Item]:
+        """This rank's samples in order, from number `start` of its stream on."""
+        epoch, before = epoch_of(start, self._split.samples, self._rank, self._ranks)
+        for number in count(epoch):
+            yield from islice(self._shuffled(number), before if number == epoch else 0, None)
+
+    def _shuffled(self, epoch: int) -> Iterator[Item]:
+        buffer = self.config.shuffle_buffer
+        generator = random.Random(seed_for("shuffle", self._seed, epoch, self._rank))
+        slices = plan_epoch(self._split, self._seed, epoch, self._rank, self._ranks)
+        items = partial(self._source.items, slices)
+        return iter(wds.DataPipeline(items, wds.shuffle(buffer, initial=buffer, rng=generator)))
 
     def _raw_batches(self, start: int) -> Iterator[RawBatch]:
-        first_epoch, skipped = divmod(start, self.batches_per_epoch)
-        for epoch in count(first_epoch):
-            batches = enumerate(_chunks(self._shuffled(epoch), self.batch_size))
-            for number, samples in islice(batches, skipped if epoch == first_epoch else 0, None):
-                yield seed_for("augmentation", self.seed, epoch, self.rank, number), samples
-
-    def _shuffled(self, epoch: int) -> Iterator[Sample]:
-        buffer = self.config.shuffle_buffer
-        generator = random.Random(seed_for("shuffle", self.seed, epoch, self.rank))
-        samples = partial(read_slices, self.folder, self._plan(epoch=epoch), self.class_count)
-        return iter(wds.DataPipeline(samples, wds.shuffle(buffer, initial=buffer, rng=generator)))
+        items = self.items(start * self.batch_size)
+        for number in count(start):
+            batch = list(islice(items, self.batch_size))
+            yield seed_for("augmentation", self._seed, self._rank, number), batch
 
 
 class EvalLoader:
     """One rank's part of the evaluation split, once for each iteration and in the order of the index.
 
     The parts cover every sample exactly once. Sizes differ by at most one sample, the last batch may be short, and a
-    rank may have no batch at all: with more ranks than samples, some parts are empty.
+    rank may have no batch at all: with more ranks than samples, some parts are empty. A bad sample that may be skipped
+    has the label -1.
     """
 
     def __init__(
         self, folder: str | Path, index: Index, config: DataConfig, *, rank: int, ranks: int, batch_size: int
     ) -> None:
         split = index.split(config.eval)
-        slices = plan_evaluation(split, rank, ranks)
         self.most_batches = -(-split.samples // (ranks * batch_size))  # of any rank; each has this many, or one fewer
-        raw_batches = partial(_evaluation_batches, Path(folder), slices, index.class_count, batch_size)
-        dataset = _DecodedBatches(raw_batches, EvalTransform(config.image_size))
-        self._batches = _parallel(dataset, config.loader_processes)
+        self.batch_size, self.config = batch_size, config
+        source = make_source(folder, index, config, config.eval)
+        slices = plan_evaluation(split, rank, ranks)
+        decoder = Decoder(config.image_size, EvalView(config.image_size))
+        raw_batches = partial(_evaluation_batches, partial(source.items, slices), batch_size)
+        self._produce = _Decode(raw_batches, source, decoder, config.max_bad_samples > 0, False)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield images, float32 [B, 3, S, S], and labels, int64 [B]. Raises DataError as TrainLoader.batches()."""
-        return _unwrap(self._batches)
+        """Yield batches. Raises DataError as TrainLoader.batches(); the limit is one of each evaluation."""
+        batches = _batches(self._produce, self.batch_size, self.config)
+        return _limited(batches, 0, self.config.max_bad_samples, "this evaluation on this rank")
 
 
-def _evaluation_batches(
-    folder: Path, slices: list[ShardSlice], classes: int | None, batch_size: int
-) -> Iterator[RawBatch]:
-    for samples in _chunks(read_slices(folder, slices, classes), batch_size):
-        yield 0, samples
+def make_source(folder: str | Path, index: Index, config: DataConfig, split: str) -> Source:
+    """Where the samples of a split come from.
 
-
-def _chunks(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
-    while chunk := list(islice(samples, size)):
-        yield chunk
-
-
-class _DecodedBatches(IterableDataset[Batch | DataError]):
-    """Decodes raw batches: all of them, or in loader process p of P the numbers p, p + P, p + 2P, ...
-
-    A DataError is the last item and not raised: DataLoader would bury its message in a traceback.
+    Raises:
+        DataError: the shards are behind a URL, and the cache cannot be used.
     """
-
-    def __init__(self, raw_batches: Callable[[], Iterator[RawBatch]], transform: Transform) -> None:
-        self.raw_batches, self.transform = raw_batches, transform
-
-    def __iter__(self) -> Iterator[Batch | DataError]:
-        process = get_worker_info()
-        first, step = (process.id, process.num_workers) if process else (0, 1)
-        try:
-            for seed, samples in islice(self.raw_batches(), first, None, step):
-                yield decode_batch(samples, self.transform, seed)
-        except DataError as error:
-            yield error
+    classes = index.class_count
+    if not is_url(folder):
+        return RandomAccess(partial(_in_folder, Path(folder)), classes)
+    url = str(folder).rstrip("/")
+    if config.cache_gb == 0:
+        return Streamed(f"{url}/{{}}".format, partial(_open_shard, url), classes)
+    place = Path(config.cache_dir or default_cache()).expanduser()
+    shards = {shard.name: shard for shard in index.split(split).shards}
+    cache = ShardCache(url, place, int(config.cache_gb * 1e9), shards)
+    return RandomAccess(cache.path, classes, cache.announce)
 
 
-def _parallel(dataset: _DecodedBatches, processes: int) -> Iterable[Batch | DataError]:
-    """The dataset's items in order, decoded by so many loader processes, or in this one for 0."""
-    if processes == 0:
-        return dataset
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        collate_fn=_unchanged,  # the default makes a list of a pair
-        num_workers=processes,  # DataLoader gives each of them one thread for torch's operators
-        multiprocessing_context=_CONTEXT,
-        worker_init_fn=_end_with_rank,
-        generator=torch.Generator(),  # without one, DataLoader draws from the global generator
-    )
+def default_cache() -> Path:
+    """The folder of cached shards where the configuration names none."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qsr_engine"
 
 
-def _end_with_rank(_: int) -> None:
-    """End this loader process when its rank is gone, killed or not.
-
-    DataLoader looks for that too, but at the parent of the process, which here is the fork server; and the fork
-    server lives as long as one of its processes does.
-    """
-    rank = multiprocessing.parent_process()
-    assert rank is not None
-
-    def wait() -> None:
-        rank.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
+def _in_folder(folder: Path, name: str) -> Path:
+    return folder / name
 
 
-def _unchanged(item: Any) -> Any:
-    return item
+def _open_shard(url: str, name: str) -> IO[bytes]:
+    return open_url(f"{url}/{name}")
 
 
-def _unwrap(items: Iterable[Batch | DataError]) -> Iterator[Batch]:
-    try:
-        for item in items:
-            if isinstance(item, DataError):
-                raise item
-            yield item
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise DataError(f"a loader process ended: {error}; was it killed, perhaps for want of memory?") from None
+def _evaluation_batches(items: Callable[[], Iterator[Item]], batch_size: int) -> Iterator[RawBatch]:
+    stream = items()
+    while batch := list(islice(stream, batch_size)):
+        yield 0, batch
+
+
+@dataclass
+class _Decode:
+    """Decodes raw batches: p, p + P, p + 2P, ... of them (see ring.Produce)."""
+
+    raw_batches: Callable[[], Iterator[RawBatch]]
+    source: Source
+    decoder: Decoder
+    skip: bool
+    replace: bool
+
+    def __call__(self, process: int, processes: int, room: Callable[[], Pixels]) -> Iterator[Beside]:
+        for seed, samples in self.samples(process, processes):
+            yield decode_batch(samples, self.decoder, seed, room(), skip=self.skip, replace=self.replace)
+
+    def samples(self, process: int, processes: int) -> Iterator[tuple[int, list[Sample | DataError]]]:
+        """The seed and the samples of these batches, read and not decoded."""
+        for seed, items in self._announced(islice(self.raw_batches(), process, None, processes)):
+            yield seed, [self.source.load(item) for item in items]
+
+    def _announced(self, batches: Iterator[RawBatch]) -> Iterator[RawBatch]:
+        """The batches, each of them announced to the source before the one that is _AHEAD of it is yielded."""
+        ahead: deque[RawBatch] = deque()
+        for batch in batches:
+            for item in batch[1]:
+                self.source.announce(item)
+            ahead.append(batch)
+            if len(ahead) > _AHEAD:
+                yield ahead.popleft()
+        yield from ahead
+
+
+def _limited(batches: Iterator[Batch], skipped: int, limit: int, where: str) -> Iterator[Batch]:
+    """The batches, until more samples than the limit were skipped."""
+    for batch in batches:
+        skipped += len(batch.skipped)
+        if skipped > limit:
+            raise DataError(
+                f"{batch.skipped[-1]}. It is bad sample number {skipped} of {where}, and data.max_bad_samples is "
+                f"{limit}"
+            )
+        yield batch
+
+
+def _batches(produce: _Decode, batch_size: int, config: DataConfig) -> Iterator[Batch]:
+    shape = (batch_size, config.image_size, config.image_size, 3)
+    processes = config.loader_processes
+    decoded = run_in_processes(produce, shape, processes) if processes else run_here(produce, shape)
+    for pixels, (labels, skipped) in decoded:
+        images = torch.from_numpy(pixels)[: len(labels)].permute(0, 3, 1, 2)
+        del pixels  # or the slot would be held until the next batch is asked for
+        yield Batch(images, torch.tensor(labels, dtype=torch.int64), skipped)
+        del images

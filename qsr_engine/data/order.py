@@ -1,9 +1,12 @@
 """Which samples a rank reads, and in which order: pure functions of the index, the seed and the epoch.
 
-For every (seed, epoch) the shards are permuted, laid end to end and rotated by a random number of samples: that is
-the epoch's global order of N samples. Rank r takes the range [r * n, (r + 1) * n) of it. Ranks so read disjoint
-ranges of equal length without talking to one another, and the N - ranks * n samples at the end, which no rank reads,
-are others in every epoch.
+For every (seed, epoch) the shards are permuted and laid end to end: the epoch's global order of N samples. The ranks
+take ranges of it, one after another, that together are all of it. So a rank has one endless stream of samples, epoch
+after epoch, and a batch may hold the last samples of one epoch and the first of the next: no sample is left out, every
+sample comes exactly once in an epoch, and every rank takes the same number of steps, whatever N is.
+
+Where N is not a multiple of the number of ranks, ranges differ by one sample, and other ranks have the longer one in
+the next epoch: after any number of epochs two streams differ by one sample at most.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from qsr_engine.config import digest
-from qsr_engine.data.index import DataError, Shard, Split
+from qsr_engine.data.index import Shard, Split
 
 
 class ShardSlice(NamedTuple):
@@ -29,23 +32,24 @@ def seed_for(purpose: str, *numbers: int) -> int:
     return digest({"purpose": purpose, "numbers": numbers})
 
 
-def plan_epoch(split: Split, seed: int, epoch: int, rank: int, ranks: int, per_rank: int) -> list[ShardSlice]:
-    """What a rank reads in an epoch, in order, before the local shuffle.
+def samples_before(epoch: int, samples: int, rank: int, ranks: int) -> int:
+    """How many samples a rank's stream has before an epoch; over all ranks they add up to epoch * samples."""
+    return (epoch * samples + rank) // ranks
 
-    Args:
-        per_rank: samples that every rank reads, batches_per_epoch * batch_size.
-    Raises:
-        DataError: the split has fewer samples than ranks * per_rank.
-    """
-    if ranks * per_rank > split.samples:
-        raise DataError(
-            f"an epoch of {per_rank} samples for each of {ranks} ranks needs {ranks * per_rank} samples, and the "
-            f"split has {split.samples}; write a smaller batch or give more data"
-        )
+
+def epoch_of(position: int, samples: int, rank: int, ranks: int) -> tuple[int, int]:
+    """The epoch of a position in a rank's stream, and how many samples of the rank's range are before it."""
+    epoch = -((rank - ranks * (position + 1)) // samples) - 1
+    return epoch, position - samples_before(epoch, samples, rank, ranks)
+
+
+def plan_epoch(split: Split, seed: int, epoch: int, rank: int, ranks: int) -> list[ShardSlice]:
+    """What a rank reads in an epoch, in order, before the local shuffle."""
     generator = random.Random(seed_for("epoch", seed, epoch))
     shards = generator.sample(split.shards, len(split.shards))
-    start = generator.randrange(split.samples) + rank * per_rank
-    return slice_shards(shards * 2, start, start + per_rank)
+    ends = [samples_before(epoch + 1, split.samples, r, ranks) for r in range(rank + 1)]
+    lengths = [end - samples_before(epoch, split.samples, r, ranks) for r, end in enumerate(ends)]
+    return slice_shards(shards, sum(lengths[:-1]), sum(lengths))
 
 
 def plan_evaluation(split: Split, rank: int, ranks: int) -> list[ShardSlice]:

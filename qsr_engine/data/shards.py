@@ -1,22 +1,25 @@
-"""Tar shards through the webdataset library: write one, read one.
+"""From a tar shard to samples: through the webdataset library, one after another, or at random from a local file.
 
 Samples are raw bytes throughout. webdataset's own decoders are never used: they unpickle what a shard tells them to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, Protocol
 
-from webdataset import TarWriter
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from qsr_engine.data.index import DataError, Shard, measure_shard, replacing
+from qsr_engine.data.index import DataError
 from qsr_engine.data.order import ShardSlice
+from qsr_engine.data.random_access import TarShard, TwiceError, ends_early, unreadable
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png")
+# Shards that a reader keeps open. The samples of a shuffle buffer come from few shards, and from older ones now and
+# then; a shard that was closed is walked again.
+OPEN_SHARDS = 64
 
 
 class Sample(NamedTuple):
@@ -27,73 +30,173 @@ class Sample(NamedTuple):
     image: bytes
     label: int
 
+    @property
+    def where(self) -> str:
+        """How messages name it."""
+        return f"{self.shard}: sample {self.key!r}"
 
-def write_shard(path: Path, samples: Iterable[tuple[str, str, bytes, int]]) -> Shard:
-    """Write (key, image suffix, image bytes, label) as one tar file; the same samples give the same bytes."""
-    written = 0
-    with (
-        replacing(path) as stream,
-        TarWriter(stream, user="", group="", mtime=0, encoder=False) as writer,
-    ):
-        for key, suffix, image, label in samples:
-            writer.write({"__key__": key, suffix: image, "cls": str(label).encode()})
-            written += 1
-    return measure_shard(path, written)
+
+class Position(NamedTuple):
+    """A sample that has not been read: the name of its shard, and its number in it."""
+
+    shard: str
+    number: int
+
+
+Item = Position | Sample | DataError
+
+
+class Source(Protocol):
+    """Where samples come from. Items are shuffled, and only those that this process decodes are loaded."""
+
+    def items(self, slices: Iterable[ShardSlice]) -> Iterator[Item]:
+        """One item for every sample of the slices, in order."""
+
+    def load(self, item: Item) -> Sample | DataError:
+        """The sample of an item, or what is wrong with it."""
+
+    def announce(self, item: Item) -> None:
+        """Say that an item will be loaded soon."""
+
+
+class RandomAccess:
+    """Samples from local files, each read when it is loaded.
+
+    Args:
+        path: the local file of a shard, by the shard's name; DataError where it cannot be had.
+        classes: number of classes, or None where it is not known.
+        announce: called with the name of a shard some time before the first of its samples is loaded.
+    """
+
+    def __init__(
+        self, path: Callable[[str], Path], classes: int | None, announce: Callable[[str], None] | None = None
+    ) -> None:
+        self._path, self._classes, self._announce = path, classes, announce
+        self._open: OrderedDict[str, TarShard | DataError] = OrderedDict()
+        self._announced: OrderedDict[str, None] = OrderedDict()
+
+    def items(self, slices: Iterable[ShardSlice]) -> Iterator[Item]:
+        for piece in slices:
+            for number in range(piece.start, piece.stop):
+                yield Position(piece.name, number)
+
+    def load(self, item: Item) -> Sample | DataError:
+        assert isinstance(item, Position)
+        shard = self._shard(item.shard)
+        if isinstance(shard, DataError):
+            return shard
+        try:
+            return parse_sample(shard.path, shard.read(item.number), self._classes)
+        except DataError as error:
+            return error
+
+    def announce(self, item: Item) -> None:
+        assert isinstance(item, Position)
+        if self._announce is None or item.shard in self._announced:
+            return
+        self._announce(item.shard)
+        self._announced[item.shard] = None
+        if len(self._announced) > OPEN_SHARDS:
+            self._announced.popitem(last=False)
+
+    def _shard(self, name: str) -> TarShard | DataError:
+        """An open shard, or why it cannot be opened; that is not tried again for every sample of it."""
+        if name in self._open:
+            self._open.move_to_end(name)
+            return self._open[name]
+        try:
+            self._open[name] = TarShard(self._path(name))
+        except DataError as error:
+            self._open[name] = error
+        if len(self._open) > OPEN_SHARDS:
+            self._open.popitem(last=False)
+        return self._open[name]
+
+
+class Streamed:
+    """Samples from shards that are read from beginning to end by the webdataset library, and kept nowhere.
+
+    Args:
+        name: how messages call a shard.
+        open_shard: a stream of a shard's bytes, by the shard's name.
+        classes: number of classes, or None where it is not known.
+    """
+
+    def __init__(self, name: Callable[[str], str], open_shard: Callable[[str], IO[bytes]], classes: int | None) -> None:
+        self._name, self._stream, self._classes = name, open_shard, classes
+
+    def items(self, slices: Iterable[ShardSlice]) -> Iterator[Item]:
+        for piece in slices:
+            number = 0
+            try:
+                for raw in read_stream(self._name(piece.name), lambda piece=piece: self._stream(piece.name)):  # type: ignore[misc]
+                    if number >= piece.start:
+                        yield self._parse(piece.name, raw)
+                    number += 1
+                    if number == piece.stop:
+                        break
+                else:
+                    raise ends_early(self._name(piece.name), number)
+            except DataError as error:
+                for _ in range(max(number, piece.start), piece.stop):
+                    yield error
+
+    def load(self, item: Item) -> Sample | DataError:
+        assert not isinstance(item, Position)
+        return item
+
+    def announce(self, item: Item) -> None:
+        pass
+
+    def _parse(self, shard: str, raw: dict[str, Any]) -> Sample | DataError:
+        try:
+            return parse_sample(self._name(shard), raw, self._classes)
+        except DataError as error:
+            return error
 
 
 def read_shard(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the samples of a shard as webdataset groups them: `__key__`, and bytes by member suffix.
 
     Raises:
-        DataError: the file is missing, is not a tar file, or ends in the middle.
+        DataError: the file is missing, is not a tar file, or ends in the middle, or a key is there twice.
     """
+    # The file is opened here and not by webdataset, which takes a path for a URL and leaves closing to chance.
+    return read_stream(str(path), lambda: open(path, "rb"))
+
+
+def read_stream(name: str, open_shard: Callable[[], IO[bytes]]) -> Iterator[dict[str, Any]]:
+    """As read_shard(), of any stream; `name` is what messages call it."""
     done = 0
+    keys = set()
     try:
-        # The file is opened here and not by webdataset, which takes a path for a URL and leaves closing to chance.
-        with open(path, "rb") as stream:
-            for sample in group_by_keys(tar_file_expander([{"url": str(path), "stream": stream}])):
+        with open_shard() as stream:
+            for sample in group_by_keys(tar_file_expander([{"url": name, "stream": stream}])):
+                if sample["__key__"] in keys:
+                    raise TwiceError(sample["__key__"])
+                keys.add(sample["__key__"])
                 yield sample
                 done += 1
-    except Exception as error:  # tarfile, zlib, lzma and webdataset raise a dozen types between them
-        reason = getattr(error, "strerror", None) or "it is truncated or not a tar file; copy or write it again"
-        raise DataError(f"{path}: this shard cannot be read past sample {done}: {reason}") from error
+    except DataError:
+        raise
+    except Exception as error:  # tarfile, zlib, lzma, fsspec and webdataset raise a dozen types between them
+        raise unreadable(name, done, error) from error
 
 
-def read_slices(folder: Path, slices: Iterable[ShardSlice], classes: int | None) -> Iterator[Sample]:
-    """Yield the samples of each slice in order; those before its start are passed over.
-
-    Args:
-        classes: number of classes, or None where it is not known.
-    Raises:
-        DataError: as read_shard() and parse_sample(), or a shard that holds fewer samples than the index says.
-    """
-    for piece in slices:
-        path = folder / piece.name
-        found = 0
-        for raw in islice(read_shard(path), piece.stop):
-            if found >= piece.start:
-                yield parse_sample(path, raw, classes)
-            found += 1
-        if found < piece.stop:
-            raise DataError(
-                f"{path}: this shard ends after {found} samples, and its index says that there are more; "
-                "copy or write it again"
-            )
-
-
-def parse_sample(path: Path, raw: dict[str, Any], classes: int | None) -> Sample:
+def parse_sample(path: Path | str, raw: dict[str, Any], classes: int | None) -> Sample:
     """Take image and label out of the members of a sample. Raises DataError where one is missing or wrong."""
     key = raw["__key__"]
+    image = next((raw[suffix] for suffix in IMAGE_SUFFIXES if suffix in raw), None)
+    text = raw.get("cls", b"").strip()
+    if image is not None and text.isdigit() and len(text) < 10 and (classes is None or int(text) < classes):
+        return Sample(str(path), key, image, int(text))
     where = f"{path}: sample {key!r}"
     members = ", ".join(name for name in raw if not name.startswith("__"))
-    image = next((raw[suffix] for suffix in IMAGE_SUFFIXES if suffix in raw), None)
     if image is None:
         raise DataError(f"{where} has no image ({key}.jpg, .jpeg or .png); its members are: {members}")
     if "cls" not in raw:
         raise DataError(f"{where} has no label ({key}.cls); its members are: {members}")
-    text = raw["cls"].strip()
     if not (text.isdigit() and len(text) < 10):
         raise DataError(f"{where} has the label {text[:20]!r}; a label is a whole number from 0, in decimal digits")
-    if classes is not None and int(text) >= classes:
-        raise DataError(f"{where} has the label {int(text)}, and there are {classes} classes (0 to {classes - 1})")
-    return Sample(str(path), key, image, int(text))
+    assert classes is not None
+    raise DataError(f"{where} has the label {int(text)}, and there are {classes} classes (0 to {classes - 1})")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,18 +26,21 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qsr_engine.config import DataConfig
-from qsr_engine.data import decoding, shards
+from qsr_engine.data import decoding
+from qsr_engine.data.decoding import Batch
 from qsr_engine.data.index import DataError, Index, Shard, Split, measure_shard, write_index
 from qsr_engine.data.loader import EvalLoader, TrainLoader
-from qsr_engine.data.order import plan_epoch, plan_evaluation
-from qsr_engine.data.shards import read_shard, read_slices, write_shard
+from qsr_engine.data.order import epoch_of, plan_epoch, plan_evaluation, samples_before
+from qsr_engine.data.random_access import TarShard
+from qsr_engine.data.shards import Position, RandomAccess, Sample, Streamed, read_shard
+from qsr_engine.data.writing.tar import write_shard
 
 ROOT = Path(__file__).parents[2]
 SHA = "0" * 64
 SIZES = [30, 1, 40, 29]  # samples in the shards of `numbered`: 100, and the label of a sample is its number
-Batch = tuple[torch.Tensor, torch.Tensor]
 
 
+@cache
 def noise(seed: int, mode: str = "PNG") -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     stream = io.BytesIO()
@@ -44,13 +51,16 @@ def noise(seed: int, mode: str = "PNG") -> bytes:
 @pytest.fixture(scope="module")
 def numbered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Index]:
     """100 noise images in shards of uneven size; label and key of each are its number."""
-    folder = tmp_path_factory.mktemp("numbered")
+    return shards_of(tmp_path_factory.mktemp("numbered"), SIZES)
+
+
+def shards_of(folder: Path, sizes: list[int]) -> tuple[Path, Index]:
     shards, first = [], 0
-    for shard, size in enumerate(SIZES):
+    for shard, size in enumerate(sizes):
         samples = [(f"{n:08d}", "png", noise(n), n) for n in range(first, first + size)]
         shards.append(write_shard(folder / f"all-{shard:06d}.tar", samples))
         first += size
-    return folder, Index(classes=None, splits={"all": Split(samples=100, shards=shards)})
+    return folder, Index(classes=None, splits={"all": Split(samples=first, shards=shards)})
 
 
 def config(**changes: Any) -> DataConfig:
@@ -59,7 +69,7 @@ def config(**changes: Any) -> DataConfig:
 
 
 def train_loader(data: tuple[Path, Index], **changes: Any) -> TrainLoader:
-    options = {"rank": 0, "ranks": 2, "batch_size": 6, "batches_per_epoch": 8, "seed": 0}
+    options = {"rank": 0, "ranks": 2, "batch_size": 6, "seed": 0}
     own = {key: changes.pop(key) for key in list(changes) if key in options}
     return TrainLoader(*data, config(**changes), **{**options, **own})
 
@@ -69,12 +79,13 @@ def take(batches: Iterator[Batch], number: int) -> list[Batch]:
 
 
 def labels(batches: list[Batch]) -> list[int]:
-    return [int(label) for _, batch in batches for label in batch]
+    return [int(label) for batch in batches for label in batch.labels]
 
 
 def equal(left: list[Batch], right: list[Batch]) -> bool:
     return len(left) == len(right) and all(
-        torch.equal(a, b) for one, two in zip(left, right, strict=True) for a, b in zip(one, two, strict=True)
+        torch.equal(one.images, two.images) and torch.equal(one.labels, two.labels) and one.skipped == two.skipped
+        for one, two in zip(left, right, strict=True)
     )
 
 
@@ -93,22 +104,67 @@ def positions(slices: list[Any]) -> list[tuple[str, int]]:
 @settings(max_examples=200, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 12), min_size=1, max_size=8),
-    ranks=st.integers(1, 5),
+    ranks=st.integers(1, 9),
     seed=st.integers(0, 3),
-    epoch=st.integers(0, 3),
-    data=st.data(),
+    epoch=st.integers(0, 40),
 )
-def test_ranks_read_disjoint_parts_of_equal_size(
-    sizes: list[int], ranks: int, seed: int, epoch: int, data: st.DataObject
+def test_the_ranks_of_an_epoch_read_every_sample_exactly_once(
+    sizes: list[int], ranks: int, seed: int, epoch: int
 ) -> None:
     split = split_of(sizes)
-    per_rank = data.draw(st.integers(0, split.samples // ranks))
-    plans = [plan_epoch(split, seed, epoch, rank, ranks, per_rank) for rank in range(ranks)]
+    plans = [plan_epoch(split, seed, epoch, rank, ranks) for rank in range(ranks)]
     read = [position for plan in plans for position in positions(plan)]
-    assert [len(positions(plan)) for plan in plans] == [per_rank] * ranks
-    assert len(set(read)) == len(read) == ranks * per_rank
-    assert set(read) <= {(shard.name, n) for shard in split.shards for n in range(shard.samples)}
-    assert plans == [plan_epoch(split, seed, epoch, rank, ranks, per_rank) for rank in range(ranks)]
+    assert sorted(read) == sorted((shard.name, n) for shard in split.shards for n in range(shard.samples))
+    lengths = [len(positions(plan)) for plan in plans]
+    assert max(lengths) - min(lengths) <= 1
+    for rank, length in enumerate(lengths):
+        before, after = (samples_before(e, split.samples, rank, ranks) for e in (epoch, epoch + 1))
+        assert after - before == length
+    streams = [samples_before(epoch, split.samples, rank, ranks) for rank in range(ranks)]
+    assert max(streams) - min(streams) <= 1, "streams never drift apart"
+
+
+@given(samples=st.integers(1, 50), ranks=st.integers(1, 9), data=st.data())
+def test_a_position_is_found_in_its_epoch(samples: int, ranks: int, data: st.DataObject) -> None:
+    rank, position = data.draw(st.integers(0, ranks - 1)), data.draw(st.integers(0, 500))
+    epoch, before = epoch_of(position, samples, rank, ranks)
+    start, stop = (samples_before(e, samples, rank, ranks) for e in (epoch, epoch + 1))
+    assert start <= position < stop
+    assert before == position - start
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    ranks=st.integers(1, 5),
+    batch_size=st.integers(1, 7),
+    buffer=st.integers(1, 40),
+)
+def test_keys_really_read_are_every_sample_once_an_epoch_and_steps_are_equal(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], ranks: int, batch_size: int, buffer: int
+) -> None:
+    """Real tar files, read by real loaders, over three epochs and more; every rank takes the same number of steps."""
+    data = shards_of(tmp_path_factory.mktemp("keys"), sizes)
+    total = sum(sizes)
+    steps = -(-3 * total // (ranks * batch_size)) + 1
+    loaders = [
+        TrainLoader(*data, config(shuffle_buffer=buffer), rank=r, ranks=ranks, batch_size=batch_size, seed=1)
+        for r in range(ranks)
+    ]
+    streams = [keys(loader, steps * batch_size) for loader in loaders]
+    for epoch in range(3):
+        read: list[str] = []
+        for rank, stream in enumerate(streams):
+            start, stop = (samples_before(e, total, rank, ranks) for e in (epoch, epoch + 1))
+            read += stream[start:stop]
+        assert sorted(read) == [f"{number:08d}" for number in range(total)], epoch
+
+
+def keys(loader: TrainLoader, number: int, start: int = 0) -> list[str]:
+    """The keys of so many samples from a place in the rank's stream on, read from the tar files."""
+    samples = [loader._source.load(item) for item in islice(loader.items(start), number)]
+    assert all(isinstance(sample, Sample) for sample in samples)
+    return [sample.key for sample in samples if isinstance(sample, Sample)]
 
 
 @given(sizes=st.lists(st.integers(1, 12), min_size=1, max_size=8), ranks=st.integers(1, 9))
@@ -120,73 +176,55 @@ def test_evaluation_parts_cover_every_sample_once_and_in_order(sizes: list[int],
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_what_is_left_out_differs_from_epoch_to_epoch_even_in_one_shard() -> None:
-    split = split_of([10])
-    left_out = {
-        frozenset(range(10)) - {n for r in range(3) for _, n in positions(plan_epoch(split, 0, epoch, r, 3, 3))}
-        for epoch in range(100)
-    }
-    assert len(left_out) == 10
-
-
-def test_an_epoch_that_is_too_long_or_has_no_batch_is_refused(numbered: tuple[Path, Index]) -> None:
-    with pytest.raises(DataError, match="needs 104 samples, and the split has 100"):
-        train_loader(numbered, batch_size=52, batches_per_epoch=1)
-    with pytest.raises(DataError, match="an epoch has 0 batches of 6 samples"):
-        train_loader(numbered, batches_per_epoch=0)
+def test_an_unknown_split_is_refused(numbered: tuple[Path, Index]) -> None:
     with pytest.raises(DataError, match="no split 'al'; did you mean 'all'"):
         train_loader(numbered, train="al")
 
 
-def test_keys_really_read_from_tar_files_are_disjoint(numbered: tuple[Path, Index]) -> None:
-    folder, index = numbered
-    for epoch in range(3):
-        keys = [
-            sample.key
-            for rank in range(3)
-            for sample in read_slices(folder, plan_epoch(index.split("all"), 5, epoch, rank, 3, 33), None)
-        ]
-        assert len(keys) == len(set(keys)) == 99
-
-
-def test_only_shards_of_the_range_are_opened_and_samples_before_it_are_not_parsed(
+def test_only_samples_of_the_batch_are_read_and_only_shards_that_hold_them_are_opened(
     numbered: tuple[Path, Index], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
-    parsed: list[str] = []
+    read: list[int] = []
+    at = TarShard.read
 
-    def reading(path: Path) -> Iterator[dict[str, Any]]:
-        opened.append(path.name)
-        return read_shard(path)
+    class Opened(TarShard):
+        def __init__(self, path: Path) -> None:
+            opened.append(path.name)
+            super().__init__(path)
 
-    def parsing(path: Path, raw: dict[str, Any], classes: int | None) -> str:
-        parsed.append(raw["__key__"])
-        return ""
+        def read(self, number: int) -> dict[str, str | bytes]:
+            read.append(number)
+            return at(self, number)
 
-    monkeypatch.setattr(shards, "read_shard", reading)
-    monkeypatch.setattr(shards, "parse_sample", parsing)
-    folder, index = numbered
-    list(shards.read_slices(folder, plan_evaluation(index.split("all"), 1, 3), None))  # samples 33 to 65
-    assert opened == ["all-000002.tar"]
-    assert parsed == [f"{number:08d}" for number in range(33, 66)]
+    monkeypatch.setattr("qsr_engine.data.shards.TarShard", Opened)
+    loader = train_loader(numbered, rank=1, shuffle_buffer=10)
+    next(loader.batches(3))
+    assert len(read) == 6
+    assert len(opened) == len(set(opened)) <= 3
+    assert opened == list(
+        dict.fromkeys(item.shard for item in islice(loader.items(18), 6) if isinstance(item, Position))
+    )
 
 
 # ------------------------------------------------------------------------------------------------- training
 
 
 def test_an_epoch_over_all_ranks_has_no_sample_twice(numbered: tuple[Path, Index]) -> None:
-    seen = [label for rank in range(2) for label in labels(take(train_loader(numbered, rank=rank).batches(), 8))]
-    assert len(seen) == len(set(seen)) == 96
+    seen = [n for rank in range(2) for n in labels(take(train_loader(numbered, rank=rank, batch_size=5).batches(), 10))]
+    assert sorted(seen) == list(range(100))
 
 
-def test_batches_have_the_promised_shape_and_scale(numbered: tuple[Path, Index]) -> None:
-    loader = train_loader(numbered, ranks=1, batch_size=10, batches_per_epoch=10, augment="none", image_size=8)
-    for images, batch_labels in take(loader.batches(), 2):
-        assert (images.shape, images.dtype) == ((10, 3, 8, 8), torch.float32)
-        assert (batch_labels.shape, batch_labels.dtype) == ((10,), torch.int64)
-        pixels = np.asarray(Image.open(io.BytesIO(noise(int(batch_labels[3]))))) / 255
-        expected = (pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
-        np.testing.assert_allclose(images[3].numpy(), expected.transpose(2, 0, 1), atol=1e-5)
+def test_batches_have_the_promised_shape_and_pixels(numbered: tuple[Path, Index]) -> None:
+    for processes in (0, 2):
+        loader = train_loader(numbered, ranks=1, batch_size=10, augment="none", loader_processes=processes)
+        for images, batch_labels, skipped in take(loader.batches(), 2):
+            assert (images.shape, images.dtype) == ((10, 3, 8, 8), torch.uint8)
+            assert images.is_contiguous(memory_format=torch.channels_last)
+            assert (batch_labels.shape, batch_labels.dtype) == ((10,), torch.int64)
+            assert skipped == ()
+            pixels = np.asarray(Image.open(io.BytesIO(noise(int(batch_labels[3])))))
+            assert np.array_equal(images[3].permute(1, 2, 0).numpy(), pixels)
 
 
 def test_order_and_augmentation_depend_on_seed_epoch_and_rank(numbered: tuple[Path, Index]) -> None:
@@ -198,16 +236,17 @@ def test_order_and_augmentation_depend_on_seed_epoch_and_rank(numbered: tuple[Pa
 
 
 def test_the_buffer_shuffles_within_the_part_of_the_rank(numbered: tuple[Path, Index]) -> None:
-    shuffled = labels(take(train_loader(numbered, shuffle_buffer=48).batches(), 8))
-    as_read = labels(take(train_loader(numbered, shuffle_buffer=1).batches(), 8))
+    shuffled = labels(take(train_loader(numbered, batch_size=5, shuffle_buffer=48).batches(), 10))
+    as_read = labels(take(train_loader(numbered, batch_size=5, shuffle_buffer=1).batches(), 10))
     assert shuffled != as_read
     assert sorted(shuffled) == sorted(as_read)
 
 
 def test_the_same_image_is_augmented_differently_in_another_epoch(numbered: tuple[Path, Index]) -> None:
-    batches = take(train_loader(numbered, ranks=1, batch_size=50, batches_per_epoch=2).batches(), 4)
+    batches = take(train_loader(numbered, ranks=1, batch_size=50).batches(), 4)
     first, second = (
-        {int(n): image for pair in part for image, n in zip(*pair, strict=True)} for part in (batches[:2], batches[2:])
+        {int(n): image for batch in part for image, n in zip(batch.images, batch.labels, strict=True)}
+        for part in (batches[:2], batches[2:])
     )
     same = sum(torch.equal(image, second[number]) for number, image in first.items())
     assert same < 30  # of 100; one of 18 crops and flips is drawn twice by chance
@@ -218,9 +257,9 @@ def test_no_two_batches_are_augmented_with_the_same_random_numbers(
 ) -> None:
     seeds = []
 
-    def decode(samples: Any, transform: Any, seed: int) -> Batch:
+    def decode(samples: Any, decoder: Any, seed: int, *_: Any, **__: Any) -> tuple[list[int], tuple[str, ...]]:
         seeds.append(seed)
-        return torch.empty(0), torch.empty(0)
+        return [0], ()
 
     monkeypatch.setattr("qsr_engine.data.loader.decode_batch", decode)
     for rank in range(2):
@@ -238,9 +277,9 @@ def test_resuming_at_a_batch_gives_the_batches_from_there(numbered: tuple[Path, 
 def test_batches_before_start_are_not_decoded(numbered: tuple[Path, Index], monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = []
 
-    def decode(samples: Any, transform: Any, seed: int) -> Batch:
+    def decode(samples: Any, decoder: Any, seed: int, *rest: Any, **options: Any) -> Any:
         decoded.append(seed)
-        return decoding.decode_batch(samples, transform, seed)
+        return decoding.decode_batch(samples, decoder, seed, *rest, **options)
 
     monkeypatch.setattr("qsr_engine.data.loader.decode_batch", decode)
     next(train_loader(numbered).batches(7))
@@ -304,7 +343,7 @@ from qsr_engine.data.loader import TrainLoader
 
 if __name__ == "__main__":
     config = DataConfig(shards=sys.argv[1], train="all", image_size=8, loader_processes=2)
-    options = {"rank": 0, "ranks": 1, "batch_size": 10, "batches_per_epoch": 10, "seed": 0}
+    options = {"rank": 0, "ranks": 1, "batch_size": 10, "seed": 0}
     batches = TrainLoader(sys.argv[1], read_index(sys.argv[1]), config, **options).batches()
     next(batches)
     print("ready", flush=True)
@@ -319,6 +358,161 @@ def running(pid: int) -> bool:
         return False
 
 
+@pytest.mark.parametrize("processes", [1, 3])
+def test_a_rank_may_keep_batches(numbered: tuple[Path, Index], processes: int) -> None:
+    """A batch lies in memory that is used again, but not while somebody has it or a part of it."""
+    alone = take(train_loader(numbered).batches(), 30)
+    batches = train_loader(numbered, loader_processes=processes).batches()
+    kept, rows = [], []
+    for number in range(30):
+        batch = next(batches)
+        if number % 3 == 0:
+            kept.append(batch)
+        else:
+            rows.append((number, batch.images[2, 1]))
+    assert equal(kept, alone[::3])
+    assert all(torch.equal(row, alone[number].images[2, 1]) for number, row in rows)
+
+
+def test_batches_outlive_the_loader(numbered: tuple[Path, Index]) -> None:
+    batches = train_loader(numbered, loader_processes=2).batches()
+    first = next(batches)
+    batches.close()  # type: ignore[attr-defined]
+    assert equal([first], take(train_loader(numbered).batches(), 1))
+
+
+def test_memory_is_used_again(numbered: tuple[Path, Index]) -> None:
+    places = {batch.images.data_ptr() for batch in islice(train_loader(numbered, loader_processes=2).batches(), 40)}
+    assert len(places) <= 6, "two processes of three slots each"
+
+
+def test_more_loader_processes_than_shards_and_batches(tmp_path: Path) -> None:
+    data = shards_of(tmp_path, [3])
+    alone = take(train_loader(data, ranks=1, batch_size=2).batches(), 9)
+    assert equal(take(train_loader(data, ranks=1, batch_size=2, loader_processes=5).batches(), 9), alone)
+    assert len(list(EvalLoader(*data, config(loader_processes=5), rank=0, ranks=1, batch_size=2))) == 2
+
+
+def test_a_loader_process_that_is_killed_is_an_error(numbered: tuple[Path, Index]) -> None:
+    batches = train_loader(numbered, loader_processes=1).batches()
+    next(batches)
+    own = [process for process in multiprocessing.active_children() if process.name.startswith("ForkServerProcess")]
+    for process in own:
+        os.kill(process.pid or 0, signal.SIGKILL)
+    with pytest.raises(DataError, match="a loader process ended of SIGKILL; was it killed, perhaps for want of memory"):
+        take(batches, 10)
+
+
+def test_a_failure_of_ours_has_its_traceback(numbered: tuple[Path, Index]) -> None:
+    loader = train_loader(numbered, loader_processes=1)
+    loader._decoder.choose = broken_view
+    with pytest.raises(RuntimeError, match=r"(?s)a loader process failed:.*in broken_view.*division by zero"):
+        next(loader.batches())
+
+
+def broken_view(width: int, height: int, random: Any) -> Any:
+    return 1 / 0
+
+
+# ------------------------------------------------------------------------------- both ways of reading, and URLs
+
+
+def test_the_webdataset_library_gives_the_same_samples_in_the_same_order(numbered: tuple[Path, Index]) -> None:
+    folder, index = numbered
+    slices = plan_epoch(index.split("all"), 3, 1, 1, 2)
+    streamed = Streamed(str, lambda name: (folder / name).open("rb"), 100)
+    random_access = RandomAccess(lambda name: folder / name, 100)
+    one, other = ([source.load(item) for item in source.items(slices)] for source in (streamed, random_access))
+    assert [(s.key, s.image, s.label) for s in one if isinstance(s, Sample)] == [
+        (s.key, s.image, s.label) for s in other if isinstance(s, Sample)
+    ]
+    assert len(one) == 50
+
+
+NAMES = [
+    "a.jpg",
+    "a.cls",
+    "b.c.jpg",
+    "b.cls",
+    "B.CLS",
+    "d/e.jpg",
+    "d/e.cls",
+    "d.f/g.cls",
+    "./h.cls",
+    ".i",
+    "j",
+    "__k__.x",
+]
+NAMES += [
+    "__l__/m.cls",
+    "n..cls",
+    "o.",
+    "d/.p",
+    "q" * 99 + ".jpg",
+    "r" * 150 + ".jpg",
+    "s" * 90 + "/" + "t" * 90 + ".cls",
+]
+
+
+@settings(max_examples=200, deadline=None)
+@given(names=st.lists(st.sampled_from(NAMES), max_size=8, unique=True), format=st.sampled_from([0, 1, 2]))
+def test_members_are_grouped_as_webdataset_groups_them(
+    tmp_path_factory: pytest.TempPathFactory, names: list[str], format: int
+) -> None:
+    path = tmp_path_factory.mktemp("names") / "all-000000.tar"
+    with tarfile.open(path, "w", format=format) as tar:
+        folder = tarfile.TarInfo("folder")
+        folder.type = tarfile.DIRTYPE
+        if len(names) == 3:
+            tar.addfile(folder)
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = len(name)
+            with contextlib.suppress(ValueError):  # too long for this format
+                tar.addfile(info, io.BytesIO(name.encode()))
+    try:
+        expected = [{k: v for k, v in raw.items() if k != "__url__"} for raw in read_shard(path)]
+    except DataError as error:
+        expected = [{"error": str(error)}]
+    shard = TarShard(path)
+    found: list[dict[str, Any]] = [shard.read(number) for number in range(len(shard.samples))]
+    if "error" in (expected[0] if expected else {}):
+        with pytest.raises(DataError) as raised:
+            shard.read(len(shard.samples))
+        assert str(raised.value) == expected[0]["error"]
+    else:
+        assert found == expected
+
+
+def test_a_damaged_header_is_found_and_samples_before_it_are_good(tmp_path: Path) -> None:
+    folder, _ = shards_of(tmp_path, [5])
+    path = folder / "all-000000.tar"
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        places = [info.offset for info in tar]
+    for number, place in enumerate(places):
+        for at in (0, 5, 100, 124, 130, 148, 156, 257, 345):
+            damaged = bytearray(whole)
+            damaged[place + at] ^= 0x11
+            path.write_bytes(damaged)
+            shard = TarShard(path)
+            assert len(shard.samples) <= number // 2 + 1
+            for good in range(number // 2):
+                assert shard.read(good)["cls"] == str(good).encode()
+            with pytest.raises(DataError, match=r"all-000000\.tar: this shard (cannot be read past|ends after)"):
+                shard.read(number // 2 + 1)
+
+
+def test_a_key_that_is_there_twice_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "all-000000.tar"
+    write_shard(path, [(key, "png", noise(0), 0) for key in ("a", "b", "a")])
+    for read in (lambda: list(read_shard(path)), lambda: TarShard(path).read(2)):
+        with pytest.raises(
+            DataError, match=r"all-000000\.tar: this shard .* past sample 2: the key 'a' is there twice"
+        ):
+            read()
+
+
 # ----------------------------------------------------------------------------------------------- evaluation
 
 
@@ -329,7 +523,7 @@ def test_evaluation_sees_every_sample_once_in_order(numbered: tuple[Path, Index]
     ]
     parts = [list(loader) for loader in loaders]
     assert [label for part in parts for label in labels(part)] == list(range(100))
-    assert [[len(batch) for batch, _ in part] for part in parts] == [[8] * 4 + [1], [8] * 4 + [1], [8] * 4 + [2]]
+    assert [[len(batch.images) for batch in part] for part in parts] == [[8] * 4 + [1], [8] * 4 + [1], [8] * 4 + [2]]
     assert all(equal(list(loader), part) for loader, part in zip(loaders, parts, strict=True))
 
 
@@ -378,7 +572,7 @@ def evaluate(data: tuple[Path, Index], processes: int = 0) -> list[Batch]:
 
 def train(data: tuple[Path, Index], processes: int = 0) -> list[Batch]:
     samples = data[1].splits["all"].samples
-    loader = train_loader(data, ranks=1, batch_size=1, batches_per_epoch=samples, loader_processes=processes)
+    loader = train_loader(data, ranks=1, batch_size=1, loader_processes=processes)
     return take(loader.batches(), samples)
 
 
@@ -456,3 +650,48 @@ def test_a_shard_name_is_never_a_command(tmp_path: Path, monkeypatch: pytest.Mon
     write_index(folder, broken_data(folder, IMAGE | LABEL)[1])
     evaluate((folder, broken_data(folder, IMAGE | LABEL)[1]))
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+# ------------------------------------------------------------------------------------------- skipping bad samples
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+@pytest.mark.parametrize("case", list(BROKEN))
+def test_a_bad_sample_is_skipped_where_that_is_allowed(tmp_path: Path, case: str, processes: int) -> None:
+    if processes and case not in ("no label", "truncated jpeg"):
+        return  # the same code, and each costs the start of two processes
+    data = broken_data(tmp_path, BROKEN[case][0])
+    options = config(max_bad_samples=2, loader_processes=processes)
+    loader = TrainLoader(*data, options, rank=0, ranks=1, batch_size=4, seed=0)
+    batches = take(loader.batches(), 4)  # two epochs: the sample is bad in both
+    assert [len(batch.labels) for batch in batches] == [4] * 4
+    skipped = [text for batch in batches for text in batch.skipped]
+    assert len(skipped) == 2
+    assert all(re.search(BROKEN[case][1], text) and "'k7'" in text for text in skipped)
+    with pytest.raises(
+        DataError, match=r"'k7'.* It is bad sample number 3 of this rank, and data\.max_bad_samples is 2"
+    ):
+        take(loader.batches(), 6)
+    with pytest.raises(DataError, match="bad sample number 3"):
+        take(loader.batches(start=2, skipped=2), 2)
+    evaluated = list(EvalLoader(*data, options, rank=0, ranks=1, batch_size=3))
+    assert labels(evaluated) == [0, 0, 0, 0, 0, 0, -1, 0]
+    assert [len(batch.skipped) for batch in evaluated] == [0, 0, 1]
+
+
+def test_the_rest_of_a_truncated_shard_is_skipped_where_that_is_allowed(tmp_path: Path) -> None:
+    data = shards_of(tmp_path, [6, 6])
+    path = tmp_path / "all-000001.tar"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    streamed = Streamed(str, lambda name: (tmp_path / name).open("rb"), None)
+    random_access = RandomAccess(lambda name: tmp_path / name, None)
+    slices = plan_evaluation(data[1].split("all"), 0, 1)
+    for source in (streamed, random_access):
+        found = [source.load(item) for item in source.items(slices)]
+        assert len(found) == 12
+        good = [sample.label for sample in found if isinstance(sample, Sample)]
+        assert good == list(range(len(good)))
+        assert 6 < len(good) < 12
+        assert all("all-000001.tar: " in str(error) for error in found[len(good) :])
+    loader = TrainLoader(*data, config(max_bad_samples=6), rank=0, ranks=1, batch_size=6, seed=0)
+    assert sum(len(batch.skipped) for batch in take(loader.batches(), 2)) == 12 - len(good)

@@ -33,6 +33,7 @@ RECORD = Record(
     seconds_averaging=None,
     seconds_data=0.1,
     images_per_second=1234.4,
+    data_percent=1.25,
 )
 EVALUATED = dataclasses.replace(
     RECORD, step=20, bytes_sent=2.0**40 + 3, relative_distance=1e-3, eval_accuracy=91.24, eval_loss=0.31
