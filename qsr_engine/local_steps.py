@@ -167,8 +167,11 @@ class LocalSteps:
             self._average()
         self.averagings += 1
         if not self.finished:
+            was = self.mode
             self.round += 1
             self._round = self._begin()
+            if was == "parallel" and self.mode == "local":
+                self.averager.begin_local()
         return True
 
     def _begin(self) -> Round:

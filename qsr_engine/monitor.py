@@ -146,6 +146,7 @@ class Record:
     relative_distance: float | None = None  # RMS over workers of ||x_k - mean|| / ||mean|| before the last averaging
     eval_accuracy: float | None = None  # %; None where this record has no evaluation
     eval_loss: float | None = None  # None likewise
+    sharpness: float | None = None  # largest eigenvalue of the loss's Hessian at the average; None likewise
     data_percent: float | None = None  # of the time since the last record: rank 0 waited for data
     skipped_samples: int = 0  # bad samples that rank 0 has skipped so far
     skipped_steps: int = 0  # updates skipped after an overflow, over all workers, as of the last boundary
@@ -170,6 +171,7 @@ TAGS = {
     "throughput/images_seen": "images_seen",
     "eval/accuracy": "eval_accuracy",
     "eval/loss": "eval_loss",
+    "eval/sharpness": "sharpness",
 }
 """TensorBoard's tag for every field of a record; the x axis is `step`."""
 

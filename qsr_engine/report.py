@@ -1,14 +1,19 @@
 """`qsr report RUN...`: reads finished and unfinished runs back and compares them.
 
-A table, the same figures in report.json, and three plots. Nothing here imports torch, nor pyplot with its global state.
+Tables, the same figures in report.json, plots, and one page, report.html, that holds all of it. Runs of one recipe that
+differ in nothing but their seed are a group: its mean and standard deviation are shown. Nothing here imports torch, nor
+pyplot with its global state.
 """
 
 from __future__ import annotations
 
+import base64
+import html
 import json
 import math
+import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,13 +154,85 @@ def figures(run: Run) -> dict[str, Any]:
         "hours": seconds / 3600,
         **{f"hours_{name}": None if part is None else part / 3600 for name, part in parts.items()},
         "images_per_second": last["images_seen"] / seconds if seconds else None,
+        "sharpness": next((y for _, y in reversed(_series(run, "sharpness"))), None),
         "notes": run.notes,
     }
 
 
 def _accuracies(run: Run) -> list[tuple[int, float]]:
     """(step, accuracy in %) of every evaluation."""
-    return [(row["step"], row["eval_accuracy"]) for row in run.records if row["eval_accuracy"] is not None]
+    return _series(run, "eval_accuracy")
+
+
+def _series(run: Run, name: str) -> list[tuple[int, float]]:
+    """(step, value) of a field, where it is known; a run of an earlier version may not have it."""
+    return [(row["step"], row[name]) for row in run.records if row.get(name) is not None]
+
+
+# ------------------------------------------------------------------------------------------- runs of several seeds
+
+
+@dataclass(frozen=True)
+class Group:
+    """Finished runs of one recipe with several seeds. Standard deviations are those of a sample, None of one run."""
+
+    name: str
+    strategy: str
+    runs: list[Run]
+
+    def mean(self, figure: str) -> float | None:
+        """The mean over the runs of one of their figures(); None where a run does not have it."""
+        values = self._values(figure)
+        return statistics.mean(values) if values else None
+
+    def deviation(self, figure: str) -> float | None:
+        """The standard deviation likewise."""
+        values = self._values(figure)
+        return statistics.stdev(values) if len(values) > 1 else None
+
+    def _values(self, figure: str) -> list[float]:
+        values = [figures(run)[figure] for run in self.runs]
+        return [] if None in values else values
+
+
+def groups(runs: Sequence[Run]) -> list[Group]:
+    """Groups of two or more finished runs whose recipes differ in their seed and in where they are written only."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.finished:
+            recipe = {key: value for key, value in run.recipe.items() if key not in ("seed", "logging")}
+            found.setdefault(json.dumps(recipe, sort_keys=True, default=str), []).append(run)
+    many = [same for same in found.values() if len(same) > 1]
+    return [Group(_common(run.name for run in same), same[0].strategy, same) for same in many]
+
+
+def _common(names: Iterable[str]) -> str:
+    """What names of one group have in common at their beginning."""
+    first, *others = names
+    length = next((n for n in range(len(first), 0, -1) if all(o.startswith(first[:n]) for o in others)), 0)
+    return first[:length].rstrip("-_. ").removesuffix("seed").rstrip("-_. ") or first
+
+
+def group_table(found: Sequence[Group]) -> str:
+    """Mean and standard deviation over the runs of each group, a line each."""
+    return _aligned(_group_rows(found))
+
+
+def _group_rows(found: Sequence[Group]) -> list[list[str]]:
+    rows = [["group", "strategy", "runs", "accuracy %", "communication %", "sharpness"]]
+    for group in found:
+        row = [_with_deviation(group, "accuracy_percent", "{:.2f}".format)]
+        row += [_three_digits(group.mean("communication_percent") or 0.0)]
+        row += [_with_deviation(group, "sharpness", _three_digits)]
+        rows.append([group.name, group.strategy, str(len(group.runs)), *row])
+    return rows
+
+
+def _with_deviation(group: Group, figure: str, text: Callable[[float], str]) -> str:
+    mean, deviation = group.mean(figure), group.deviation(figure)
+    if mean is None or deviation is None:
+        return "\N{EN DASH}"
+    return f"{text(mean)} \N{PLUS-MINUS SIGN} {text(deviation)}"
 
 
 def _three_digits(value: float) -> str:
@@ -176,21 +253,34 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (  # header, figur
     ("averaging h", "hours_averaging", _three_digits),
     ("data h", "hours_data", _three_digits),
     ("images/s", "images_per_second", _three_digits),
+    ("sharpness", "sharpness", _three_digits),
 )
 
 
 def table(runs: Sequence[Run]) -> str:
     """The figures of the runs, a line each, and below them what is to be said about single runs."""
-    rows = [[header for header, _, _ in _COLUMNS]]
+    notes = "".join(f"\n{run.name}: {note}" for run in runs for note in run.notes)
+    return _aligned(_rows(runs)) + (notes and "\n" + notes)
+
+
+def _rows(runs: Sequence[Run]) -> list[list[str]]:
+    """The header, then a row a run; a column that no run has is left out."""
+    rows = []
     for run in runs:
         row = figures(run)
         row["steps"] = f"{row['step']}/{row['total_steps']}"
-        rows.append(["\N{EN DASH}" if row[key] is None else text(row[key]) for _, key, text in _COLUMNS])
+        rows.append(row)
+    columns = [column for column in _COLUMNS if column[1] != "sharpness" or any(row["sharpness"] for row in rows)]
+    written = [["\N{EN DASH}" if row[key] is None else text(row[key]) for _, key, text in columns] for row in rows]
+    return [[header for header, _, _ in columns], *written]
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """A table: names on the left, numbers on the right, a rule under the header."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, ["-" * width for width in widths])
-    aligned = [[f"{row[0]:{widths[0]}}", f"{row[1]:{widths[1]}}", *map(str.rjust, row[2:], widths[2:])] for row in rows]
-    notes = "".join(f"\n{run.name}: {note}" for run in runs for note in run.notes)
-    return "\n".join(map("  ".join, aligned)) + (notes and "\n" + notes)
+    ruled = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    lines = [[f"{row[0]:{widths[0]}}", f"{row[1]:{widths[1]}}", *map(str.rjust, row[2:], widths[2:])] for row in ruled]
+    return "\n".join(map("  ".join, lines))
 
 
 # Okabe and Ito's colours, which colour-blind readers tell apart too; the dashes change with every turn through them.
@@ -200,8 +290,11 @@ _DASHES = ("-", "--", ":", "-.")
 
 def plots(runs: Sequence[Run], out_dir: Path) -> list[Path]:
     """Draw the runs into out_dir and return the files; those over accuracy only where a run was evaluated."""
-    evaluated = any(_accuracies(run) for run in runs)
-    drawings = [_period_and_lr, *([_accuracy_over_communication, _accuracy_over_steps] if evaluated else [])]
+    drawings = [_period_and_lr]
+    if any(_accuracies(run) for run in runs):
+        drawings += [_accuracy_over_communication, _accuracy_over_steps]
+    if any(_series(run, "sharpness") for run in runs):
+        drawings.append(_sharpness_over_steps)
     out_dir.mkdir(parents=True, exist_ok=True)
     files = [out_dir / f"{draw.__name__[1:]}.png" for draw in drawings]
     for draw, file in zip(drawings, files, strict=True):
@@ -257,15 +350,44 @@ def _accuracy_over_steps(runs: Sequence[Run]) -> Figure:
     return figure
 
 
-def _accuracy_over_communication(runs: Sequence[Run]) -> Figure:
-    """A marker a run, hollow where it is unfinished; the labels stand in a column, where none covers another."""
-    points, (figure, (panel,)) = [], _panels(runs, ["accuracy (%)"], "communication (% of parallel)")
+def _sharpness_over_steps(runs: Sequence[Run]) -> Figure:
+    figure, (panel,) = _panels(runs, ["sharpness (largest eigenvalue)"])
     for index, run in enumerate(runs):
-        row, colour = figures(run), _COLOURS[index % len(_COLOURS)]
-        x, y = row["communication_percent"], row["accuracy_percent"]
+        if points := _series(run, "sharpness"):
+            panel.plot(*zip(*points, strict=True), marker="o", markersize=4, **_curve(index, runs))
+    panel.set_yscale("log")
+    figure.legend(loc="outside lower center", frameon=False)
+    return figure
+
+
+def _accuracy_over_communication(runs: Sequence[Run]) -> Figure:
+    """A marker a run, hollow where it is unfinished, or a group, with its standard deviation as an error bar.
+
+    The labels stand in a column, where none covers another.
+    """
+    found = groups(runs)
+    grouped = {run.name for group in found for run in group.runs}
+    shown: list[tuple[Any, Any, Any, str, bool]] = [
+        (
+            group.mean("communication_percent"),
+            group.mean("accuracy_percent"),
+            group.deviation("accuracy_percent"),
+            f"{group.name} ({group.strategy}, {len(group.runs)} runs)",
+            True,
+        )
+        for group in found
+    ]
+    for run in runs:
+        if run.name not in grouped:
+            row = figures(run)
+            shown.append((row["communication_percent"], row["accuracy_percent"], None, _label(run), run.finished))
+    points, (figure, (panel,)) = [], _panels(runs, ["accuracy (%)"], "communication (% of parallel)")
+    for index, (x, y, deviation, label, finished) in enumerate(shown):
         if x is not None and y is not None:
-            panel.plot(x, y, "o", markersize=8, color=colour, markerfacecolor=colour if run.finished else "white")
-            points.append((y, x, _label(run)))
+            colour = _COLOURS[index % len(_COLOURS)]
+            style = {"color": colour, "markerfacecolor": colour if finished else "white", "capsize": 4}
+            panel.errorbar(x, y, yerr=deviation, fmt="o", markersize=8, **style)
+            points.append((y, x, label))
     if points and max(xs := [x for _, x, _ in points]) > 10 * min(xs) > 0:
         panel.set_xscale("log")
         panel.xaxis.get_major_locator().set_params(subs=(1, 2, 5))
@@ -292,8 +414,43 @@ def report(paths: Sequence[str | Path], out_dir: str | Path | None = None) -> st
         runs = [replace(run, name=str(run.path)) for run in runs]
     folder = Path(out_dir or runs[0].path.resolve().parent / "report")
     try:
-        files = [*plots(runs, folder), folder / "report.json"]
-        files[-1].write_text(json.dumps([figures(run) for run in runs], indent=2) + "\n", encoding="utf-8")
+        drawn = plots(runs, folder)
+        files = [*drawn, folder / "report.json", folder / "report.html"]
+        files[-2].write_text(json.dumps([figures(run) for run in runs], indent=2) + "\n", encoding="utf-8")
+        files[-1].write_text(page(runs, drawn), encoding="utf-8")
     except OSError as error:
         raise ReportError(f"{folder}: cannot write the report: {error.strerror or error}; choose another") from error
-    return "\n".join([table(runs), "", *map(str, files)])
+    found = groups(runs)
+    return "\n".join([table(runs), *(["", group_table(found)] if found else []), "", *map(str, files)])
+
+
+def page(runs: Sequence[Run], drawn: Sequence[Path]) -> str:
+    """One page with the tables, the notes and the plots; it needs no other file."""
+    parts = [_html_table(_rows(runs))]
+    if found := groups(runs):
+        parts.append("<h2>Several seeds</h2>" + _html_table(_group_rows(found)))
+    notes = [f"<li>{html.escape(f'{run.name}: {note}')}</li>" for run in runs for note in run.notes]
+    parts += [f"<ul>{''.join(notes)}</ul>"] if notes else []
+    for file in drawn:
+        title, data = file.stem.replace("_", " "), base64.b64encode(file.read_bytes()).decode()
+        parts.append(
+            f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
+        )
+    return _PAGE.format("\n".join(parts))
+
+
+def _html_table(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    return f"<table><thead><tr>{head}</tr></thead>{''.join(f'<tr>{row}</tr>' for row in body)}</table>"
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>qsr report</title><style>
+body {{ font-family: sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
+td {{ padding: 0.2em 0.7em; text-align: right; border-bottom: 1px solid #ddd; }}
+td:nth-child(-n+2) {{ text-align: left; }} thead {{ font-weight: bold; }} img {{ max-width: 100%; }}
+</style></head><body><h1>Comparison of runs</h1>
+{}
+</body></html>
+"""

@@ -130,6 +130,7 @@ def simulate(
     state: tuple[str, ...] = (),
     average_buffers: bool = False,
     gradient_dtype: torch.dtype | None = None,
+    outer: dict[str, Any] | None = None,
 ) -> tuple[list[nn.Module], list[float]]:
     """Train K workers in one process.
 
@@ -150,6 +151,8 @@ def simulate(
         average_buffers: floating-point buffers (batch-norm statistics), of which every rank has its own, are averaged
             over all ranks at a boundary of local steps; the models returned hold those of each worker's first rank.
         gradient_dtype: type to which a rank's gradient goes before it is averaged, and in which it stays.
+        outer: arguments of torch.optim.SGD, which at each boundary of local steps takes (what the round began with -
+            the average) for the gradient of what the round began with.
         delay: steps from a boundary until its average takes effect, as x += average - x at the boundary; at the latest
             at the next boundary, and at once at the last one.
     Returns:
@@ -167,6 +170,8 @@ def simulate(
     ends = dict(boundaries(qsr))
     first_local = next((step for step, mode in ends.items() if mode == "local"), total + 1)
     distances = []
+    global_parameters = [p.data.clone() for p in models[0].parameters()]  # that the round began with
+    outer_optimizer = torch.optim.SGD(global_parameters, **outer) if outer else None
     differences: list[list[Tensor]] = []  # average - x at the boundary, of every worker, while they are delayed
     apply_at = 0
     for step in range(total):
@@ -197,6 +202,9 @@ def simulate(
                 group["lr"] = learning_rate(qsr["lr"], step, total)
             if not skipped(worker, step):
                 optimizer.step()
+        if parallel:
+            for x, parameter in zip(global_parameters, models[0].parameters(), strict=True):
+                x.copy_(parameter.data)
         if differences and (step + 1 == apply_at or step + 1 in ends):
             for model, difference in zip(models, differences, strict=True):
                 for parameter, change in zip(model.parameters(), difference, strict=True):
@@ -220,7 +228,14 @@ def simulate(
                     for average, model in zip(averaged, models, strict=True)
                 ]
             else:
+                if outer_optimizer is not None:
+                    for x, mean in zip(global_parameters, averaged[0].parameters(), strict=True):
+                        x.grad = x - mean.data
+                    outer_optimizer.step()
                 for average, model in zip(averaged, models, strict=True):
+                    if outer_optimizer is not None:
+                        for parameter, x in zip(average.parameters(), global_parameters, strict=True):
+                            parameter.data.copy_(x)
                     model.load_state_dict(average.state_dict())
             if average_buffers:
                 _average([[b for b in own if b.is_floating_point()] for own in buffers])

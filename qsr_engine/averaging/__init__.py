@@ -5,7 +5,8 @@ What happens at a boundary, in this order:
 1. every rank reads its buckets once: their sum of squares says whether they are finite, and gives the distance;
 2. all ranks exchange a header (`agreement`); where they disagree, every rank raises and nothing is averaged;
 3. the buckets become their mean over the workers, in pieces that are in flight together;
-4. the sum of squares of the average gives the distance of the workers from it.
+4. the sum of squares of the average gives the distance of the workers from it;
+5. an outer optimizer, if there is one, moves on from the average.
 
 This package knows tensors, modules and process groups, and no engine. Its files, in the order of their imports:
 
@@ -15,6 +16,7 @@ This package knows tensors, modules and process groups, and no engine. Its files
     shared_memory  the mean inside one host on CPUs, where every rank sees the buckets of the others
     wire           the mean of differences in bf16, fp16 or int8
     cuda_graph     the mean captured in a CUDA graph
+    outer          what becomes of the mean: SGD on the workers' mean movement
     overlap        the mean in the background: behind the next forward, or behind whole steps
     averager       all of it for one rank
 """

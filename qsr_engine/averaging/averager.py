@@ -21,10 +21,11 @@ from qsr_engine.averaging.collectives import (
     sum_of_squares,
 )
 from qsr_engine.averaging.cuda_graph import Captured
+from qsr_engine.averaging.outer import Outer
 from qsr_engine.averaging.overlap import Background, Gate
 from qsr_engine.averaging.shared_memory import share
 from qsr_engine.averaging.wire import PIECE, Compressed
-from qsr_engine.config import AveragingConfig
+from qsr_engine.config import AveragingConfig, OuterConfig
 
 
 class Averager:
@@ -42,6 +43,8 @@ class Averager:
             holds them all.
         tensors: gives the tensors whose values the buckets hold, always the same ones; `moved()` looks at them.
         device: where the collectives of all ranks and of shard_group run, if not where the buckets are (offload).
+        outer: what becomes of the mean; without it, the mean is the result. The buckets hold the same values on every
+            rank of the group then.
     Raises:
         ConfigError: options.cuda_graph, and the buckets cannot be averaged in a CUDA graph.
     """
@@ -55,6 +58,7 @@ class Averager:
         shard_group: Group = None,
         tensors: Callable[[], Sequence[Tensor]] = lambda: (),
         device: torch.device | None = None,
+        outer: OuterConfig | None = None,
     ) -> None:
         self.buckets = list(buckets)
         self.group = group
@@ -63,6 +67,7 @@ class Averager:
         self.workers = dist.get_world_size(group)
         self._mean = _mean(self.buckets, group, options)  # may move the buckets' memory: addresses are read after it
         self.pieces = list(self._mean.pieces)
+        self._outer = Outer(outer, self.buckets) if outer and not outer.is_plain_average else None
         self._order = list(range(len(self.pieces)))
         self.step = 0  # of the boundary; errors name it
         self._tensors = tensors
@@ -105,8 +110,13 @@ class Averager:
     def _run_to_the_end(self) -> Iterator[int]:
         self._squares.clear()
         for index, squares in self._mean.run(self._order):
+            if self._outer is not None and squares is None:
+                squares = self._squares_of(self.pieces[index])  # of the mean, before the outer step
             if squares is not None:
                 self._squares[index] = squares
+            if self._outer is not None:
+                self._outer.step(self.pieces[index])
+                self._mean.moved(index)
             for part in self.pieces[index].tensors:
                 self._refresh(part)
             yield index
@@ -264,19 +274,29 @@ class Averager:
 
     # ----------------------------------------------------------------------------------------------- state
 
+    def begin_local(self) -> None:
+        """Local steps begin after `parallel` ones: the buckets hold the same values on every worker."""
+        if self._outer is not None:
+            self._outer.begin_round()
+
     def restart(self) -> None:
         """The buckets have been loaded, the same on every worker: forget what earlier averagings left."""
         if isinstance(self._mean, Compressed):
             self._mean.restart()
+        if self._outer is not None:
+            self._outer.restart()
 
     def state_dict(self) -> dict[str, Any]:
-        """What this rank carries over from one averaging to the next; empty but for the wire type int8."""
-        return self._mean.state_dict() if isinstance(self._mean, Compressed) else {}
+        """What this rank carries over from one averaging to the next: int8's rounding errors, the outer momentum."""
+        state = self._mean.state_dict() if isinstance(self._mean, Compressed) else {}
+        return state if self._outer is None else {**state, "outer": self._outer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state_dict(), after restart(). Raises ValueError if it is of other buckets."""
         if isinstance(self._mean, Compressed):
             self._mean.load_state_dict(state)
+        if self._outer is not None and "outer" in state:
+            self._outer.load_state_dict(state["outer"])
 
     def close(self) -> None:
         """Wait for the background and free what must not outlive the process group."""

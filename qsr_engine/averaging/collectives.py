@@ -75,6 +75,9 @@ class Mean(abc.ABC):
             CollectiveError: a collective failed.
         """
 
+    def moved(self, index: int) -> None:  # noqa: B027  # most have nothing to remember
+        """A piece that run() has yielded was changed, alike on every rank, before the next averaging begins."""
+
 
 STAGING_BUCKETS = 2
 

@@ -222,6 +222,11 @@ class Compressed(Mean):
         return collective(piece_name(self.pieces, index), self.group)
 
     @torch.no_grad()
+    def moved(self, index: int) -> None:
+        """As Mean.moved: the next differences are those from where the piece is now."""
+        self._anchors[index].copy_(self.pieces[index].tensors[0])
+
+    @torch.no_grad()
     def restart(self) -> None:
         """Take the pieces' present values, the same on every rank, as the last average; nothing is carried over."""
         for piece, anchor in zip(self.pieces, self._anchors, strict=True):

@@ -140,6 +140,7 @@ def make_averager(
         shard_group=worker if masters.sharded else None,
         tensors=masters.held,
         device=device,
+        outer=qsr.outer,
     )
     if options.overlap == "next_forward":
         _overlap(averager, masters, qsr.worker_size)

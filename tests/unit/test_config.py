@@ -77,7 +77,10 @@ def refusal(**changes: Any) -> str:
             ["qsr.averaging", "the state would be averaged steps before the parameters"],
         ),
         ({"on_other_workers": "sum"}, ["qsr.on_other_workers", "'mean' or 'fresh'"]),
-        ({"outer": {"lr": 0.7}}, ["qsr.outer is set", "not there yet"]),
+        ({"outer": {"lr": 0.7, "nesterov": True}}, ["qsr.outer: nesterov is true and momentum is 0"]),
+        ({"outer": {"lr": 0.7, "momentum": 1}}, ["qsr.outer.momentum", "less than 1"]),
+        ({"outer": {"lr": 0.7, "speed": 1}}, ["qsr.outer.speed: unknown key"]),
+        ({"outer": {}, "averaging": {"overlap": "delayed", "delay_steps": 1}}, ["outer is set and", "'delayed'"]),
     ],
 )
 def test_wrong_blocks_are_refused_with_path_and_remedy(changes: dict[str, Any], words: list[str]) -> None:

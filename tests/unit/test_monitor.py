@@ -36,7 +36,7 @@ RECORD = Record(
     data_percent=1.25,
 )
 EVALUATED = dataclasses.replace(
-    RECORD, step=20, bytes_sent=2.0**40 + 3, relative_distance=1e-3, eval_accuracy=91.24, eval_loss=0.31
+    RECORD, step=20, bytes_sent=2.0**40 + 3, relative_distance=1e-3, eval_accuracy=91.24, eval_loss=0.31, sharpness=12.5
 )
 
 

@@ -8,6 +8,7 @@ import functools
 import http.server
 import multiprocessing
 import threading
+import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -202,7 +203,12 @@ def test_no_space_in_the_cache_is_said(
     monkeypatch.setattr(fsspec.filesystem("http"), "get_file", full)
     with pytest.raises(DataError, match=r"there is no space for http://.*; write a smaller data\.cache_gb, another"):
         batches(url, tmp_path)
-    assert not [file for file in tmp_path.iterdir() if file.suffix in (".tar", ".part")]
+    deadline = time.monotonic() + 10  # the thread that fetches ahead may be at it still
+    while (left := [file for file in tmp_path.iterdir() if file.suffix in (".tar", ".part")]) and (
+        time.monotonic() < deadline
+    ):
+        time.sleep(0.01)
+    assert not left
 
 
 def test_a_cache_that_cannot_be_made_is_said(served: tuple[Path, str, list[str]], tmp_path: Path) -> None:

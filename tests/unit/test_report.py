@@ -2,27 +2,50 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
 from qsr_engine.monitor import Monitor, Record, open_run_folder
-from qsr_engine.report import ReportError, figures, find_runs, plots, read_run, report, strategy_label, table
+from qsr_engine.report import (
+    ReportError,
+    figures,
+    find_runs,
+    group_table,
+    groups,
+    plots,
+    read_run,
+    report,
+    strategy_label,
+    table,
+)
 
 QSR = {"strategy": "qsr", "h_base": 4, "alpha": 0.0175, "power": 2.0}
 
 
 def write_run(
-    folder: Path, qsr: dict[str, Any] = QSR, *, steps: int = 40, finished: bool = True, evaluated: bool = True
+    folder: Path,
+    qsr: dict[str, Any] = QSR,
+    *,
+    steps: int = 40,
+    finished: bool = True,
+    evaluated: bool = True,
+    seed: int = 0,
+    accuracy: float = 80,
+    sharpness: float | None = None,
 ) -> Path:
     """A run of 40 steps in all, of which `steps` are done, with a record every 10."""
-    open_run_folder(folder, yaml.safe_dump({"qsr": {**qsr, "total_steps": 40}}))
+    recipe = {"qsr": {**qsr, "total_steps": 40}, "seed": seed, "logging": {"name": folder.name}}
+    open_run_folder(folder, yaml.safe_dump(recipe))
     with Monitor(folder, 40, tensorboard=False, stream=io.StringIO()) as monitor:
         for step in range(10, steps + 1, 10):
             record = Record(
@@ -39,7 +62,8 @@ def write_run(
                 seconds_averaging=None if qsr["strategy"] == "parallel" else 3.6 * step,
                 seconds_data=0.0,
                 images_per_second=2.0,
-                eval_accuracy=80 + step / 8 if evaluated and step % 20 == 0 else None,
+                sharpness=sharpness,
+                eval_accuracy=accuracy + step / 8 if evaluated and step % 20 == 0 else None,
             )
             monitor.log(record)
         if finished:
@@ -167,8 +191,9 @@ def test_report_writes_plots_and_figures(tmp_path: Path) -> None:
     text = report(runs)
     assert text.startswith(table([read_run(run) for run in runs]))
     folder = tmp_path / "report"
-    names = ["period_and_lr.png", "accuracy_over_communication.png", "accuracy_over_steps.png", "report.json"]
-    assert text.splitlines()[-4:] == [str(folder / name) for name in names]
+    names = ["period_and_lr.png", "accuracy_over_communication.png", "accuracy_over_steps.png"]
+    names += ["report.json", "report.html"]
+    assert text.splitlines()[-5:] == [str(folder / name) for name in names]
     for name in names[:3]:
         with Image.open(folder / name) as image:
             assert image.size >= (1200, 600)
@@ -203,3 +228,44 @@ def test_an_out_dir_that_cannot_be_is_refused(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a")
     with pytest.raises(ReportError, match=r"recipe\.yaml: cannot write the report"):
         report([run], run / "recipe.yaml")
+
+
+def test_runs_that_differ_in_their_seed_are_a_group(tmp_path: Path) -> None:
+    for seed, accuracy in ((0, 80.0), (1, 81.0), (2, 83.0)):
+        write_run(tmp_path / f"qsr-seed{seed}", seed=seed, accuracy=accuracy, sharpness=10.0 + seed)
+    write_run(tmp_path / "parallel-seed0", {"strategy": "parallel"})
+    write_run(tmp_path / "qsr-seed3", seed=3, accuracy=0.0, finished=False)
+    runs = [read_run(path) for path in find_runs([tmp_path])]
+    (group,) = groups(runs)
+    assert (group.name, group.strategy, len(group.runs)) == ("qsr", "qsr H>=4 alpha=0.0175", 3)
+    assert group.mean("accuracy_percent") == pytest.approx(5 + (80 + 81 + 83) / 3)
+    assert group.deviation("accuracy_percent") == pytest.approx(np.std([80, 81, 83], ddof=1))
+    assert group_table(groups(runs)).splitlines()[2].split() == [
+        *("qsr", "qsr", "H>=4", "alpha=0.0175", "3"),
+        *("86.33", "\N{PLUS-MINUS SIGN}", "1.53", "12.3", "11.0", "\N{PLUS-MINUS SIGN}", "1.00"),
+    ]
+
+
+def test_another_batch_size_is_another_group(tmp_path: Path) -> None:
+    runs = []
+    for seed, name in enumerate(("a", "b")):
+        path = write_run(tmp_path / name, seed=seed)
+        recipe = yaml.safe_load((path / "recipe.yaml").read_text())
+        (path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "batch": {"train_batch_size": 64 * (seed + 1)}}))
+        runs.append(read_run(path))
+    assert groups(runs) == []
+
+
+def test_the_page_needs_no_other_file(tmp_path: Path) -> None:
+    for seed in range(2):
+        write_run(tmp_path / f"runs/<b>{seed}", seed=seed, sharpness=3.0)
+    said = report([tmp_path / "runs"], tmp_path / "out")
+    assert said.splitlines()[-1] == str(tmp_path / "out" / "report.html")
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert "<b>0" not in text, "names are escaped"
+    assert "&lt;b&gt;0" in text
+    images = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
+    drawn = ["period_and_lr", "accuracy_over_communication", "accuracy_over_steps", "sharpness_over_steps"]
+    assert [base64.b64decode(image) for image in images] == [(tmp_path / f"out/{n}.png").read_bytes() for n in drawn]
+    assert len(re.findall(r'(?:src|href)="(?!data:)', text)) == 0
+    assert "Several seeds" in text
