@@ -34,6 +34,7 @@ from qsr_engine.data import (
 from qsr_engine.data.writing.data_sets import CIFAR10_ROOT, QUALITY, SHARD_BYTES
 from qsr_engine.data.writing.processes import usable_cores
 from qsr_engine.monitor import SUMMARY, check_run_folder, check_unfinished
+from qsr_engine.plan import plan, write_header
 from qsr_engine.recipe import load_recipe, resolve_recipe, resolve_recipe_batch
 from qsr_engine.report import ReportError, report
 
@@ -79,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--ranks", type=whole_number, help="processes on this host (default: one a GPU)")
     train.set_defaults(run=_train)
 
+    _add_plan(commands.add_parser("plan", help="what a run's schedule will be: rounds, periods, communication"))
+
     command = commands.add_parser("export", help="write a checkpoint's averaged model as safetensors")
     command.add_argument("checkpoint", help="a checkpoint's folder, or a folder of checkpoints: the newest whole one")
     command.add_argument("out", help="file to write; timm.create_model(NAME, checkpoint_path=OUT) loads it")
@@ -91,6 +94,21 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_shards(commands.add_parser("shards", help="make and check WebDataset shards"))
     return parser
+
+
+def _add_plan(command: argparse.ArgumentParser) -> None:
+    command.add_argument("recipe", help='YAML file, or a DeepSpeed configuration (.json) with a "qsr" block')
+    command.add_argument("--json", action="store_true", help="the same figures as JSON")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a key; repeatable"
+    )
+    command.add_argument(
+        "--samples", type=whole_number, metavar="N", help="training samples, where neither recipe nor shards say it"
+    )
+    command.add_argument(
+        "--write-header", action="store_true", help="write the share of communication into the recipe's first comment"
+    )
+    command.set_defaults(run=_plan)
 
 
 def _add_shards(parser: argparse.ArgumentParser) -> None:
@@ -274,6 +292,16 @@ def _prepare(args: argparse.Namespace) -> tuple[Recipe, Index]:
     for split in (recipe.data.train, recipe.data.eval):
         check_shards(recipe.data.shards, index, split)
     return resolve_recipe(recipe, index.split(recipe.data.train).samples), index
+
+
+def _plan(args: argparse.Namespace) -> int:
+    if args.write_header:
+        if args.json or args.set or args.samples:
+            raise ConfigError("--write-header says what the recipe itself says; leave the other options out")
+        print(write_header(args.recipe))
+    else:
+        print(plan(args.recipe, as_json=args.json, samples=args.samples, overrides=args.set))
+    return 0
 
 
 def _export(args: argparse.Namespace) -> int:

@@ -102,6 +102,25 @@ class AveragingConfig(StrictModel):
         return self
 
 
+class OuterConfig(StrictModel):
+    """The outer optimizer: SGD on the workers' mean movement (see `averaging.outer`)."""
+
+    lr: Positive = 1.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    nesterov: bool = False
+
+    @property
+    def is_plain_average(self) -> bool:
+        """Whether it gives the average itself."""
+        return self.lr == 1 and self.momentum == 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> OuterConfig:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov is true and momentum is 0; write a momentum such as 0.9, or nesterov false")
+        return self
+
+
 class QSRConfig(StrictModel):
     """The `"qsr"` block of a DeepSpeed configuration.
 
@@ -120,7 +139,7 @@ class QSRConfig(StrictModel):
     warmup_steps: Count | None = None
     worker_size: PositiveInt = 1
     averaging: AveragingConfig = AveragingConfig()
-    outer: dict[str, Any] | None = None
+    outer: OuterConfig | None = None  # None: the plain average, as in the paper
     # From a checkpoint of another number of workers: every optimizer starts from the mean of their states, or anew.
     on_other_workers: Literal["mean", "fresh"] = "mean"
 
@@ -131,8 +150,13 @@ class QSRConfig(StrictModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> QSRConfig:
-        if self.outer is not None:
-            raise ValueError("outer is set, and the outer optimizer is not there yet; write null, the plain average")
+        if self.outer is not None and self.strategy == "parallel":
+            raise ValueError("outer is set, and strategy 'parallel' averages no parameters; write null")
+        if self.outer is not None and self.averaging.overlap == "delayed":
+            raise ValueError(
+                "outer is set and averaging.overlap is 'delayed', which leaves the workers at different parameters; "
+                "write outer null, or the overlap 'none' or 'next_forward'"
+            )
         _check_strategy(self)
         _check_steps(self)
         return self
@@ -276,10 +300,14 @@ class RecipeQSR(QSRConfig):
 
 
 class ModelConfig(StrictModel):
-    """A model by name: `timm/NAME` or `torchvision/NAME`, with keyword arguments for its constructor."""
+    """A model by name, with keyword arguments for its constructor.
 
-    name: Annotated[str, Field(pattern=r"^(timm|torchvision)/[\w.\-]+$")]
+    `timm/NAME`, `torchvision/NAME`, or `qsr/NAME` for the package's own (`qsr_engine.models`).
+    """
+
+    name: Annotated[str, Field(pattern=r"^(timm|torchvision|qsr)/[\w.\-]+$")]
     kwargs: dict[str, Any] = {}
+    channels_last: bool = False  # memory format of its convolutions; images come so already
 
 
 class RandAugmentConfig(StrictModel):
@@ -295,6 +323,7 @@ class DataConfig(StrictModel):
     shards: Annotated[str, Field(min_length=1)]  # a folder, or the URL of one: http://, https://, s3://, gs://, ...
     train: str = "train"  # split names in index.json
     eval: str = "val"
+    train_samples: PositiveInt | None = None  # in the split `train`: a plan without the shards; compared with them
     image_size: PositiveInt
     augment: Literal["none", "crop", "crop_flip"] = "none"
     randaugment: RandAugmentConfig | None = None
@@ -321,7 +350,7 @@ class BatchConfig(StrictModel):
 
     train_batch_size: PositiveInt
     train_micro_batch_size_per_gpu: PositiveInt | None = None
-    gradient_accumulation_steps: PositiveInt = 1
+    gradient_accumulation_steps: PositiveInt | None = None  # follows from the other two
 
 
 class OptimizerConfig(StrictModel):
@@ -329,11 +358,22 @@ class OptimizerConfig(StrictModel):
 
     type: Literal["AdamW", "SGD"]
     weight_decay: NonNegative = 0.0
+    decay_norms_and_biases: bool = True  # false: weight_decay on parameters of two and more dimensions only
     betas: Annotated[list[NonNegative], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     eps: Positive = 1e-8
     momentum: NonNegative = 0.0
     nesterov: bool = False
     gradient_clipping: NonNegative = 0.0  # per worker; 0 clips nothing (DeepSpeed's own default is 1.0)
+
+
+class BatchNormConfig(StrictModel):
+    """Batch norm's running statistics are estimated anew before every evaluation, on the averaged parameters.
+
+    The defaults are the paper's: 128 micro-batches of 32, over all ranks together.
+    """
+
+    batches: PositiveInt = 128
+    batch_size: PositiveInt = 32
 
 
 class PrecisionConfig(StrictModel):
@@ -354,6 +394,7 @@ class LoggingConfig(StrictModel):
     every: PositiveInt = 10
     eval_every: PositiveInt | None = None  # None: at the end of the run only
     checkpoint_every: PositiveInt | None = None  # each at the next boundary; None: no checkpoints
+    sharpness_samples: Count = 0  # training pictures for the sharpness that each evaluation measures; 0: it does not
     tensorboard: bool = True
 
 
@@ -369,6 +410,7 @@ class Recipe(StrictModel):
     fsdp: FSDPOptions = FSDPOptions()  # read by the engine "fsdp" only
     qsr: RecipeQSR
     logging: LoggingConfig
+    batch_norm: BatchNormConfig | None = None  # None: the statistics that training itself keeps
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     epochs: Positive | None = None
     seed: Annotated[int, Field(ge=0, lt=2**62)] = 0

@@ -124,8 +124,14 @@ def resolve_recipe(recipe: Recipe, samples: int) -> Recipe:
             over is not seen in that epoch.
 
     Raises:
-        ConfigError: fewer samples than one batch, or durations that contradict one another.
+        ConfigError: fewer samples than one batch, other than data.train_samples, or durations that contradict one
+            another.
     """
+    if recipe.data.train_samples not in (None, samples):
+        raise ConfigError(
+            f"data.train_samples is {recipe.data.train_samples}, and the split {recipe.data.train!r} has {samples} "
+            f"samples; write {samples}, or null to take what the shards have"
+        )
     steps_per_epoch = samples // recipe.batch.train_batch_size
     if steps_per_epoch == 0:
         raise ConfigError(

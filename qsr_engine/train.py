@@ -14,23 +14,28 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qsr_engine.averaging import check_agreement
 from qsr_engine.checkpoint import any_here, gathered
 from qsr_engine.config import ConfigError, Recipe, check_world_size, flatten
 from qsr_engine.data import Index
+from qsr_engine.data.decoding import REGIONS
 from qsr_engine.data.device import MixUp, Normalise, on_device
 from qsr_engine.data.loader import EvalLoader, TrainLoader
+from qsr_engine.data.order import seed_for
+from qsr_engine.data.views import SMALL
 from qsr_engine.engines.from_recipe import Engine, make_engine
-from qsr_engine.models import create_model
+from qsr_engine.models import create_model, has_batch_norm, reestimated_batch_norm
 from qsr_engine.monitor import (
     CHECKPOINTS,
     RECIPE,
@@ -43,6 +48,7 @@ from qsr_engine.monitor import (
     open_run_folder,
 )
 from qsr_engine.recipe import Batch, dump_recipe, load_recipe, resolve_recipe_batch
+from qsr_engine.sharpness import largest_eigenvalue
 
 MODEL_FILE = "model.safetensors"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -76,12 +82,14 @@ def train(recipe: Recipe, index: Index, *, resume: bool = False) -> dict[str, An
             lock = lock_run_folder(recipe.run_dir)
     elif rank == 0:
         check_run_folder(recipe.run_dir)
+    if rank == 0 and not REGIONS and recipe.data.image_size > SMALL:
+        warnings.warn(
+            "qsr_engine was installed without a C compiler or libjpeg-turbo's headers, so JPEGs are decoded whole, "
+            'which takes longer; see "Train a recipe" in the README',
+            stacklevel=2,
+        )
     _share_cores()
-    torch.manual_seed(recipe.seed)
-    model = create_model(recipe.model, index.class_count, recipe.data.image_size)
-    if index.classes is None:  # so that a label that is too large is found where it is read
-        names = [str(label) for label in range(recipe.model.kwargs["num_classes"])]
-        index = index.model_copy(update={"classes": names})
+    model, index = _make_model(recipe, index)
     engine = make_engine(recipe, batch, model)
     if recipe.data.decoder == "gpu" and engine.device.type != "cuda":
         raise ConfigError(f"data.decoder is 'gpu', and this rank trains on {engine.device.type}; write decoder: cpu")
@@ -103,19 +111,12 @@ def train(recipe: Recipe, index: Index, *, resume: bool = False) -> dict[str, An
         run = _Run(
             recipe,
             engine,
-            TrainLoader(
-                recipe.data.shards,
-                index,
-                recipe.data,
-                seed=recipe.seed,
-                **loaders,
-            ),
+            TrainLoader(recipe.data.shards, index, recipe.data, seed=recipe.seed, **loaders),
             EvalLoader(recipe.data.shards, index, recipe.data, **loaders),
             monitor,
             batch,
             client,
-            str(index.digest()),
-            len(index.classes or ()),
+            index,
         )
         run.loop()
         summary = run.summary()
@@ -126,6 +127,18 @@ def train(recipe: Recipe, index: Index, *, resume: bool = False) -> dict[str, An
     if lock is not None:
         lock.close()
     return summary
+
+
+def _make_model(recipe: Recipe, index: Index) -> tuple[nn.Module, Index]:
+    """The recipe's model for these data, the same on every rank, and the data's index with a name for every class."""
+    torch.manual_seed(recipe.seed)
+    model = create_model(recipe.model, index.class_count, recipe.data.image_size)
+    if recipe.batch_norm is not None and not has_batch_norm(model):
+        raise ConfigError(f"batch_norm is given, and {recipe.model.name} has no batch norm; leave it out")
+    if index.classes is None:  # so that a label that is too large is found where it is read
+        names = [str(label) for label in range(recipe.model.kwargs["num_classes"])]
+        index = index.model_copy(update={"classes": names})
+    return model, index
 
 
 def _shared(recipe: Recipe) -> dict[str, Any]:
@@ -239,23 +252,24 @@ class _Run:
         monitor: Monitor,
         batch: Batch,
         client: dict[str, Any],
-        data: str,
-        classes: int,
+        index: Index,
     ) -> None:
         self.recipe = recipe
         self.engine = engine
         self.skipped_samples = client.get("skipped_samples", 0)
         self.batches = train.batches(engine.local_steps.step * batch.accumulation, self.skipped_samples, engine.device)
-        self._data = data
+        self._index = index
         self.evaluation = evaluation
         self.monitor = monitor
         self.batch = batch
         self.normalise = Normalise(engine.device, _DTYPES[recipe.precision.dtype])
-        self.mixup = MixUp(recipe.data.mixup, classes) if recipe.data.mixup > 0 else None
+        self.mixup = MixUp(recipe.data.mixup, len(index.classes or ())) if recipe.data.mixup > 0 else None
         self.clock = _Clock()
         self.accuracy = self.loss = math.nan
         self._losses: list[Tensor] = []
         self._logged = (0, 0.0, 0.0)  # step, training seconds and seconds of waiting for data at the last record
+        if recipe.batch_norm is not None:
+            engine.averaged_model = self._reestimated
         if client:
             self._resume(client)
 
@@ -280,7 +294,7 @@ class _Run:
         client = {
             "seconds": [self.clock.training(), self.clock.data],
             "logged": list(self._logged),
-            "data": self._data,
+            "data": str(self._index.digest()),
             "ranks": dist.get_world_size(),
             "losses": [loss.item() for loss in self._losses],
             "skipped_samples": self.skipped_samples,
@@ -324,20 +338,76 @@ class _Run:
         """Accuracy (%) and loss over the whole evaluation split, on the averaged parameters, over all ranks."""
         started = time.perf_counter()
         self.engine.local_steps.wait()
-        self.engine.local_steps.average_buffers()
-        self.engine.eval()
+        if self.recipe.batch_norm is None:
+            self.engine.local_steps.average_buffers()
         totals = torch.zeros(3, dtype=torch.float64, device=self.engine.device)  # samples, right ones, summed loss
-        for images, labels in self._evaluation_batches():
-            scores = self.engine.module(self.normalise(images)).float()
-            right = (scores.argmax(1) == labels).sum()
-            loss = F.cross_entropy(scores, labels, reduction="sum", ignore_index=-1)
-            totals += torch.stack([(labels >= 0).sum(), right, loss]).double()
+        with self.engine.averaged_model():
+            self.engine.eval()
+            for images, labels in self._evaluation_batches():
+                scores = self.engine.module(self.normalise(images)).float()
+                right = (scores.argmax(1) == labels).sum()
+                loss = F.cross_entropy(scores, labels, reduction="sum", ignore_index=-1)
+                totals += torch.stack([(labels >= 0).sum(), right, loss]).double()
         dist.all_reduce(totals)
         self.engine.train()
         samples, right, loss = totals.tolist()
         self.accuracy, self.loss = 100 * right / max(1, samples), loss / max(1, samples)
+        evaluated = {"eval_accuracy": self.accuracy, "eval_loss": self.loss}
+        if self.recipe.logging.sharpness_samples:
+            evaluated["sharpness"] = self._sharpness(self.recipe.logging.sharpness_samples)
         self.clock.elsewhere += time.perf_counter() - started
-        return {"eval_accuracy": self.accuracy, "eval_loss": self.loss}
+        return evaluated
+
+    def _sharpness(self, samples: int) -> float:
+        """The sharpness of the averaged model on pictures without augmentation, on rank 0; the others wait for it."""
+        state = self.engine.averaged_state_dict()
+        value = math.nan
+        if dist.get_rank() == 0:
+            plain = {"augment": "none", "randaugment": None, "loader_processes": 0, "decoder": "cpu"}
+            data = self.recipe.data.model_copy(update=plain)
+            with torch.random.fork_rng(devices=[]):  # of the initial parameters, which are not used
+                model = create_model(self.recipe.model, self._index.class_count, data.image_size)
+            model.load_state_dict(state)
+            device, size = self.engine.device, min(samples, self.batch.micro)
+            loader = TrainLoader(data.shards, self._index, data, rank=0, ranks=1, batch_size=size, seed=0)
+            normalise = Normalise(device, torch.float32)
+            batches = [
+                (normalise(batch.images), batch.labels)
+                for batch in islice(loader.batches(device=device), max(1, samples // size))
+            ]
+            value = largest_eigenvalue(model.to(device).eval(), batches, F.cross_entropy)
+        dist.barrier()
+        return value
+
+    @contextmanager
+    def _reestimated(self) -> Iterator[None]:
+        """Inside, batch norm has the statistics of the averaged parameters; they depend on the seed and the step only.
+
+        Every rank must enter, on a boundary and after wait().
+        """
+        place = self.recipe.seed, self.engine.local_steps.step
+        seed = seed_for("dropout of batch norm", *place, dist.get_rank())
+        with reestimated_batch_norm(self.engine.module, self._statistics_batches(seed_for("batch norm", *place)), seed):
+            yield
+
+    def _statistics_batches(self, seed: int) -> Iterator[Tensor]:
+        """Pictures of the training split for batch norm, augmented and not mixed; as many batches on every rank.
+
+        Bad samples are counted against data.max_bad_samples for each estimation by itself.
+        """
+        options, ranks = self.recipe.batch_norm, dist.get_world_size()
+        assert options is not None
+        loader = TrainLoader(
+            self.recipe.data.shards,
+            self._index,
+            self.recipe.data,
+            rank=dist.get_rank(),
+            ranks=ranks,
+            batch_size=options.batch_size,
+            seed=seed,
+        )
+        for batch in islice(loader.batches(device=self.engine.device), -(-options.batches // ranks)):
+            yield self.normalise(batch.images)
 
     def _evaluation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of evaluation; a rank that has one fewer than others gets a picture that does not count at the end.

@@ -448,7 +448,7 @@ def initialize(
     if apart and get_accelerator().device_name() == "cpu":
         raise ConfigError(
             f"the parameter {apart[0]!r} is not contiguous (channels_last?), and DeepSpeed cannot broadcast that on a "
-            "CPU; make it contiguous: p.data = p.data.contiguous()"
+            "CPU; make it contiguous: p.data = p.data.contiguous(), or write model.channels_last: false in a recipe"
         )
     if optimizer is None and not ds_config.get("optimizer"):
         raise ConfigError('there is no optimizer; give initialize() one, or write an "optimizer" block')

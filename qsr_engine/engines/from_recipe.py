@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +23,7 @@ class Engine(Protocol):
     module: nn.Module
     device: torch.device
     local_steps: LocalSteps
+    averaged_model: Callable[[], AbstractContextManager[None]]  # entered while the averaged model is read
 
     @property
     def seconds_averaging(self) -> float | None: ...
@@ -83,21 +86,36 @@ def _for_both(recipe: Recipe, batch: Batch) -> dict[str, Any]:
     }
 
 
-def make_optimizer(recipe: Recipe, parameters: Any) -> torch.optim.Optimizer:
-    """The local optimizer of every worker."""
+def make_optimizer(recipe: Recipe, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """The local optimizer of every worker; the engine sets the learning rate of all its groups alike."""
     options = recipe.optimizer
+    groups: Any = parameters if options.decay_norms_and_biases else without_decay_of_norms_and_biases(parameters)
     if options.type == "SGD":
         return torch.optim.SGD(
-            parameters,
+            groups,
             lr=recipe.qsr.lr.peak,
             momentum=options.momentum,
             weight_decay=options.weight_decay,
             nesterov=options.nesterov,
         )
     return torch.optim.AdamW(
-        parameters,
+        groups,
         lr=recipe.qsr.lr.peak,
         betas=(options.betas[0], options.betas[1]),
         eps=options.eps,
         weight_decay=options.weight_decay,
     )
+
+
+def without_decay_of_norms_and_biases(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    """Two parameter groups: the optimizer's weight decay for matrices and kernels, none for what has one dimension.
+
+    timm's rule too (its `param_groups_weight_decay`): norms, biases and layer scales have one dimension, and nothing
+    else has in the models of timm and torchvision. A group that would be empty is left out.
+    """
+    given = list(parameters)
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for parameter in given if parameter.ndim > 1]},
+        {"params": [parameter for parameter in given if parameter.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

@@ -11,6 +11,7 @@ differs in more than the engine can convert takes the parameters only, and so do
 from __future__ import annotations
 
 import abc
+import contextlib
 import io
 import json
 import logging
@@ -53,6 +54,8 @@ class Resumable(abc.ABC):
     micro_steps: int
     train_batch_size: Callable[[], int]
     gradient_accumulation_steps: Callable[[], int]
+    # Entered on every rank while the averaged model is read, to change its buffers for so long (batch norm's).
+    averaged_model: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
     _masters: Masters
     _learning_rate: LearningRate
     _given_config: Mapping[str, Any]  # as initialize() got it, without the "qsr" block
@@ -254,7 +257,7 @@ class Resumable(abc.ABC):
         """
         self._check_boundary("ask for the averaged model")
         self.local_steps.wait()
-        with self.local_steps.buffers_averaged():
+        with self.averaged_model(), self.local_steps.buffers_averaged():
             if self._worker != 0:
                 return {}
             return self._whole_model(keep=dist.get_rank() == 0)

@@ -8,10 +8,12 @@ import json
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,11 @@ from qsr_engine.data import read_index, write_digits
 from qsr_engine.data.decoding import Batch
 from qsr_engine.data.device import Normalise
 from qsr_engine.data.loader import EvalLoader, TrainLoader
-from qsr_engine.models import create_model
+from qsr_engine.data.order import seed_for
+from qsr_engine.models import create_model, sincos_positions
 from qsr_engine.monitor import TAGS
 from qsr_engine.recipe import load_recipe
+from qsr_engine.sharpness import largest_eigenvalue
 from tests import reference
 from tests.distributed.processes import Processes, free_port
 
@@ -104,8 +108,9 @@ def test_a_run_writes_what_it_promises(processes: Processes, recipe: Path) -> No
     assert summary["eval_accuracy"] == rows[-1]["eval_accuracy"]
 
     events = EventAccumulator(str(run)).Reload()
-    assert set(events.Tags()["scalars"]) == set(TAGS)
-    for tag, field in TAGS.items():
+    assert set(events.Tags()["scalars"]) == set(TAGS) - {"eval/sharpness"}
+    for tag in events.Tags()["scalars"]:
+        field = TAGS[tag]
         written = [(event.step, event.value) for event in events.Scalars(tag)]
         assert written == [(row["step"], pytest.approx(row[field])) for row in rows if row[field] is not None]
 
@@ -575,7 +580,7 @@ def test_a_run_that_died_is_resumed_to_the_same_bits(processes: Processes, recip
 
     first, second = (load_file(run / "model.safetensors") for run in (whole, died))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    timed = {"seconds_compute", "seconds_averaging", "seconds_data", "images_per_second"}
+    timed = {"seconds_compute", "seconds_averaging", "seconds_data", "images_per_second", "data_percent"}
     rows = [[{k: v for k, v in row.items() if k not in timed} for row in records(run)] for run in (whole, died)]
     assert rows[0] == rows[1]
     steps = [event.step for event in EventAccumulator(str(died)).Reload().Scalars("train/loss")]
@@ -645,3 +650,263 @@ def test_a_folder_in_which_another_process_trains_is_refused(
     assert "another process trains in this folder" in err
     lock.close()
     assert processes.run(qsr_job, ranks=1, argv=["train", str(recipe), "--resume", *name])[0][0] == 0
+
+
+def test_a_loader_that_is_faster_than_the_model_is_not_waited_for(processes: Processes, recipe: Path) -> None:
+    """Under 2 % of a step, as records and TensorBoard say; the first steps wait for the loader process to start."""
+    model = ["model.kwargs.embed_dim=192", "model.kwargs.depth=8", "model.kwargs.num_heads=3"]
+    more = ["data.loader_processes=1", "batch.train_batch_size=64", "qsr.total_steps=14", "logging.every=1"]
+    run = train(processes, recipe, *model, *more, ranks=1)
+    waited = [row["data_percent"] for row in records(run)]
+    assert statistics.median(waited[4:]) < 2
+    events = EventAccumulator(str(run)).Reload().Scalars("data/waiting_percent")
+    assert [event.value for event in events] == pytest.approx(waited)
+
+
+# ------------------------------------------------------------------------------------------------- batch norm
+
+NORMED = [
+    "model={name: timm/test_resnet, kwargs: {drop_rate: 0.2}}",
+    "data.image_size=16",
+    "batch.train_batch_size=32",
+    "batch_norm={batches: 5, batch_size: 8}",
+    "qsr.strategy=constant",
+    "qsr.total_steps=6",
+]
+
+
+def is_statistic(name: str) -> bool:
+    return name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+
+
+def batch_statistics(run: Path, state: dict[str, torch.Tensor], step: int, ranks: int) -> dict[str, torch.Tensor]:
+    """Mean and unbiased variance of what every batch norm reads, by hand: the mean over three batches and all ranks."""
+    resolved = load_recipe(run / "recipe.yaml")
+    index = read_index(resolved.data.shards)
+    model = create_model(resolved.model, index.class_count, resolved.data.image_size)
+    model.load_state_dict(state)
+    seen: dict[str, list[torch.Tensor]] = {}
+
+    def watch(name: str, inputs: torch.Tensor) -> None:
+        seen.setdefault(f"{name}.running_mean", []).append(inputs.mean((0, 2, 3)))
+        seen.setdefault(f"{name}.running_var", []).append(inputs.var((0, 2, 3), unbiased=True))
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.register_forward_pre_hook(lambda _, inputs, name=name: watch(name, inputs[0]))
+    seed = seed_for("batch norm", resolved.seed, step)
+    for rank in range(ranks):
+        loader = TrainLoader(
+            resolved.data.shards, index, resolved.data, rank=rank, ranks=ranks, batch_size=8, seed=seed
+        )
+        for batch in islice(loader.batches(), 3):  # 5 batches do not divide by 2 ranks
+            with torch.no_grad():
+                model.train()(normalised(batch)[0])
+    return {name: torch.stack(values).mean(0) for name, values in seen.items()}
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        [],
+        ["precision.zero_stage=3", "qsr.worker_size=2"],
+        ["engine=fsdp", "qsr.worker_size=2"],
+        ["engine=fsdp", "model.channels_last=true"],
+    ],
+    ids=["deepspeed", "zero3", "fsdp", "fsdp-one-rank"],
+)
+def test_batch_norm_is_estimated_anew_and_training_is_left_alone(
+    processes: Processes, recipe: Path, engine: list[str]
+) -> None:
+    """Evaluated at every boundary with the block, and at the end only without it: the same parameters, also with
+    dropout, which draws random numbers in training and while statistics are estimated."""
+    run = train(processes, recipe, *NORMED, *engine, "logging.eval_every=1")
+    without = train(processes, recipe, *NORMED, *engine, "batch_norm=null", "logging.eval_every=6")
+    model, plain = (load_file(run / "model.safetensors") for run in (run, without))
+    assert all(torch.equal(model[name], plain[name]) for name in model if not is_statistic(name))
+    expected = batch_statistics(run, model, step=6, ranks=2)
+    assert {*expected} == {name for name in model if is_statistic(name) and "tracked" not in name}
+    for name, value in expected.items():
+        torch.testing.assert_close(model[name], value, rtol=1e-4, atol=1e-5)
+    far = [name for name in expected if not torch.allclose(plain[name], expected[name], rtol=0.05, atol=0.01)]
+    assert len(far) > len(expected) / 2, "those that training keeps are others"
+
+
+def test_the_model_with_batch_norm_that_is_saved_is_the_one_that_was_evaluated(
+    processes: Processes, recipe: Path
+) -> None:
+    """And its statistics do not depend on how often it was evaluated before."""
+    run = train(processes, recipe, *NORMED, "logging.eval_every=2")
+    other = train(processes, recipe, *NORMED)
+    first, second = (load_file(run / "model.safetensors") for run in (run, other))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    resolved = load_recipe(run / "recipe.yaml")
+    index = read_index(resolved.data.shards)
+    model = create_model(resolved.model, index.class_count, resolved.data.image_size)
+    model.load_state_dict(load_file(run / "model.safetensors"))
+    (batch,) = EvalLoader(resolved.data.shards, index, resolved.data, rank=0, ranks=1, batch_size=360)
+    images, labels = normalised(batch)
+    with torch.no_grad():
+        scores = model.eval()(images)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["eval_loss"] == pytest.approx(torch.nn.functional.cross_entropy(scores, labels).item(), rel=1e-4)
+
+
+def test_a_checkpoint_has_both_the_statistics_of_training_and_those_of_the_averaged_model(
+    processes: Processes, recipe: Path, tmp_path: Path
+) -> None:
+    """A run that died resumes to the same bits; `qsr export` gives what an evaluation would have measured. The run has
+    two parameter groups as well."""
+    more = [*NORMED, "logging.checkpoint_every=3", "optimizer.decay_norms_and_biases=false"]
+    whole = train(processes, recipe, *more)
+    other = train(processes, recipe, *more, "batch_norm=null")
+    argv = ["train", str(recipe), "--set", "logging.name=died"]
+    argv += [word for override in more for word in ("--set", override)]
+    assert processes.run(interrupted_job, argv=argv, at_step=5) == [130, 130]
+    for code, _, err in processes.run(qsr_job, argv=[*argv, "--resume"]):
+        assert code == 0, err
+    first, second = (load_file(run / "model.safetensors") for run in (whole, recipe.parent / "runs" / "died"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+    (tag,) = [path.name for path in (whole / "checkpoints").glob("step-*")]
+    own = [run / "checkpoints" / tag / "worker-00001" / "rank-00001.pt" for run in (whole, other)]
+    states = [torch.load(path, weights_only=True) for path in own]
+    assert states[0]["buffers"]
+    assert all(torch.equal(a, b) for a, b in zip(states[0]["buffers"], states[1]["buffers"], strict=True))
+    assert torch.equal(states[0]["random"]["torch"], states[1]["random"]["torch"])
+
+    from qsr_engine.cli import main
+
+    out = tmp_path / "out.safetensors"
+    assert main(["export", str(whole / "checkpoints" / tag), str(out)]) == 0
+    exported = load_file(out)
+    for name, value in batch_statistics(whole, exported, step=int(tag[-8:]), ranks=2).items():
+        torch.testing.assert_close(exported[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_without_batch_norm_needs_no_block(processes: Processes, recipe: Path) -> None:
+    for said in refusals(processes, recipe, "batch_norm={batches: 4}"):
+        assert "batch_norm is given, and timm/vit_tiny_patch16_224 has no batch norm" in said
+
+
+# ------------------------------------------------------------------------------- weight decay, the plain ViT
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [[], ["precision.zero_stage=1"], ["precision.zero_stage=3"], ["engine=fsdp"]],
+    ids=["deepspeed", "zero1", "zero3", "fsdp"],
+)
+def test_no_weight_decay_on_norms_and_biases(processes: Processes, recipe: Path, engine: list[str]) -> None:
+    """Bit for bit what the simulation gives with the two groups; so the learning rate reaches both of them."""
+    decay = ["optimizer.weight_decay=0.5", "optimizer.gradient_clipping=0"]
+    run = train(processes, recipe, *decay, *engine, "optimizer.decay_norms_and_biases=false")
+    resolved = load_recipe(run / "recipe.yaml")
+    index = read_index(resolved.data.shards)
+    streams = [
+        TrainLoader(resolved.data.shards, index, resolved.data, rank=rank, ranks=2, batch_size=48, seed=0).batches()
+        for rank in range(2)
+    ]
+
+    def make_model() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return create_model(resolved.model, index.class_count, resolved.data.image_size)
+
+    def make_optimizer(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        names = [name for name, _ in make_model().named_parameters()]
+        alone = [number for number, name in enumerate(names) if "norm" in name or name.endswith("bias")]
+        groups = [
+            {"params": [p for number, p in enumerate(parameters) if number not in alone], "weight_decay": 0.5},
+            {"params": [parameters[number] for number in alone], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=0)
+
+    models, _ = reference.simulate(
+        make_model,
+        make_optimizer,
+        lambda worker, step: [normalised(next(streams[worker]))],
+        resolved.qsr.model_dump(exclude_none=True),
+        workers=2,
+        clip=0.0,
+        loss=torch.nn.functional.cross_entropy,
+    )
+    found = load_file(run / "model.safetensors")
+    for name, value in models[0].state_dict().items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        ["precision.zero_stage=1"],
+        ["precision.zero_stage=3", "qsr.worker_size=2"],
+        ["engine=fsdp"],
+        ["engine=fsdp", "qsr.worker_size=2"],
+    ],
+    ids=["zero1", "zero3", "fsdp-one-rank", "fsdp"],
+)
+def test_the_plain_vit_trains_in_bf16(processes: Processes, recipe: Path, engine: list[str]) -> None:
+    kwargs = "{img_size: 8, patch_size: 4, embed_dim: 16, depth: 2, num_heads: 2}"
+    model = f"model={{name: qsr/vit_base_patch16_sincos, kwargs: {kwargs}}}"
+    run = train(processes, recipe, model, "precision.dtype=bf16", *engine, "logging.eval_every=7")
+    saved = load_file(run / "model.safetensors")
+    assert torch.equal(saved["pos_embed"], sincos_positions(2, 2, 16)), "neither trained nor rounded"
+    assert all(tensor.dtype == torch.float32 for tensor in saved.values())
+
+
+def meta_job() -> dict[str, torch.Tensor]:
+    from qsr_engine import initialize_fsdp
+    from qsr_engine.models import PlainViT, fill
+
+    torch.manual_seed(int(os.environ["RANK"]))
+    with torch.device("meta"):
+        model = PlainViT(img_size=8, patch_size=4, embed_dim=64, depth=2, num_heads=2, num_classes=10)
+    lr = {"schedule": "constant", "peak": 1e-3}
+    engine = initialize_fsdp(
+        model=model,
+        optimizer=torch.optim.AdamW,
+        init=fill,
+        config={
+            "train_batch_size": 4,
+            "bf16": {"enabled": True},
+            "qsr": {"strategy": "constant", "h_base": 1, "total_steps": 2, "worker_size": 2, "lr": lr},
+        },
+    )
+    begun = engine.averaged_state_dict()
+    for _ in range(2):
+        engine.backward(engine(torch.randn(2, 3, 8, 8)).float().square().mean())
+        engine.step()
+    trained = engine.averaged_state_dict()
+    return {"begun": begun["blocks.1.mlp.fc1.weight"].std(), **trained} if begun else {}
+
+
+def test_the_plain_vit_is_made_block_by_block(processes: Processes) -> None:
+    state, _ = processes.run(meta_job)
+    assert torch.equal(state["pos_embed"], sincos_positions(2, 2, 64))
+    assert state["begun"].item() == pytest.approx(0.02, rel=0.1), "as timm begins"
+    assert all(bool(value.isfinite().all()) for value in state.values())
+
+
+@pytest.mark.parametrize("engine", [["precision.zero_stage=3"], ["engine=fsdp"]], ids=["zero3", "fsdp"])
+def test_sharpness_is_measured_on_the_averaged_model_and_changes_nothing(
+    processes: Processes, recipe: Path, engine: list[str]
+) -> None:
+    plain, measured = (
+        train(processes, recipe, "qsr.worker_size=2", "model.kwargs.drop_rate=0.2", *engine, *more)
+        for more in ([], ["logging.sharpness_samples=96"])
+    )
+    one, other = (load_file(run / "model.safetensors") for run in (plain, measured))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert [row["sharpness"] for row in records(plain)] == [None] * len(records(plain))
+    found = [row["sharpness"] for row in records(measured) if row["eval_accuracy"] is not None]
+    assert len(found) > 1
+
+    resolved = load_recipe(measured / "recipe.yaml")
+    index = read_index(resolved.data.shards)
+    model = create_model(resolved.model, index.class_count, resolved.data.image_size)
+    model.load_state_dict(other)
+    data = resolved.data.model_copy(update={"augment": "none"})
+    loader = TrainLoader(data.shards, index, data, rank=0, ranks=1, batch_size=48, seed=0)
+    batches = [normalised(batch) for batch in islice(loader.batches(), 2)]
+    expected = largest_eigenvalue(model.eval(), batches, torch.nn.functional.cross_entropy)
+    assert found[-1] == pytest.approx(expected, rel=1e-4)
