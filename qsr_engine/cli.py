@@ -186,7 +186,10 @@ def whole_number(text: str) -> int:
 
 
 def _shards(args: argparse.Namespace) -> int:
-    """Run a sub-command. SIGTERM ends it as Ctrl-C does: other processes are stopped and temporary files deleted."""
+    """Run a sub-command. SIGTERM ends it as Ctrl-C does: other processes are stopped and temporary files deleted.
+
+    Most files that cannot be read or written are a DataError, which says what to do; what is left is said here.
+    """
 
     def stop(signum: int, _: FrameType | None) -> None:
         raise SystemExit(128 + signum)
@@ -194,6 +197,9 @@ def _shards(args: argparse.Namespace) -> int:
     before = signal.signal(signal.SIGTERM, stop)
     try:
         return int(args.shards(args))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(RuntimeError(f"{where}{error.strerror or error}"))
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -211,6 +217,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _say(folder: str, index: Index) -> int:
+    folder = os.fsencode(folder).decode(errors="backslashreplace")  # a name need not be UTF-8
     for name, split in index.splits.items():
         print(f"{folder}: split {name!r}, {split.samples} samples in {len(split.shards)} shards")
     return 0
@@ -290,7 +297,13 @@ def _prepare(args: argparse.Namespace) -> tuple[Recipe, Index]:
     recipe = load_recipe(args.recipe, args.set)
     index = read_index(recipe.data.shards)
     for split in (recipe.data.train, recipe.data.eval):
-        check_shards(recipe.data.shards, index, split)
+        index.split(split)
+        try:
+            check_shards(recipe.data.shards, index, split)
+        except DataError as error:
+            if not recipe.data.max_bad_samples:
+                raise
+            print(f"qsr: warning: {error}; its samples count as bad", file=sys.stderr, flush=True)
     return resolve_recipe(recipe, index.split(recipe.data.train).samples), index
 
 

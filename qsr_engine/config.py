@@ -333,7 +333,9 @@ class DataConfig(StrictModel):
     max_bad_samples: Count = 0  # that each rank may skip in a run; with 0 the first one ends the run
     decoder: Literal["cpu", "gpu"] = "cpu"  # "gpu": JPEGs by the GPU's decoder, through torchvision
     cache_dir: str | None = None  # of shards from a URL; None: qsr_engine in the user's cache folder
-    cache_gb: NonNegative = 100.0  # that all copies in it may take; 0 keeps nothing and reads them as they come
+    cache_gb: Annotated[float, Field(ge=0, le=1e9)] = (
+        100.0  # that all copies in it may take; 0 keeps nothing and reads them as they come
+    )
 
     @model_validator(mode="after")
     def _gpu_decoder_reads_alone(self) -> DataConfig:

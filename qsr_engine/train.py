@@ -13,7 +13,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -143,7 +143,7 @@ def _make_model(recipe: Recipe, index: Index) -> tuple[nn.Module, Index]:
 
 def _shared(recipe: Recipe) -> dict[str, Any]:
     """The part of a recipe that must be the same on every rank; hosts may keep shards and runs in other places."""
-    return recipe.model_dump(exclude={"data": {"shards"}, "logging": {"dir"}})
+    return recipe.model_dump(exclude={"data": {"shards", "cache_dir", "cache_gb"}, "logging": {"dir"}})
 
 
 def _share_cores() -> None:
@@ -182,6 +182,8 @@ def check_same_recipe(recipe: Recipe) -> None:
 _MAY_DIFFER = (
     "data.shards",
     "data.loader_processes",
+    "data.max_bad_samples",
+    "data.cache_",
     "logging.",
     "qsr.worker_size",
     "qsr.on_other_workers",
@@ -226,6 +228,11 @@ class _Clock:
         return time.perf_counter() - self.started - self.elsewhere
 
 
+def _warn_of(skipped: Sequence[str]) -> None:
+    for text in skipped:
+        warnings.warn(f"skipped: {text}", stacklevel=3)  # Python shows the same text once
+
+
 class _Due:
     """Something that happens every so many steps, each time at the next boundary; with None, never."""
 
@@ -256,7 +263,7 @@ class _Run:
     ) -> None:
         self.recipe = recipe
         self.engine = engine
-        self.skipped_samples = client.get("skipped_samples", 0)
+        self.skipped_samples: set[str] = set(client.get("skipped_samples", ()))
         self.batches = train.batches(engine.local_steps.step * batch.accumulation, self.skipped_samples, engine.device)
         self._index = index
         self.evaluation = evaluation
@@ -297,7 +304,7 @@ class _Run:
             "data": str(self._index.digest()),
             "ranks": dist.get_world_size(),
             "losses": [loss.item() for loss in self._losses],
-            "skipped_samples": self.skipped_samples,
+            "skipped_samples": sorted(self.skipped_samples),
         }
         tag = f"step-{self.engine.local_steps.step:08d}"
         self.engine.save_checkpoint(self.recipe.run_dir / CHECKPOINTS, tag=tag, client_state=client)
@@ -315,9 +322,8 @@ class _Run:
         started = time.perf_counter()
         batch = next(self.batches)
         self.clock.data += time.perf_counter() - started
-        if batch.skipped:
-            self.skipped_samples += len(batch.skipped)
-            warnings.warn("skipped: " + "; ".join(batch.skipped), stacklevel=2)
+        _warn_of(batch.skipped)
+        self.skipped_samples.update(batch.skipped)
         images, labels = self.normalise(batch.images), batch.labels
         return (images, labels) if self.mixup is None else self.mixup(images, labels)
 
@@ -415,7 +421,8 @@ class _Run:
         Where the ranks of a worker hold the parameters together, every forward of one needs one of the others.
         """
         seen, device = 0, self.engine.device
-        for images, labels, _ in on_device(self.evaluation, device):
+        for images, labels, skipped in on_device(self.evaluation, device):
+            _warn_of(skipped)
             seen += 1
             yield images, labels
         size = self.recipe.data.image_size
@@ -440,7 +447,7 @@ class _Run:
                 loss=loss,
                 images_per_second=images / elapsed,
                 data_percent=100 * (self.clock.data - waited) / elapsed,
-                skipped_samples=self.skipped_samples,
+                skipped_samples=len(self.skipped_samples),
                 relative_distance=state.relative_distance,
                 skipped_steps=state.skipped_steps_of_all_workers,
             )

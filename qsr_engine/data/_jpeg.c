@@ -121,11 +121,11 @@ static int decode_region(Reader *reader, const Py_buffer *data, Region region, u
     reader->row = malloc((size_t)reader->info.output_width * 3);
     if (reader->row == NULL) fail_with(reader, "there is no memory");
     if (region.y > 0) jpeg_skip_scanlines(&reader->info, region.y);
+    const size_t bytes = (size_t)region.width * 3;
     for (JDIMENSION line = 0; line < region.height; line++) {
         JSAMPROW row = reader->row;
         jpeg_read_scanlines(&reader->info, &row, 1);
-        memcpy(out, reader->row + (size_t)(region.x - left) * 3, (size_t)region.width * 3);
-        out += (size_t)region.width * 3;
+        memcpy(out + line * bytes, reader->row + (size_t)(region.x - left) * 3, bytes);
     }
     jpeg_destroy_decompress(&reader->info); /* and not jpeg_finish_decompress(), which would read what is below */
     free(reader->row);

@@ -7,9 +7,10 @@ Pictures stay uint8 [S, S, 3]; a batch is uint8 [B, 3, S, S] in channels-last me
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from random import Random
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from torchvision.transforms import v2
 from qsr_engine.data.index import DataError
 from qsr_engine.data.shards import Sample
 from qsr_engine.data.views import ChooseView, View
-from qsr_engine.data.writing.images import MAX_PIXELS
+from qsr_engine.data.writing.images import check_limits, check_scans, reason, to_eight_bits
 
 try:
     from qsr_engine.data import _jpeg
@@ -34,8 +35,6 @@ except ImportError:  # no compiler or no libjpeg-turbo when the package was inst
 else:
     REGIONS = True
 
-MAX_ASPECT = 100  # long side to short side; resizing the short side makes a bomb of a 1 x 100,000 image
-MAX_SCANS = 100  # of a progressive JPEG; encoders write about 10, and each costs a pass over the whole image
 # Where a crop is so many times larger than the picture even after it was halved, the DCT halves it. The difference to
 # Pillow's resize of all pixels is 0.1 to 0.4 of 255 then, in the mean over crops of a photograph; with 2 it is 0.6.
 REDUCED = 3
@@ -99,7 +98,7 @@ class Decoder:
         """Decode one sample into `out`, uint8 [S, S, 3].
 
         Raises:
-            DataError: the bytes are not a whole JPEG or PNG within the limits above.
+            DataError: the bytes are not a whole JPEG or PNG within the limits of writing/images.py.
         """
         width, height, simple = image_size(sample)
         view = self.choose(width, height, random)
@@ -165,7 +164,7 @@ def image_size(sample: Sample) -> tuple[int, int, bool]:
     """Width and height of an image in pixels from its header, and whether libjpeg-turbo decodes it by regions.
 
     Raises:
-        DataError: it is not a JPEG or PNG, or is larger than the limits above.
+        DataError: it is not a JPEG or PNG, or is larger than the limits of writing/images.py.
     """
     data, simple = sample.image, False
     try:
@@ -180,11 +179,7 @@ def image_size(sample: Sample) -> tuple[int, int, bool]:
             width, height = _size_by_pillow(data)
         except Exception as error:  # what Pillow raises for broken bytes depends on the format and on where they break
             raise _undecodable(sample, error) from error
-    pixels = f"{width} x {height} pixels"
-    if width * height > MAX_PIXELS:
-        raise DataError(f"{sample.where} has {pixels}; the limit is {MAX_PIXELS:,}")
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise DataError(f"{sample.where} has {pixels}; the limit is a side {MAX_ASPECT} times as long as the other")
+    check_limits(width, height, sample.where)
     return width, height, simple
 
 
@@ -206,17 +201,15 @@ def decode_whole(sample: Sample, region: Region) -> bytes:
     """RGB pixels of the region, by Pillow, which decodes the whole image.
 
     Raises:
-        DataError: the image cannot be decoded, or is a progressive JPEG of more than MAX_SCANS scans.
+        DataError: the image cannot be decoded, or is a JPEG of too many scans.
     """
     data = sample.image
-    scans = data.count(b"\xff\xda")
-    if scans > MAX_SCANS and data[:2] == b"\xff\xd8":
-        raise DataError(f"{sample.where} has {scans} scans; the limit is {MAX_SCANS}")
+    check_scans(data, sample.where)
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
             scale = 8 // region.eighths
             image.draft(None, (image.width // scale, image.height // scale))  # of a JPEG; it does nothing to a PNG
-            pixels = image.convert("RGB")
+            pixels = to_eight_bits(image).convert("RGB")
             if image.format == "PNG" and scale > 1:
                 pixels = pixels.reduce(scale)
             box = (region.x, region.y, region.x + region.width, region.y + region.height)
@@ -238,7 +231,7 @@ def torch_seeded(seed: int, wanted: bool) -> Iterator[None]:
 
 
 def _undecodable(sample: Sample, error: Exception) -> DataError:
-    return DataError(f"{sample.where} does not decode as JPEG or PNG: {error}")
+    return DataError(f"{sample.where} does not decode as JPEG or PNG: {reason(error)}")
 
 
 def _copy(picture: Pixels, out: Pixels, *, flip: bool) -> None:
@@ -263,7 +256,14 @@ def _moved(picture: Pixels, dx: int, dy: int) -> Pixels:
 
 
 def decode_batch(
-    samples: Sequence[Sample | DataError], decoder: Decoder, seed: int, out: Pixels, *, skip: bool, replace: bool
+    samples: Sequence[Sample | DataError],
+    decoder: Decoder,
+    seed: int,
+    out: Pixels,
+    spares: Iterable[Sample | DataError] = (),
+    *,
+    skip: bool,
+    replace: bool,
 ) -> tuple[list[int], tuple[str, ...]]:
     """Decode samples into `out`, uint8 [B, S, S, 3].
 
@@ -271,6 +271,7 @@ def decode_batch(
 
     Args:
         samples: B samples, or for a bad one what was wrong with it.
+        spares: samples that are not of this batch; the first good one stands in where all samples are bad.
         skip: go on where a sample is bad.
         replace: a skipped sample is replaced by the next good one of its batch; otherwise by black, with label -1.
     Returns:
@@ -293,20 +294,33 @@ def decode_batch(
                 bad[number] = str(error)
                 labels.append(-1)
                 out[number] = 0
-    if replace:
-        replace_bad(out, labels, bad)
+        if replace and len(bad) == len(samples):
+            labels[0] = decode_spare(decoder, spares, random, out[0], list(bad.values()))
+            out[1:], labels[1:] = out[0], [labels[0]] * (len(labels) - 1)
+        elif replace:
+            replace_bad(out, labels, bad)
     return labels, tuple(bad.values())
 
 
-def replace_bad(pictures: Any, labels: list[int], bad: Mapping[int, str]) -> None:
-    """Put the next good sample of the batch, or the first, in the place of each bad one.
+def decode_spare(
+    decoder: Decoder, spares: Iterable[Sample | DataError], random: Random, out: Pixels, bad: Sequence[str]
+) -> int:
+    """Decode the first good spare into `out`, uint8 [S, S, 3]. Returns its label.
 
     Raises:
-        DataError: all are bad.
+        DataError: none is good; `bad` says what was wrong with the batch.
     """
+    for spare in spares:
+        if isinstance(spare, Sample):
+            with contextlib.suppress(DataError):
+                decoder.decode(spare, random, out)
+                return spare.label
+    raise DataError(f"all {len(bad)} samples of a batch are bad, and those that come next; the last: {bad[-1]}")
+
+
+def replace_bad(pictures: Any, labels: list[int], bad: Mapping[int, str]) -> None:
+    """Put the next good sample of the batch, or the first, in the place of each bad one; at least one is good."""
     good = [number for number in range(len(labels)) if number not in bad]
-    if bad and not good:
-        raise DataError(f"all {len(labels)} samples of a batch are bad; the last: {bad[len(labels) - 1]}")
     for number in bad:
         other = next((n for n in good if n > number), good[0])
         pictures[number], labels[number] = pictures[other], labels[other]

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from qsr_engine.data.decoding import Batch, Decoder, image_size, replace_bad, torch_seeded
+from qsr_engine.data.decoding import Batch, Decoder, decode_spare, image_size, replace_bad, torch_seeded
 from qsr_engine.data.index import DataError
 from qsr_engine.data.shards import Sample
 from qsr_engine.data.views import View
@@ -38,7 +38,14 @@ class GPUDecoder:
     def __init__(self, decoder: Decoder, device: torch.device) -> None:
         self.decoder, self.device = decoder, device
 
-    def batch(self, samples: Sequence[Sample | DataError], seed: int, *, skip: bool) -> Batch:
+    def batch(
+        self,
+        samples: Sequence[Sample | DataError],
+        seed: int,
+        spares: Iterable[Sample | DataError] = (),
+        *,
+        skip: bool,
+    ) -> Batch:
         """Pictures uint8 [B, 3, S, S], channels-last, and labels on the device.
 
         Raises:
@@ -71,7 +78,12 @@ class GPUDecoder:
                     self._note(number, image, labels, bad, skip)
                 else:
                     pictures[number] = self._show(image, view)
-        replace_bad(pictures, labels, bad)
+            if len(bad) == len(samples):
+                pixels = np.empty((size, size, 3), np.uint8)
+                labels[:] = [decode_spare(self.decoder, spares, random, pixels, list(bad.values()))] * len(labels)
+                pictures[:] = torch.from_numpy(pixels).permute(2, 0, 1).to(self.device)
+            else:
+                replace_bad(pictures, labels, bad)
         return Batch(pictures, torch.tensor(labels, device=self.device), tuple(bad.values()))
 
     @staticmethod

@@ -8,15 +8,16 @@ ring         the loader processes, each of which does all of this for one batch 
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import torch
 import webdataset as wds
@@ -25,8 +26,9 @@ from qsr_engine.config import DataConfig
 from qsr_engine.data.decoding import Augment, Batch, Decoder, decode_batch
 from qsr_engine.data.device import on_device
 from qsr_engine.data.gpu_decoding import GPUDecoder, in_thread
-from qsr_engine.data.index import DataError, Index, is_url
+from qsr_engine.data.index import DataError, Index, Split, is_url
 from qsr_engine.data.order import epoch_of, plan_epoch, plan_evaluation, seed_for
+from qsr_engine.data.random_access import TarShard
 from qsr_engine.data.remote import ShardCache, open_url
 from qsr_engine.data.ring import Beside, Pixels, run_here, run_in_processes
 from qsr_engine.data.shards import Item, RandomAccess, Sample, Source, Streamed
@@ -35,7 +37,15 @@ from qsr_engine.data.views import EvalView, TrainView
 CPU = torch.device("cpu")
 _AHEAD = 8  # batches of a loader process whose shards are fetched before they are needed
 
-RawBatch = tuple[int, list[Item]]  # the seed of its augmentation, and its samples
+SPARES = 64  # samples that come after a batch, the first good one of which stands in where all of a batch are bad
+
+
+class RawBatch(NamedTuple):
+    """A batch that has not been read: the seed of its augmentation, its samples, and samples that come after them."""
+
+    seed: int
+    items: list[Item]
+    spares: list[Item]
 
 
 class TrainLoader:
@@ -71,13 +81,13 @@ class TrainLoader:
             Augment(augment.operations, augment.magnitude) if augment else None,
         )
 
-    def batches(self, start: int = 0, skipped: int = 0, device: torch.device = CPU) -> Iterator[Batch]:
+    def batches(self, start: int = 0, skipped: Iterable[str] = (), device: torch.device = CPU) -> Iterator[Batch]:
         """Yield batches on a device from micro-batch number `start` on, counted from the start of training.
 
         What is before `start` is neither read nor decoded (a remote shard without a cache is read).
 
         Args:
-            skipped: bad samples that this rank has skipped before `start`.
+            skipped: bad samples that this rank has skipped before `start`, as batches named them; each counts once.
         Raises:
             DataError: a shard or a sample cannot be used, and no more may be skipped.
         """
@@ -88,11 +98,12 @@ class TrainLoader:
         if self.config.decoder == "gpu":
             decoder = GPUDecoder(self._decoder, device)
             batches = (
-                decoder.batch(samples, seed, skip=produce.skip) for seed, samples in in_thread(produce.samples(0, 1))
+                decoder.batch(samples, seed, spares, skip=produce.skip)
+                for seed, samples, spares in in_thread(produce.samples(0, 1))
             )
         else:
             batches = on_device(_batches(produce, self.batch_size, self.config), device)
-        return _limited(batches, skipped, self.config.max_bad_samples, "this rank")
+        return _limited(batches, set(skipped), self.config.max_bad_samples, "this rank")
 
     def items(self, start: int = 0) -> Iterator[Item]:
         """This rank's samples in order, from number `start` of its stream on."""
@@ -108,10 +119,12 @@ class TrainLoader:
         return iter(wds.DataPipeline(items, wds.shuffle(buffer, initial=buffer, rng=generator)))
 
     def _raw_batches(self, start: int) -> Iterator[RawBatch]:
-        items = self.items(start * self.batch_size)
+        items, spares = self.items(start * self.batch_size), SPARES if self.config.max_bad_samples else 0
+        ahead: deque[Item] = deque()
         for number in count(start):
-            batch = list(islice(items, self.batch_size))
-            yield seed_for("augmentation", self._seed, self._rank, number), batch
+            ahead.extend(islice(items, self.batch_size + spares - len(ahead)))
+            batch = [ahead.popleft() for _ in range(self.batch_size)]
+            yield RawBatch(seed_for("augmentation", self._seed, self._rank, number), batch, list(ahead))
 
 
 class EvalLoader:
@@ -137,7 +150,7 @@ class EvalLoader:
     def __iter__(self) -> Iterator[Batch]:
         """Yield batches. Raises DataError as TrainLoader.batches(); the limit is one of each evaluation."""
         batches = _batches(self._produce, self.batch_size, self.config)
-        return _limited(batches, 0, self.config.max_bad_samples, "this evaluation on this rank")
+        return _limited(batches, set(), self.config.max_bad_samples, "this evaluation on this rank")
 
 
 def make_source(folder: str | Path, index: Index, config: DataConfig, split: str) -> Source:
@@ -148,14 +161,28 @@ def make_source(folder: str | Path, index: Index, config: DataConfig, split: str
     """
     classes = index.class_count
     if not is_url(folder):
-        return RandomAccess(partial(_in_folder, Path(folder)), classes)
+        return RandomAccess(partial(_open_local, Path(folder)), classes)
     url = str(folder).rstrip("/")
     if config.cache_gb == 0:
         return Streamed(f"{url}/{{}}".format, partial(_open_shard, url), classes)
-    place = Path(config.cache_dir or default_cache()).expanduser()
+    place = Path(config.cache_dir or default_cache()).expanduser() / "shards"
     shards = {shard.name: shard for shard in index.split(split).shards}
-    cache = ShardCache(url, place, int(config.cache_gb * 1e9), shards)
-    return RandomAccess(cache.path, classes, cache.announce)
+    cache = ShardCache(url, place, round(config.cache_gb * 1e9), shards)
+    _check_room(config, index.split(split))
+    return RandomAccess(cache.open, classes, cache.announce)
+
+
+def _check_room(config: DataConfig, split: Split) -> None:
+    """Raises DataError where shards would be forgotten while the shuffle buffers still hold samples of them."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # of this host
+    span = 2 + 2 * math.ceil(config.shuffle_buffer * len(split.shards) / split.samples)  # twice the buffer's shards
+    needed = min(ranks * span, len(split.shards)) * max(shard.bytes for shard in split.shards)
+    if round(config.cache_gb * 1e9) < needed:
+        raise DataError(
+            f"data.cache_gb is {config.cache_gb:g}, and the shuffle buffers of {ranks} ranks on this host ("
+            f"shuffle_buffer {config.shuffle_buffer}) span shards of {1.01 * needed / 1e9:.3g} GB; write at least "
+            "that, or a smaller data.shuffle_buffer"
+        )
 
 
 def default_cache() -> Path:
@@ -163,8 +190,8 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qsr_engine"
 
 
-def _in_folder(folder: Path, name: str) -> Path:
-    return folder / name
+def _open_local(folder: Path, name: str) -> TarShard:
+    return TarShard(folder / name)
 
 
 def _open_shard(url: str, name: str) -> IO[bytes]:
@@ -174,7 +201,10 @@ def _open_shard(url: str, name: str) -> IO[bytes]:
 def _evaluation_batches(items: Callable[[], Iterator[Item]], batch_size: int) -> Iterator[RawBatch]:
     stream = items()
     while batch := list(islice(stream, batch_size)):
-        yield 0, batch
+        yield RawBatch(0, batch, [])
+
+
+LoadedBatch = tuple[int, list[Sample | DataError], Iterator[Sample | DataError]]  # seed, samples, spares
 
 
 @dataclass
@@ -188,19 +218,20 @@ class _Decode:
     replace: bool
 
     def __call__(self, process: int, processes: int, room: Callable[[], Pixels]) -> Iterator[Beside]:
-        for seed, samples in self.samples(process, processes):
-            yield decode_batch(samples, self.decoder, seed, room(), skip=self.skip, replace=self.replace)
+        for seed, samples, spares in self.samples(process, processes):
+            out = room()
+            yield decode_batch(samples, self.decoder, seed, out, spares, skip=self.skip, replace=self.replace)
 
-    def samples(self, process: int, processes: int) -> Iterator[tuple[int, list[Sample | DataError]]]:
-        """The seed and the samples of these batches, read and not decoded."""
-        for seed, items in self._announced(islice(self.raw_batches(), process, None, processes)):
-            yield seed, [self.source.load(item) for item in items]
+    def samples(self, process: int, processes: int) -> Iterator[LoadedBatch]:
+        """The seed and the samples of these batches, read and not decoded; spares are read when they are asked for."""
+        for seed, items, spares in self._announced(islice(self.raw_batches(), process, None, processes)):
+            yield seed, [self.source.load(item) for item in items], map(self.source.load, spares)
 
     def _announced(self, batches: Iterator[RawBatch]) -> Iterator[RawBatch]:
         """The batches, each of them announced to the source before the one that is _AHEAD of it is yielded."""
         ahead: deque[RawBatch] = deque()
         for batch in batches:
-            for item in batch[1]:
+            for item in batch.items:
                 self.source.announce(item)
             ahead.append(batch)
             if len(ahead) > _AHEAD:
@@ -208,13 +239,13 @@ class _Decode:
         yield from ahead
 
 
-def _limited(batches: Iterator[Batch], skipped: int, limit: int, where: str) -> Iterator[Batch]:
-    """The batches, until more samples than the limit were skipped."""
+def _limited(batches: Iterator[Batch], skipped: set[str], limit: int, where: str) -> Iterator[Batch]:
+    """The batches, until more samples than the limit were skipped; one that is met again does not count again."""
     for batch in batches:
-        skipped += len(batch.skipped)
-        if skipped > limit:
+        skipped.update(batch.skipped)
+        if len(skipped) > limit:
             raise DataError(
-                f"{batch.skipped[-1]}. It is bad sample number {skipped} of {where}, and data.max_bad_samples is "
+                f"{batch.skipped[-1]}. It is bad sample number {len(skipped)} of {where}, and data.max_bad_samples is "
                 f"{limit}"
             )
         yield batch

@@ -60,6 +60,11 @@ class TarShard:
             del self.samples[wrong:]
         self._keys.clear()
 
+    @property
+    def deleted(self) -> bool:
+        """Whether the file has no name any more, and takes disk space only because it is open here."""
+        return os.fstat(self._file).st_nlink == 0
+
     def close(self) -> None:
         """Close the file."""
         if self._file >= 0:
@@ -99,8 +104,9 @@ class TarShard:
             if header[156] not in _PLAIN or header[345]:
                 headers.clear()
                 return self._walk_by_tarfile(size)  # long names, links, folders
-            length = int(header[124:136].rstrip(b"\0 "), 8)
-            self._add(header[:100].partition(b"\0")[0].decode(), Member(offset + _BLOCK, length), size)
+            length = _octal(header[124:136])
+            name = header[:100].partition(b"\0")[0].decode(errors="surrogateescape")
+            self._add(name, Member(offset + _BLOCK, length), size)
             headers.append((max(0, len(self.samples) - 1), header))
             offset += _BLOCK + -(-length // _BLOCK) * _BLOCK
         if header.count(0) != len(header) or offset == 0:  # the archive ends with blocks of zeros, or with the file
@@ -152,10 +158,21 @@ def _first_wrong(headers: list[tuple[int, bytes]]) -> int | None:
     blocks = np.frombuffer(b"".join(header for _, header in headers), np.uint8).reshape(-1, _BLOCK)
     found = blocks.sum(1, dtype=np.int64) - blocks[:, _CHECKSUM].sum(1, dtype=np.int64) + 8 * ord(" ")
     for (sample, header), total in zip(headers, found.tolist(), strict=True):
-        text = header[_CHECKSUM].strip(b"\0 ")
-        if not text.isdigit() or int(text, 8) != total:
+        try:
+            right = _octal(header[_CHECKSUM]) == total
+        except ValueError:
+            right = False
+        if not right:
             return sample
     return None
+
+
+def _octal(field: bytes) -> int:
+    """A number in a header; int() alone would take a sign, and a walk would go backwards."""
+    digits = field.strip(b"\0 ")
+    if not digits.isdigit():
+        raise ValueError(f"{digits!r} is not a number")
+    return int(digits, 8)
 
 
 def unreadable(path: Path | str, samples: int, error: Exception) -> DataError:

@@ -1,7 +1,12 @@
 """Shards behind a URL: any that fsspec opens (http, https, s3, gs, ...), kept in a cache of bounded size.
 
 A shard is fetched whole, once for all processes of a host that share the cache, compared with its sha256 in the index,
-and then read like a local one. The cache forgets the shards that were not used for longest.
+and then read like a local one. The cache forgets the shards that were not used for longest; who has one open can read
+it to its end.
+
+    .NAME.lock     held while NAME is fetched or opened, so that it is not forgotten in between
+    .room.lock     held while room is made
+    .NAME.N.part   being fetched; it will have N bytes, which count already
 """
 
 from __future__ import annotations
@@ -10,19 +15,25 @@ import errno
 import fcntl
 import os
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import fsspec
 
 from qsr_engine.data.index import DataError, Shard, measure_shard
+from qsr_engine.data.random_access import TarShard
+
+Result = TypeVar("Result")
 
 _ATTEMPTS = 3
-_LOCKS = 64  # lock files; two shards may share one
+_CONNECT, _READ = 30, 60  # seconds that a server may take to answer, and between two parts of its answer
+_COPY = re.compile(r"[0-9a-f]{16}-.+")
+_PART = re.compile(r"\.([0-9a-f]{16}-.+)\.(\d+)\.part")
 
 
 class _PermanentError(DataError):
@@ -31,18 +42,26 @@ class _PermanentError(DataError):
 
 def read_text(url: str) -> str:
     """A small file behind a URL. Raises DataError where it cannot be read."""
-    with _as_data_error(url):
-        file_system, path = fsspec.core.url_to_fs(url)
-        content: bytes = file_system.cat_file(path)
-        return content.decode()
+
+    def read() -> str:
+        with _as_data_error(url):
+            file_system, path = _file_system(url)
+            content: bytes = file_system.cat_file(path)
+            return content.decode()
+
+    return _retried(read)
 
 
 def open_url(url: str) -> IO[bytes]:
     """A stream of the bytes behind a URL. Raises DataError where it cannot be opened."""
-    with _as_data_error(url):
-        file_system, path = fsspec.core.url_to_fs(url)
-        stream: IO[bytes] = file_system.open(path, "rb")
-        return stream
+
+    def open_it() -> IO[bytes]:
+        with _as_data_error(url):
+            file_system, path = _file_system(url)
+            stream: IO[bytes] = file_system.open(path, "rb")
+            return stream
+
+    return _retried(open_it)
 
 
 class ShardCache:
@@ -50,7 +69,7 @@ class ShardCache:
 
     Args:
         url: of the folder of the shards.
-        folder: of the copies; several data sets, ranks and loader processes may share it.
+        folder: of the copies, and of nothing else; several data sets, ranks and loader processes may share it.
         limit: bytes that all copies together may take.
         shards: those of the index, by name.
     Raises:
@@ -63,7 +82,7 @@ class ShardCache:
         if limit < 4 * largest:
             raise DataError(
                 f"data.cache_gb is {limit / 1e9:g}, and the largest shard has {largest / 1e9:g} GB; write at least "
-                f"{4 * largest / 1e9:.2g}, room for four, or 0 to keep nothing"
+                f"{4.04 * largest / 1e9:.3g}, room for four, or 0 to keep nothing"
             )
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -79,76 +98,107 @@ class ShardCache:
     def announce(self, name: str) -> None:
         """Have a shard fetched in the background: it will be asked for."""
         if self._fetcher is None:
-            self._fetcher = _Fetcher(self.path)
+            self._fetcher = _Fetcher(self.fetch)
         self._fetcher.add(name)
 
-    def path(self, name: str) -> Path:
+    def fetch(self, name: str) -> None:
+        """Have a local copy of a shard. Raises DataError as open()."""
+        with self._held(name):
+            pass
+
+    def open(self, name: str) -> TarShard:
         """The local copy of a shard, fetched now if it is not there.
 
         Raises:
             DataError: it cannot be fetched, differs from the index, or there is no space for it.
         """
+        with self._held(name) as copy:
+            return TarShard(copy)
+
+    @contextmanager
+    def _held(self, name: str) -> Iterator[Path]:
+        """The whole copy of a shard, which nobody forgets inside."""
         shard = self.shards[name]
         copy = self.folder / f"{shard.sha256[:16]}-{name}"
-        with self._lock(f"{int(shard.sha256[:8], 16) % _LOCKS:02d}"):
-            if not (copy.exists() and copy.stat().st_size == shard.bytes):
-                self._fetch(shard, copy)
-            os.utime(copy)
-        return copy
+        try:
+            with self._lock(copy.name):
+                if not (copy.exists() and copy.stat().st_size == shard.bytes):
+                    self._fetch(shard, copy)
+                os.utime(copy)
+                yield copy
+        except OSError as error:
+            raise DataError(
+                f"{self.folder}: this cache cannot be used: {error.strerror or error}; write another data.cache_dir"
+            ) from error
 
     def _fetch(self, shard: Shard, copy: Path) -> None:
         url = f"{self.url}/{shard.name}"
-        part = copy.with_name(f".{copy.name}.part")
+        part = copy.with_name(f".{copy.name}.{shard.bytes}.part")
+
+        def once() -> None:
+            self._make_room(part, shard.bytes)
+            with _as_data_error(url, self.folder):
+                file_system, path = _file_system(url)
+                file_system.get_file(path, str(part))
+            found = measure_shard(part, shard.samples)
+            if (found.bytes, found.sha256) != (shard.bytes, shard.sha256):
+                raise DataError(
+                    f"{url}: this shard is not that of the index: it has {found.bytes} bytes and the sha256 "
+                    f"{found.sha256[:12]}..., and the index says {shard.bytes} and {shard.sha256[:12]}...; upload it "
+                    "again"
+                )
+
         try:
-            for attempt in range(_ATTEMPTS):
-                try:
-                    self._make_room(shard.bytes)
-                    with _as_data_error(url, self.folder):
-                        file_system, path = fsspec.core.url_to_fs(url)
-                        file_system.get_file(path, str(part))
-                    self._compare(part, shard, url)
-                    part.replace(copy)
-                    return
-                except _PermanentError:
-                    raise
-                except DataError:
-                    if attempt + 1 == _ATTEMPTS:
-                        raise
-                    time.sleep(2**attempt)
+            _retried(once)
+            part.replace(copy)
         finally:
             part.unlink(missing_ok=True)
 
-    def _compare(self, part: Path, shard: Shard, url: str) -> None:
-        found = measure_shard(part, shard.samples)
-        if (found.bytes, found.sha256) != (shard.bytes, shard.sha256):
-            raise DataError(
-                f"{url}: this shard is not that of the index: it has {found.bytes} bytes and the sha256 "
-                f"{found.sha256[:12]}..., and the index says {shard.bytes} and {shard.sha256[:12]}...; upload it again"
-            )
-
-    def _make_room(self, wanted: int) -> None:
-        """Forget copies until so many more bytes fit. Who has one open can read it to its end."""
+    def _make_room(self, part: Path, wanted: int) -> None:
+        """Forget copies until so many more bytes fit, and take them for a part."""
         with self._lock("room"):
-            copies = sorted((f for f in self.folder.glob("*.tar*")), key=_last_used)
-            held = sum(_size(file) for file in (*copies, *self.folder.glob(".*.part")))
+            part.unlink(missing_ok=True)
+            copies, held = self._look()
             for file in copies:
                 if held + wanted <= self.limit:
                     break
-                held -= _size(file)
+                size = _size(file)
+                if self._forget(file, file.name):
+                    held -= size
+            part.touch()
+
+    def _look(self) -> tuple[list[Path], int]:
+        """All copies, those not used for longest first, and the bytes that they and what is being fetched take."""
+        copies, held = [], 0
+        for file in self.folder.iterdir():
+            if part := _PART.fullmatch(file.name):
+                held += 0 if self._forget(file, part[1]) else int(part[2])
+            elif _COPY.fullmatch(file.name):
+                copies.append(file)
+                held += _size(file)
+        return sorted(copies, key=_last_used), held
+
+    def _forget(self, file: Path, lock: str) -> bool:
+        """Delete a file, unless somebody holds its lock; a part that nobody holds was left by a killed process."""
+        try:
+            with self._lock(lock, wait=False):
                 file.unlink(missing_ok=True)
+        except BlockingIOError:
+            return False
+        return True
 
     @contextmanager
-    def _lock(self, name: str) -> Iterator[None]:
+    def _lock(self, name: str, *, wait: bool = True) -> Iterator[None]:
         """Held by one process or thread of this host at a time, and let go when it ends, however it ends."""
         with open(self.folder / f".{name}.lock", "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
 
 
 class _Fetcher:
     """A thread that fetches announced shards; what goes wrong there is found again when the shard is asked for."""
 
-    def __init__(self, fetch: Callable[[str], Path]) -> None:
+    def __init__(self, fetch: Callable[[str], None]) -> None:
         self._fetch = fetch
         self._names: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._run, daemon=True).start()
@@ -160,8 +210,33 @@ class _Fetcher:
         while True:
             try:
                 self._fetch(self._names.get())
-            except (DataError, OSError):
+            except DataError:
                 continue
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    """fsspec's file system of a URL, and the path in it."""
+    options: dict[str, Any] = {}
+    if url.startswith(("http://", "https://")):
+        import aiohttp
+
+        # fsspec's own limit is five minutes for a whole file, however steadily it arrives.
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT, sock_read=_READ)
+        options["client_kwargs"] = {"timeout": timeout}
+    file_system, path = fsspec.core.url_to_fs(url, **options)
+    return file_system, path
+
+
+def _retried(action: Callable[[], Result]) -> Result:
+    """What the action returns, at the third attempt if need be."""
+    for attempt in range(_ATTEMPTS - 1):
+        try:
+            return action()
+        except _PermanentError:
+            raise
+        except DataError:
+            time.sleep(2**attempt)
+    return action()
 
 
 def _last_used(file: Path) -> float:
@@ -194,4 +269,5 @@ def _as_data_error(url: str, cache: Path | None = None) -> Iterator[None]:
                 f"{cache}: there is no space for {url}; write a smaller data.cache_gb, another data.cache_dir, or 0 to "
                 "keep nothing"
             ) from error
-        raise DataError(f"{url}: cannot be read: {type(error).__name__}: {error}") from error
+        what = ": ".join(part for part in (type(error).__name__, str(error)) if part)
+        raise DataError(f"{url}: cannot be read: {what}") from error

@@ -16,6 +16,7 @@ import mmap
 import multiprocessing
 import os
 import signal
+import sys
 import traceback
 import weakref
 from collections import deque
@@ -119,8 +120,10 @@ class _Loader:
             pass
         self.process.join()
         code = self.process.exitcode or 0
-        how = f"of {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-        raise DataError(f"a loader process ended {how}; was it killed, perhaps for want of memory?")
+        if code >= 0:
+            raise DataError(f"a loader process could not be started or ended early, with exit code {code}")
+        name = signal.Signals(-code).name
+        raise DataError(f"a loader process was ended by {name}; was it killed, perhaps for want of memory?")
 
     def take(self, slot: int) -> Pixels:
         """The batch in a slot, which is given back when nobody holds it any more.
@@ -146,10 +149,10 @@ class _Loader:
 
     def stop(self) -> None:
         """End the process; batches that somebody holds stay as they are."""
-        self.process.terminate()
-        self.process.join()
         self.results.close()
         self.free.close()
+        self.process.kill()  # it has nothing to put in order, and SIGTERM may be ignored or wait behind SIGSTOP
+        self.process.join()
 
 
 class _Memory:
@@ -200,17 +203,27 @@ def _load(
 
     def room() -> Pixels:
         nonlocal slot
-        slot = slots.popleft() if slots else free.recv_bytes()[0]
+        with _until_the_rank_is_gone():
+            slot = slots.popleft() if slots else free.recv_bytes()[0]
         return memory.slot(slot)
 
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        try:
-            for beside in produce(number, processes, room):
-                results.send(_Full(slot, beside))
-            results.send(_Ended())
-        except DataError as error:
-            results.send(_Ended(DataError(str(error))))
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            raise
-        except Exception:
-            results.send(_Ended(traceback=traceback.format_exc()))
+    def send(message: _Full | _Ended) -> None:
+        with _until_the_rank_is_gone():
+            results.send(message)
+
+    try:
+        for beside in produce(number, processes, room):
+            send(_Full(slot, beside))
+        send(_Ended())
+    except DataError as error:
+        send(_Ended(DataError(str(error))))
+    except Exception:
+        send(_Ended(traceback=traceback.format_exc()))
+
+
+@contextlib.contextmanager
+def _until_the_rank_is_gone() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, OSError):
+        sys.exit(0)

@@ -5,6 +5,8 @@ Samples are raw bytes throughout. webdataset's own decoders are never used: they
 
 from __future__ import annotations
 
+import math
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -20,6 +22,7 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "png")
 # Shards that a reader keeps open. The samples of a shuffle buffer come from few shards, and from older ones now and
 # then; a shard that was closed is walked again.
 OPEN_SHARDS = 64
+ANNOUNCED = 60.0  # seconds for which a shard need not be announced again
 
 
 class Sample(NamedTuple):
@@ -63,17 +66,17 @@ class RandomAccess:
     """Samples from local files, each read when it is loaded.
 
     Args:
-        path: the local file of a shard, by the shard's name; DataError where it cannot be had.
+        open_shard: a shard by its name; DataError where it cannot be had.
         classes: number of classes, or None where it is not known.
         announce: called with the name of a shard some time before the first of its samples is loaded.
     """
 
     def __init__(
-        self, path: Callable[[str], Path], classes: int | None, announce: Callable[[str], None] | None = None
+        self, open_shard: Callable[[str], TarShard], classes: int | None, announce: Callable[[str], None] | None = None
     ) -> None:
-        self._path, self._classes, self._announce = path, classes, announce
+        self._open_shard, self._classes, self._announce = open_shard, classes, announce
         self._open: OrderedDict[str, TarShard | DataError] = OrderedDict()
-        self._announced: OrderedDict[str, None] = OrderedDict()
+        self._announced: dict[str, float] = {}  # when, in seconds of the monotonic clock
 
     def items(self, slices: Iterable[ShardSlice]) -> Iterator[Item]:
         for piece in slices:
@@ -84,7 +87,7 @@ class RandomAccess:
         assert isinstance(item, Position)
         shard = self._shard(item.shard)
         if isinstance(shard, DataError):
-            return shard
+            return _of_sample(shard, item.number)
         try:
             return parse_sample(shard.path, shard.read(item.number), self._classes)
         except DataError as error:
@@ -92,12 +95,12 @@ class RandomAccess:
 
     def announce(self, item: Item) -> None:
         assert isinstance(item, Position)
-        if self._announce is None or item.shard in self._announced:
+        if self._announce is None or item.shard in self._open:
             return
-        self._announce(item.shard)
-        self._announced[item.shard] = None
-        if len(self._announced) > OPEN_SHARDS:
-            self._announced.popitem(last=False)
+        now = time.monotonic()
+        if now - self._announced.get(item.shard, -math.inf) > ANNOUNCED:
+            self._announce(item.shard)
+            self._announced[item.shard] = now
 
     def _shard(self, name: str) -> TarShard | DataError:
         """An open shard, or why it cannot be opened; that is not tried again for every sample of it."""
@@ -105,12 +108,21 @@ class RandomAccess:
             self._open.move_to_end(name)
             return self._open[name]
         try:
-            self._open[name] = TarShard(self._path(name))
+            self._open[name] = self._open_shard(name)
         except DataError as error:
             self._open[name] = error
         if len(self._open) > OPEN_SHARDS:
             self._open.popitem(last=False)
+        if self._announce is not None:  # copies that the cache has forgotten meanwhile take space until they are closed
+            for other, shard in list(self._open.items()):
+                if other != name and isinstance(shard, TarShard) and shard.deleted:
+                    del self._open[other]
         return self._open[name]
+
+
+def _of_sample(error: DataError, number: int) -> DataError:
+    """What is wrong with a shard, said of one of its samples, so that bad samples can be told apart."""
+    return DataError(f"{error} (wanted: sample {number})")
 
 
 class Streamed:
@@ -138,8 +150,8 @@ class Streamed:
                 else:
                     raise ends_early(self._name(piece.name), number)
             except DataError as error:
-                for _ in range(max(number, piece.start), piece.stop):
-                    yield error
+                for left in range(max(number, piece.start), piece.stop):
+                    yield _of_sample(error, left)
 
     def load(self, item: Item) -> Sample | DataError:
         assert not isinstance(item, Position)

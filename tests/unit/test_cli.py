@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from qsr_engine.cli import main
+from qsr_engine.data import Index
+from tests.shard_files import write_images, write_tar
 
 
 def test_digits_are_written_and_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,6 +49,79 @@ def test_an_index_is_made_for_shards_of_others(
     assert f"`qsr shards index {folder}` makes it" in capsys.readouterr().err
     assert main(["shards", "index", str(folder)]) == 0
     assert main(["shards", "verify", str(folder)]) == 0
+
+
+@contextmanager
+def no_superuser() -> Iterator[None]:
+    """Permissions hold for root too."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+@pytest.fixture
+def opened() -> Iterator[Path]:
+    """A folder that every user may write in, where pytest's own are root's."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o777)
+        write_tar(folder / "train-000000.tar", {"a.jpg": b"A", "a.cls": b"0"})
+        write_images(folder, {"images/cat": 1})
+        (folder / "inner").mkdir()
+        yield folder
+        for path in (folder, *folder.iterdir()):
+            path.chmod(0o777)
+
+
+@pytest.mark.parametrize(
+    ("mode", "locked", "words", "message"),
+    [
+        (0o000, "train-000000.tar", ["index", ""], "train-000000.tar: this shard cannot be read"),
+        (0o555, "", ["index", ""], "index.json: this index cannot be written"),
+        (0o000, "inner", ["index", "inner"], "inner: this folder cannot be read"),
+        (0o333, "inner", ["index", "inner"], "inner: this folder cannot be read"),
+        (0o000, "inner", ["imagefolder", "inner/root", "out"], "inner/root: this cannot be read"),
+        (0o000, "images", ["imagefolder", "images", "out"], "images/train: this cannot be read"),
+        (0o333, "images", ["imagefolder", "images", "out"], "images: this cannot be read"),
+        (0o333, "images/cat", ["imagefolder", "images", "out"], "images/cat: this cannot be read"),
+        (0o000, "inner", ["imagefolder", "images", "inner/out"], "inner/out: this folder cannot be read"),
+        (0o555, "inner", ["imagefolder", "images", "inner/out"], "inner/out: this folder cannot be made"),
+        (0o333, "inner", ["imagefolder", "images", "inner"], "inner: this folder cannot be read"),
+        (0o000, "inner", ["verify", "inner"], "inner/index.json: this index cannot be read"),
+    ],
+)
+def test_what_may_not_be_read_or_written_is_one_line(
+    opened: Path, mode: int, locked: str, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (opened / locked).chmod(mode)
+    with no_superuser():
+        assert main(["shards", words[0], *(str(opened / word) for word in words[1:])]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"qsr: error: {opened / message}: Permission denied")
+    assert said.count("\n") == 1
+
+
+def test_files_that_nobody_foresaw_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: str) -> Index:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "some/file")
+
+    monkeypatch.setattr("qsr_engine.cli.index_shards", fail)
+    assert main(["shards", "index", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "qsr: error: some/file: Input/output error\n"
+
+
+def test_a_folder_whose_name_is_not_utf8_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    write_tar(folder / "train-000000.tar", {"a.jpg": b"A", "a.cls": b"0"})
+    assert main(["shards", "index", str(folder)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/caf\\xe9: split 'train', 1 samples in 1 shards\n"
 
 
 @pytest.mark.parametrize("argv", [[], ["trian"], ["train"], ["train", "x", "--ranks", "0"], ["shards"]])

@@ -7,11 +7,14 @@ import errno
 import functools
 import http.server
 import multiprocessing
+import os
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -21,7 +24,9 @@ import torch
 from qsr_engine.config import DataConfig
 from qsr_engine.data.index import DataError, Index, Split, check_shards, read_index, write_index
 from qsr_engine.data.loader import EvalLoader, TrainLoader
+from qsr_engine.data.random_access import TarShard
 from qsr_engine.data.remote import ShardCache
+from qsr_engine.data.shards import Position, RandomAccess, Sample
 from qsr_engine.data.writing.tar import write_shard
 from tests.unit.test_loader import equal, noise
 
@@ -52,6 +57,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield folder, f"http://127.0.0.1:{server.server_address[1]}", asked
         server.shutdown()
+
+
+def content(cache: ShardCache, name: str) -> bytes:
+    return cache.open(name).path.read_bytes()
 
 
 def config(url: str, cache: Path, **changes: Any) -> DataConfig:
@@ -131,15 +140,87 @@ def test_the_cache_stays_within_its_bounds_and_keeps_what_is_used(
     limit = 4 * max(shard.bytes for shard in shards.values())
     cache = ShardCache(url, tmp_path, limit, shards)
     for name in [*shards, *shards]:
-        assert cache.path(name).read_bytes() == (folder / name).read_bytes()
+        assert content(cache, name) == (folder / name).read_bytes()
         assert sum(file.stat().st_size for file in tmp_path.glob("*.tar")) <= limit
     asked.clear()
     last = list(shards)[-1]
-    cache.path(last)
+    cache.open(last)
     assert asked == []
     assert not list(tmp_path.glob(".*.part"))
     with pytest.raises(DataError, match=r"data\.cache_gb is .*, and the largest shard has .* write at least"):
         ShardCache(url, tmp_path, limit - 1, shards)
+
+
+def test_the_cache_touches_only_what_is_its_own(served: tuple[Path, str, list[str]], tmp_path: Path) -> None:
+    """It once took every tar file in its folder for a copy, and deleted the oldest."""
+    folder, url, _ = served
+    shards = {shard.name: shard for shard in read_index(folder).split("all").shards}
+    others = [tmp_path / name for name in ("ILSVRC2012_img_train.tar", "cifar-10-python.tar.gz", "0123-x.tar")]
+    for other in others:
+        other.write_bytes(bytes(200_000))
+        os.utime(other, (0, 0))
+    killed = tmp_path / f".{'0' * 16}-killed.tar.123456.part"
+    killed.write_bytes(b"half")
+    cache = ShardCache(url, tmp_path, 4 * max(shard.bytes for shard in shards.values()), shards)
+    for name in shards:
+        cache.open(name)
+    assert all(other.stat().st_size == 200_000 for other in others)
+    assert not killed.exists(), "nobody holds its lock any more"
+
+
+def test_fetching_at_once_stays_within_the_bounds_too(served: tuple[Path, str, list[str]], tmp_path: Path) -> None:
+    """Twelve threads and room for four shards: what is being fetched counts, and nobody deletes it."""
+    folder, url, _ = served
+    index = read_index(folder).split("all")
+    shards = {f"{n}-{shard.name}": shard for n in range(4) for shard in index.shards}
+    limit = 4 * max(shard.bytes for shard in shards.values())
+    cache = ShardCache(url, tmp_path, limit, shards)
+    most, stop = [0], threading.Event()
+
+    def watch() -> None:
+        while not stop.is_set():
+            held = 0
+            for file in tmp_path.iterdir():
+                with contextlib.suppress(OSError):
+                    held += 0 if file.name.endswith(".lock") else file.stat().st_size
+            most[0] = max(most[0], held)
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    with ThreadPoolExecutor(12) as pool:
+        found = list(pool.map(lambda name: (name, len(cache.open(name).samples)), [*shards, *shards]))
+    stop.set()
+    watching.join()
+    assert found == [(name, shards[name].samples) for name in [*shards, *shards]]
+    # Twelve at once cannot all wait for room that only they could give back: each may be over by its own shard.
+    assert most[0] <= limit + 12 * max(shard.bytes for shard in shards.values())
+    cache.open(next(iter(shards)))
+    assert sum(file.stat().st_size for file in tmp_path.glob("*.tar")) <= limit
+
+
+def test_forgotten_copies_are_closed(served: tuple[Path, str, list[str]], tmp_path: Path) -> None:
+    """An open file takes its space until it is closed, though it has no name any more."""
+    folder, url, _ = served
+    shards = {shard.name: shard for shard in read_index(folder).split("all").shards}
+    cache = ShardCache(url, tmp_path, 4 * max(shard.bytes for shard in shards.values()), shards)
+    source = RandomAccess(cache.open, None, cache.announce)
+    for name in [*shards, *shards]:
+        assert isinstance(source.load(Position(name, 0)), Sample)
+    assert sum(shard.deleted for shard in source._open.values() if isinstance(shard, TarShard)) <= 1
+
+
+def test_a_cache_that_cannot_hold_what_the_shuffle_buffer_spans_is_refused(
+    served: tuple[Path, str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, url, _ = served
+    largest = max(shard.bytes for shard in read_index(folder).split("all").shards)
+    small: dict[str, Any] = {"cache_gb": 4 * largest / 1e9, "shuffle_buffer": 4}
+    batches(url, tmp_path, 1, **small)
+    with pytest.raises(DataError, match=r"shuffle buffers of 1 ranks on this host .* write at least that, or"):
+        batches(url, tmp_path, 1, **{**small, "shuffle_buffer": 40})
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(DataError, match=r"the shuffle buffers of 2 ranks"):
+        batches(url, tmp_path, 1, **small)
 
 
 def test_a_copy_that_was_damaged_is_fetched_again(served: tuple[Path, str, list[str]], tmp_path: Path) -> None:
@@ -147,8 +228,8 @@ def test_a_copy_that_was_damaged_is_fetched_again(served: tuple[Path, str, list[
     shards = {shard.name: shard for shard in read_index(folder).split("all").shards}
     cache = ShardCache(url, tmp_path, 10**9, shards)
     name = next(iter(shards))
-    cache.path(name).write_bytes(b"torn")
-    assert cache.path(name).read_bytes() == (folder / name).read_bytes()
+    cache.open(name).path.write_bytes(b"torn")
+    assert content(cache, name) == (folder / name).read_bytes()
 
 
 def test_a_shard_that_differs_from_the_index_is_refused(
@@ -162,12 +243,12 @@ def test_a_shard_that_differs_from_the_index_is_refused(
     cache = ShardCache(url, tmp_path, 10**9, {shard.name: other})
     asked.clear()
     with pytest.raises(DataError, match=r"all-000000\.tar: this shard is not that of the index: it has \d+ bytes"):
-        cache.path(shard.name)
+        cache.open(shard.name)
     assert len(asked) == 3, "it could have been damaged on its way"
     assert not list(tmp_path.glob("*.tar"))
     missing = shard.model_copy(update={"name": "all-999999.tar"})
     with pytest.raises(DataError, match=r"http://.*/all-999999\.tar: there is no such file"):
-        ShardCache(url, tmp_path, 10**9, {missing.name: missing}).path(missing.name)
+        ShardCache(url, tmp_path, 10**9, {missing.name: missing}).open(missing.name)
 
 
 def test_a_connection_that_breaks_is_tried_again(
@@ -178,15 +259,15 @@ def test_a_connection_that_breaks_is_tried_again(
     monkeypatch.setattr("qsr_engine.data.remote.time.sleep", waits.append)
     shards = {shard.name: shard for shard in read_index(folder).split("all").shards}
     name = next(iter(shards))
-    get_file, failures = fsspec.filesystem("http").get_file, [ConnectionResetError("reset"), TimeoutError("slow")]
+    failures = [ConnectionResetError("reset"), TimeoutError()]
 
-    def flaky(*args: Any, **kwargs: Any) -> Any:
+    def flaky(path: str, copy: str) -> None:
         if failures:
             raise failures.pop()
-        return get_file(*args, **kwargs)
+        fsspec.filesystem("http").get_file(path, copy)
 
-    monkeypatch.setattr(fsspec.filesystem("http"), "get_file", flaky)
-    assert ShardCache(url, tmp_path, 10**9, shards).path(name).read_bytes() == (folder / name).read_bytes()
+    monkeypatch.setattr("qsr_engine.data.remote._file_system", lambda url: (SimpleNamespace(get_file=flaky), url))
+    assert content(ShardCache(url, tmp_path, 10**9, shards), name) == (folder / name).read_bytes()
     assert waits == [1, 2]
 
 
@@ -194,17 +275,18 @@ def test_no_space_in_the_cache_is_said(
     served: tuple[Path, str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error that a full disk gives; the disk itself is not full."""
-    _, url, _ = served
+    folder, url, _ = served
 
     def full(_: str, path: str) -> None:
         Path(path).write_bytes(b"a part")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(fsspec.filesystem("http"), "get_file", full)
+    loader = TrainLoader(url, read_index(folder), config(url, tmp_path), rank=0, ranks=1, batch_size=4, seed=3)
+    monkeypatch.setattr("qsr_engine.data.remote._file_system", lambda url: (SimpleNamespace(get_file=full), url))
     with pytest.raises(DataError, match=r"there is no space for http://.*; write a smaller data\.cache_gb, another"):
-        batches(url, tmp_path)
+        next(loader.batches())
     deadline = time.monotonic() + 10  # the thread that fetches ahead may be at it still
-    while (left := [file for file in tmp_path.iterdir() if file.suffix in (".tar", ".part")]) and (
+    while (left := [file for file in (tmp_path / "shards").iterdir() if file.suffix in (".tar", ".part")]) and (
         time.monotonic() < deadline
     ):
         time.sleep(0.01)
@@ -231,8 +313,9 @@ def test_a_broken_shard_is_found_out_once_and_its_samples_may_be_skipped(
     assert sum(len(batch.skipped) for batch in found) == 7
     assert not set(torch.cat([batch.labels for batch in found]).tolist()) & set(range(7))
     assert asked.count("/all-000000.tar") <= 6, "three attempts, by two threads"
-    with pytest.raises(DataError, match=r"It is bad sample number \d+ of this rank, and data\.max_bad_samples is 7"):
-        list(islice(loader.batches(), 5))
+    loader = TrainLoader(url, index, config(url, tmp_path, max_bad_samples=6), rank=0, ranks=1, batch_size=20, seed=3)
+    with pytest.raises(DataError, match=r"It is bad sample number 7 of this rank, and data\.max_bad_samples is 6"):
+        list(islice(loader.batches(), 2))
 
 
 def test_a_killed_fetcher_holds_up_nobody(served: tuple[Path, str, list[str]], tmp_path: Path) -> None:
@@ -247,18 +330,17 @@ def test_a_killed_fetcher_holds_up_nobody(served: tuple[Path, str, list[str]], t
     assert ready.wait(60)
     process.kill()
     process.join()
-    assert cache.path(name).read_bytes() == (folder / name).read_bytes()
-    with contextlib.suppress(FileNotFoundError):
-        assert not list(tmp_path.glob(".*.part"))
+    assert content(cache, name) == (folder / name).read_bytes()
+    assert not list(tmp_path.glob(".*.part"))
 
 
 def hold_the_lock(cache: ShardCache, name: str, ready: Any) -> None:
     """In another process: die in the middle of fetching a shard."""
 
     def hang(shard: Any, copy: Path) -> None:
-        copy.with_name(f".{copy.name}.part").write_bytes(b"half")
+        copy.with_name(f".{copy.name}.{shard.bytes}.part").write_bytes(b"half")
         ready.set()
         threading.Event().wait()
 
     cache._fetch = hang  # type: ignore[method-assign]
-    cache.path(name)
+    cache.open(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -195,9 +196,37 @@ def test_missing_root_unreadable_image_and_wrong_split_name(tmp_path: Path) -> N
         write_imagefolder(tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "cat" / "directory.png").mkdir(parents=True)
     with pytest.raises(DataError, match=r"directory\.png: this image cannot be read: it is no regular file"):
-        write_imagefolder(tmp_path, tmp_path / "out", split="train")
+        write_imagefolder(tmp_path, tmp_path.with_name("out"), split="train")
     with pytest.raises(DataError, match=r"the split name is '\.\./train'"):
-        write_imagefolder(tmp_path, tmp_path / "out", split="../train")
+        write_imagefolder(tmp_path, tmp_path.with_name("out"), split="../train")
+
+
+@pytest.mark.parametrize("out", ["images/shards", "link", "link/shards", "other/shards", "images/cat", "images"])
+def test_shards_are_not_written_where_the_next_call_would_list_them(tmp_path: Path, out: str) -> None:
+    root = tmp_path / "images"
+    write_images(root, {"cat": 1, "dog": 1})
+    write_images(tmp_path, {"elsewhere": 1})
+    (root / "cow").symlink_to(tmp_path / "elsewhere")  # a class
+    (tmp_path / "link").symlink_to(root / "shards")
+    (tmp_path / "other").symlink_to(tmp_path / "elsewhere")
+    before = sorted(tmp_path.rglob("*"))
+    if out == "link/shards":
+        (tmp_path / "link").unlink()
+        (tmp_path / "link").symlink_to(root / "dog")
+    with pytest.raises(DataError, match=rf"{out} is in .*, where images are looked for; name a folder outside of it"):
+        write_imagefolder(root, tmp_path / out)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("out", ["train/shards", "val", "test/shards"])
+def test_shards_do_not_become_a_class_or_a_split(tmp_path: Path, out: str) -> None:
+    write_images(tmp_path, {"train/cat": 1})
+    with pytest.raises(DataError, match="where images are looked for"):
+        write_imagefolder(tmp_path, tmp_path / out)
+    assert not (tmp_path / out).exists()
+    (tmp_path / "shards").mkdir()
+    write_imagefolder(tmp_path, tmp_path / "shards")  # beside train/ they are neither
+    verify_shards(tmp_path / "shards")
 
 
 # ------------------------------------------------------------------------------------------- existing shards
@@ -220,7 +249,13 @@ def test_index_of_digits_shards_agrees_with_the_one_that_writing_made(digits: Pa
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("train.tar", {"a.jpg": b"A", "a.cls": b"0"}, r"train\.tar: this name does not say its split"),
+        ("train.tar", {"a.jpg": b"A", "a.cls": b"0"}, r"the name 'train\.tar' does not say its split; rename the file"),
+        ("train-one.tar", {}, r"the name 'train-one\.tar' does not say its split"),
+        ("train-00-of.tar", {}, r"the name 'train-00-of\.tar' does not say its split"),
+        ("-0.tar", {}, r"the name '-0\.tar' does not say its split"),
+        ("tr:ain-000000.tar", {}, r"the name 'tr:ain-000000\.tar' does not say .*, without \\ : or \.\."),
+        ("tr\nain-000000.tar", {}, r"the name 'tr\\nain-000000\.tar' does not say"),
+        (os.fsdecode(b"caf\xe9-000000.tar"), {}, r"the name 'caf\\udce9-000000\.tar' does not say"),
         ("train-0.tar", {}, r"train-0\.tar: this shard has no samples"),
         ("train-0.tar", {"k7.jpg": b"A"}, r"train-0\.tar: sample 'k7' has no label"),
         ("train-0.tar", {"k7.txt": b"A", "k7.cls": b"0"}, r"train-0\.tar: sample 'k7' has no image"),
@@ -233,6 +268,58 @@ def test_unusable_shards_are_not_indexed(tmp_path: Path, name: str, content: dic
     with pytest.raises(DataError, match=message):
         index_shards(tmp_path)
     assert not (tmp_path / "index.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train-000000-of-000002.tar", "train"),
+        ("imagenet_train-0001.tar", "imagenet_train"),
+        ("imagenet-2012-000001.tar", "imagenet-2012"),
+        ("a-of-2-of-3-4-of-5.tar", "a-of-2-of-3"),
+        ("train set-0.tar", "train set"),
+    ],
+)
+def test_the_split_is_what_stands_before_the_numbers(tmp_path: Path, name: str, split: str) -> None:
+    write_tar(tmp_path / name, {"a.jpg": b"A", "a.cls": b"0"})
+    assert list(index_shards(tmp_path).splits) == [split]
+    verify_shards(tmp_path)
+
+
+def test_names_are_looked_at_before_a_shard_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a-0.tar").write_bytes(b"not a tar file")
+    write_tar(tmp_path / "b.tar", {})
+    with pytest.raises(DataError, match=r"the name 'b\.tar'"):
+        index_shards(tmp_path)
+
+
+def test_folders_and_dangling_links_are_no_shards(tmp_path: Path) -> None:
+    shard = tmp_path / "train-000000.tar"
+    shard.mkdir()
+    with pytest.raises(DataError, match=r"train-000000\.tar: this shard cannot be read: Is a directory; copy or write"):
+        index_shards(tmp_path)
+    shard.rmdir()
+    shard.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"train-000000\.tar: this shard cannot be read: No such file or directory; "):
+        index_shards(tmp_path)
+    with pytest.raises(DataError, match="nowhere: this folder cannot be read: No such file or directory"):
+        index_shards(tmp_path / "nowhere")
+
+
+def test_keys_need_not_be_utf8(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    one, other = os.fsdecode(b"caf\xe9"), os.fsdecode(b"caf\xea")
+    content = {f"{one}.jpg": b"A", f"{one}.cls": b"0", f"{other}.jpg": b"B", f"{other}.cls": b"1"}
+    write_tar(tmp_path / "train-000000.tar", content)
+    index_shards(tmp_path)
+    verify_shards(tmp_path)
+    (tmp_path / "index.json").unlink()
+    write_tar(tmp_path / "train-000000.tar", {f"{one}.jpg": b"A", f"{one}.{other}": b"0"})
+    with pytest.raises(DataError) as caught:
+        index_shards(tmp_path)
+    message = str(caught.value)
+    assert message.endswith(r"sample 'caf\udce9' has no label (.cls); its members are: jpg, 'caf\udcea'")
+    print(message)  # to any stream
+    assert r"'caf\udce9'" in capfd.readouterr().out
 
 
 def test_files_that_are_no_tar_and_empty_folders_are_named(tmp_path: Path) -> None:

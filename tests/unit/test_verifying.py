@@ -100,6 +100,23 @@ def test_broken_images_are_found_where_they_are_decoded(tmp_path: Path) -> None:
         verify_shards(tmp_path, decode=True)
 
 
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (picture(303, 3), "has 303 x 3 pixels; the limit is a side 100 times as long as the other"),
+        (picture(8, 8) + 100 * b"\xff\xda", "has 101 scans; the limit is 100"),
+        (b"\xff\xd8\xff", "this does not decode as JPEG or PNG: cannot identify the image; replace or delete it"),
+    ],
+)
+def test_images_that_training_refuses_are_found_where_they_are_decoded(
+    tmp_path: Path, image: bytes, message: str
+) -> None:
+    write_set(tmp_path, {**WHOLE, "b.jpg": image})
+    verify_shards(tmp_path)
+    with pytest.raises(DataError, match=rf"train-000000\.tar: sample 'b':? {message}$"):
+        verify_shards(tmp_path, decode=True)
+
+
 def test_a_tar_whose_middle_is_broken_is_not_taken_for_a_short_one(tmp_path: Path) -> None:
     data = bytearray(tar_bytes(WHOLE))
     header = data.index(b"b.jpg")

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.datasets import CIFAR10
 from torchvision.datasets import imagenet as torchvision_imagenet
 
@@ -33,6 +33,7 @@ from qsr_engine.cli import main
 from qsr_engine.data import DataError, Index, index_shards, write_cifar10, write_imagefolder
 from qsr_engine.data.index import Shard
 from qsr_engine.data.shards import Sample, parse_sample, read_shard
+from qsr_engine.data.writing import images as writing_images
 from qsr_engine.data.writing.resuming import RECORD_NAME, ShardSize
 from qsr_engine.data.writing.tar import sample_bytes, write_shard
 from tests.shard_files import picture, read_folder, tar_bytes, write_images, write_tar
@@ -107,7 +108,7 @@ def test_odd_file_names_and_links_are_images_as_others_are(tmp_path: Path) -> No
 def test_a_class_name_that_no_json_can_hold_is_refused(tmp_path: Path) -> None:
     write_images(tmp_path, {os.fsdecode(b"caf\xe9"): 1})
     with pytest.raises(DataError, match=r"the class name b'caf\\xe9' is not UTF-8"):
-        write_imagefolder(tmp_path, tmp_path / "out", split="train")
+        write_imagefolder(tmp_path, tmp_path.with_name("out"), split="train")
 
 
 @pytest.mark.parametrize(
@@ -356,7 +357,8 @@ def write_one(tmp_path: Path, data: bytes, **options: int) -> Sample:
         ({"max_side": 50}, (101, 200), (25, 50)),
         ({"short_side": 50}, (200, 100), (100, 50)),
         ({"short_side": 50}, (100, 200), (50, 100)),
-        ({"max_side": 50}, (500, 2), (50, 1)),
+        ({"max_side": 50}, (500, 6), (50, 1)),
+        ({"max_side": 149}, (1990, 20), (149, 2)),  # 149 x 1 would be refused by training
     ],
 )
 def test_large_images_are_resized(
@@ -428,15 +430,69 @@ def png_header(width: int, height: int) -> bytes:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (png_header(10_001, 10_000), r"it\.JPEG: this image has more than 100,000,000 pixels"),
-        (png_header(60_000, 60_000), r"it\.JPEG: this image has more than 100,000,000 pixels"),
+        (png_header(10_001, 10_000), r"it\.JPEG has 10001 x 10000 pixels; the limit is 100,000,000$"),
+        (png_header(60_000, 60_000), r"it\.JPEG has too many pixels; the limit is 100,000,000$"),
+        (picture(303, 3), r"it\.JPEG has 303 x 3 pixels; the limit is a side 100 times as long as the other$"),
+        (picture(60, 60) + 100 * b"\xff\xda", r"it\.JPEG has 101 scans; the limit is 100$"),
         (picture(60, 60)[:-300], r"it\.JPEG: this does not decode as JPEG or PNG: .*truncated"),
-        (b"RIFF    WEBP", r"it\.JPEG: this does not decode as JPEG or PNG"),
+        (b"RIFF    WEBP", r"it\.JPEG: this does not decode as JPEG or PNG: cannot identify the image; replace or"),
     ],
 )
 def test_images_that_cannot_be_made_smaller_are_named(tmp_path: Path, data: bytes, message: str) -> None:
     with pytest.raises(DataError, match=message):
         write_one(tmp_path, data, max_side=30)
+
+
+def test_limits_are_those_of_the_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    writing_images.check_limits(10, 1000, "it")
+    writing_images.check_scans(100 * b"\xff\xda", "no JPEG")
+    writing_images.check_scans(b"\xff\xd8" + 100 * b"\xff\xda", "it")
+    monkeypatch.setattr(writing_images, "MAX_PIXELS", 9_999)
+    with pytest.raises(DataError, match=r"^it has 10 x 1000 pixels; the limit is 9,999$"):
+        writing_images.check_limits(10, 1000, "it")
+    monkeypatch.setattr(writing_images, "MAX_ASPECT", 2)
+    with pytest.raises(DataError, match=r"^it has 1 x 3 pixels; the limit is a side 2 times as long as the other$"):
+        writing_images.check_limits(1, 3, "it")
+    monkeypatch.setattr(writing_images, "MAX_SCANS", 1)
+    with pytest.raises(DataError, match=r"^it has 2 scans; the limit is 1$"):
+        writing_images.check_scans(b"\xff\xd8" + 2 * b"\xff\xda", "it")
+
+
+def test_reasons_have_no_addresses_and_are_never_empty() -> None:
+    with pytest.raises(UnidentifiedImageError) as caught:
+        Image.open(io.BytesIO(b"GIF"))
+    assert writing_images.reason(caught.value) == "cannot identify the image"
+    assert writing_images.reason(OSError("broken")) == "broken"
+    assert writing_images.reason(EOFError()) == "EOFError"
+
+
+def grey16(values: np.ndarray[Any, Any], **options: int) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(values.astype(np.uint16)).save(stream, format="PNG", **options)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I"])
+def test_sixteen_bits_become_eight(mode: str) -> None:
+    ramp = np.arange(65536).reshape(256, 256)
+    with Image.open(io.BytesIO(grey16(ramp, transparency=40_000))) as image:
+        assert image.mode == "I;16"
+        eight = writing_images.to_eight_bits(image if mode == "I;16" else image.convert("I"))
+    assert eight.mode == "L"
+    assert np.array_equal(np.asarray(eight), np.round(ramp * 255 / 65535))
+    assert np.array_equal(np.asarray(eight.convert("RGBA"))[..., 3], np.full((256, 256), 255))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "F"])
+def test_images_of_eight_bits_stay_as_they_are(mode: str) -> None:
+    image = Image.new(mode, (2, 2))
+    assert writing_images.to_eight_bits(image) is image
+
+
+def test_a_png_of_sixteen_bits_is_not_made_white(tmp_path: Path) -> None:
+    small = decoded(write_one(tmp_path, grey16(np.full((40, 60), 30_000)), max_side=30))
+    assert (small.size, small.mode) == ((30, 20), "L")
+    assert np.abs(np.asarray(small, int) - round(30_000 / 257)).max() <= 1
 
 
 # ---------------------------------------------------------------------------------------- archives of ILSVRC

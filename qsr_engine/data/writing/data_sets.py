@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from qsr_engine.data.index import DataError, Index, Shard, Split, refuse_existing_index, write_index
+from qsr_engine.data.index import INDEX_NAME, DataError, Index, Shard, Split, write_index
 from qsr_engine.data.writing.imagefolder import find_images
 from qsr_engine.data.writing.images import Shrink, encode_png, encoder_version, image_suffix, shrink_image
-from qsr_engine.data.writing.resuming import RECORD_NAME, Plan, ShardSize, write_planned
+from qsr_engine.data.writing.resuming import RECORD_NAME, Plan, ShardSize, refuse_data_set, write_planned
 from qsr_engine.data.writing.sources import Source
 from qsr_engine.data.writing.verifying import scan_shard
 
@@ -65,13 +65,14 @@ def write_imagefolder(
         processes: number of processes that write. More than one needs a script with `if __name__ == "__main__":`.
     Raises:
         DataError: there are no classes, a class has no images, a split has a class that training has not, a file is
-            empty, cannot be read or written, or is no image; an archive is broken; out holds another data set.
+            empty, cannot be read or written, or is no image; an archive is broken; out holds another data set, or
+            lies in a folder whose images are listed; an image to be resized is larger than training takes.
     """
     _check_options(split, shard_bytes=shard_bytes, samples_per_shard=samples_per_shard, processes=processes)
     shrink = _shrink(max_side, short_side, quality)
     root, out = Path(root), Path(out)
-    refuse_existing_index(out)  # before a million files are listed
-    images = find_images(root, split)
+    refuse_data_set(out)  # before a million files are listed
+    images = find_images(root, split, out)
     for sources in images.splits.values():
         random.Random(seed).shuffle(sources)
     shard_size = ShardSize(None if samples_per_shard else shard_bytes, samples_per_shard)
@@ -125,7 +126,7 @@ def write_cifar10(
     """
     from torchvision.datasets import CIFAR10  # imports torch, which takes seconds
 
-    refuse_existing_index(Path(out))
+    refuse_data_set(Path(out))
     folder = (CIFAR10_ROOT if root is None else Path(root)).expanduser()
     try:
         with _timeout(DOWNLOAD_TIMEOUT):
@@ -144,40 +145,69 @@ def write_cifar10(
 
 
 def index_shards(folder: str | Path) -> Index:
-    """Write the index of a folder of tar shards named SPLIT-NUMBER.tar. Every shard is read once.
+    """Write the index of a folder of tar shards. Every shard is read once.
+
+    They are named SPLIT-NUMBER.tar, as train-000000.tar is, or SPLIT-NUMBER-of-NUMBER.tar.
 
     Class names are not known afterwards (None), so labels are not checked against them.
 
     Raises:
         DataError: there are no shards, a name has no split, a shard cannot be read or is empty, a sample has no image
-            or no label, there is an index already, or the folder is not written to its end.
+            or no label, there is an index already or it cannot be written, or the folder is not written to its end.
     """
     folder = Path(folder)
-    refuse_existing_index(folder)
+    refuse_data_set(folder)
     if (folder / RECORD_NAME).exists():
         raise DataError(f"{folder} is not written to its end; run the command that began it again, it writes the index")
-    paths = sorted(folder.glob("*.tar"))
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.suffix == ".tar")
+    except OSError as error:
+        raise DataError(f"{folder}: this folder cannot be read: {error.strerror or error}; name another one") from error
     if not paths:
         raise DataError(f"{folder}: there are no tar shards here; expected files such as {folder / 'train-000000.tar'}")
+    split_of = {path: _split_of(path) for path in paths}  # before the first is read, which takes a while
     found: dict[str, list[Shard]] = {}
     for path in tqdm(paths, desc="reading", unit="shard", disable=None):
-        split, _, number = path.stem.rpartition("-")
-        if not (split and number):
-            raise DataError(f"{path}: this name does not say its split; rename it as train-000000.tar is named")
-        scan = scan_shard(path, None)
-        if scan.problems:
-            raise DataError(scan.problems[0])
-        if scan.samples == 0:
-            raise DataError(f"{path}: this shard has no samples; delete it")
-        found.setdefault(split, []).append(
-            Shard(name=path.name, samples=scan.samples, bytes=scan.bytes, sha256=scan.sha256)
-        )
+        found.setdefault(split_of[path], []).append(_measure_whole(path))
     splits = {
         split: Split(samples=sum(shard.samples for shard in shards), shards=shards) for split, shards in found.items()
     }
     index = Index(classes=None, splits=splits)
-    write_index(folder, index)
+    try:
+        write_index(folder, index)
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(
+            f"{folder / INDEX_NAME}: this index cannot be written: {reason}; mend that and run the same command again"
+        ) from error
     return index
+
+
+def _split_of(path: Path) -> str:
+    """The split that the name of a shard says."""
+    match = re.fullmatch(r"(.+?)-[0-9]+(-of-[0-9]+)?\.tar", path.name)
+    # The rest is what an index takes for a name.
+    if match is None or any(part in path.name for part in ("\\", ":", "..")) or not path.name.isprintable():
+        raise DataError(
+            f"{path.parent}: the name {path.name!r} does not say its split; rename the file as train-000000.tar or "
+            "train-000000-of-000012.tar are named, without \\ : or .."
+        )
+    return match[1]
+
+
+def _measure_whole(path: Path) -> Shard:
+    """The index entry of a shard made elsewhere. Raises DataError where it cannot be read, or a sample is wrong."""
+    try:
+        scan = scan_shard(path, None)
+    except OSError as error:
+        raise DataError(
+            f"{path}: this shard cannot be read: {error.strerror or error}; copy or write it again, or delete it"
+        ) from error
+    if scan.problems:
+        raise DataError(scan.problems[0])
+    if scan.samples == 0:
+        raise DataError(f"{path}: this shard has no samples; delete it")
+    return Shard(name=path.name, samples=scan.samples, bytes=scan.bytes, sha256=scan.sha256)
 
 
 class _Arrays(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,12 +27,22 @@ class Images(NamedTuple):
     digest: str
 
 
-def find_images(root: Path, split: str | None) -> Images:
+def find_images(root: Path, split: str | None, out: Path) -> Images:
     """List the images below root, in ImageNet's layout of folders, or in the archives of ILSVRC2012.
 
+    Args:
+        out: where the shards will be; it must not lie where another call would take it for a class.
     Raises:
         DataError: as write_imagefolder() does for what lies in root.
     """
+    try:
+        return _find_images(root, split, out)
+    except OSError as error:
+        where, why = error.filename or root, error.strerror or error
+        raise DataError(f"{where}: this cannot be read: {why}; mend that, or name another folder") from error
+
+
+def _find_images(root: Path, split: str | None, out: Path) -> Images:
     if not root.is_dir():
         raise DataError(f"{root}: there is no such folder; name the folder that holds train/ and val/, or the classes")
     folders = {split: root} if split is not None else _split_folders(root)
@@ -41,6 +51,8 @@ def find_images(root: Path, split: str | None) -> Images:
     archives = {name: path for name, path in archives.items() if path.is_file() and name not in folders}
     if not folders and not archives:
         folders = {"train": root}
+    # Split folders that are not there yet count: after a kill `out` would be one.
+    _refuse_inside(out, folders.values() if root in folders.values() else [root / name for name in SPLIT_FOLDERS])
 
     classes: list[str] | None = None
     listed: dict[str, Iterator[Listed]] = {}
@@ -53,7 +65,7 @@ def find_images(root: Path, split: str | None) -> Images:
     assert classes is not None  # each of the three ways above sets it
     _check_names(root, classes)
     for name, folder in folders.items():
-        listed[name] = _list_folder(folder, classes)
+        listed[name] = _list_folder(folder, classes, out)
 
     sha256 = hashlib.sha256()
     splits = {}
@@ -79,10 +91,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
 
 
 def _class_names(folder: Path) -> list[str]:
-    try:
-        names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    except OSError as error:
-        raise DataError(f"{folder}: this folder cannot be read: {error.strerror or error}") from error
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not names:
         raise DataError(f"{folder}: there are no class folders here; write one folder of images for each class")
     return names
@@ -96,19 +105,25 @@ def _check_names(root: Path, classes: list[str]) -> None:
             raise DataError(f"{root}: the class name {os.fsencode(name)!r} is not UTF-8; rename its folder") from None
 
 
-def _list_folder(folder: Path, classes: list[str]) -> Iterator[Listed]:
+def _refuse_inside(out: Path, folders: Iterable[Path]) -> None:
+    """Raises DataError where `out` is one of these folders or lies in it, wherever symbolic links lead."""
+    real = Path(os.path.realpath(out))
+    for folder in folders:
+        if real.is_relative_to(os.path.realpath(folder)):
+            raise DataError(f"{out} is in {folder}, where images are looked for; name a folder outside of it")
+
+
+def _list_folder(folder: Path, classes: list[str], out: Path) -> Iterator[Listed]:
     """The images of a split, sorted by class and name."""
     labels = {name: label for label, name in enumerate(classes)}
     names = _class_names(folder)
+    _refuse_inside(out, (folder / name for name in names))  # a class may be a link that leads there
     for name in names:
         if name not in labels:
             raise DataError(f"{folder / name}: training has no class {name!r}; add it there, or take it away here")
     for name in tqdm(names, desc=f"listing {folder.name}", unit="class", disable=None):
         of_class = os.path.join(folder, name)
-        try:
-            files = sorted(file for file in os.listdir(of_class) if _is_image(file))
-        except OSError as error:
-            raise DataError(f"{of_class}: this folder cannot be read: {error.strerror or error}") from error
+        files = sorted(file for file in os.listdir(of_class) if _is_image(file))
         if not files:
             raise DataError(f"{of_class}: there are no images here (.jpg, .jpeg or .png); add some or delete it")
         for file in files:

@@ -100,7 +100,7 @@ def write_planned(out: Path, plan: Plan[Item], processes: int) -> Index:
         DataError: the folder holds a data set, or the beginning of another one; another process writes there; a file
             cannot be written; or as plan.load raises.
     """
-    refuse_existing_index(out)
+    refuse_data_set(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -128,6 +128,14 @@ def write_planned(out: Path, plan: Plan[Item], processes: int) -> Index:
             raise
         record.delete()
     return index
+
+
+def refuse_data_set(out: Path) -> None:
+    """Raises DataError where a folder has an index.json already, or cannot be looked into."""
+    try:
+        refuse_existing_index(out)
+    except OSError as error:
+        raise DataError(f"{out}: this folder cannot be read: {error.strerror or error}; name another one") from error
 
 
 def _write_missing(
@@ -261,7 +269,10 @@ def _delete_temporary(out: Path, shards: Sequence[str]) -> None:
 @contextmanager
 def _only_writer(out: Path) -> Iterator[None]:
     """Raises DataError where another process writes in this folder. Some network file systems have no such locks."""
-    folder = os.open(out, os.O_RDONLY)
+    try:
+        folder = os.open(out, os.O_RDONLY)
+    except OSError as error:
+        raise DataError(f"{out}: this folder cannot be read: {error.strerror}; name another one") from error
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

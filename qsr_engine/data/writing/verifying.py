@@ -9,7 +9,7 @@ import hashlib
 import io
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -106,7 +106,8 @@ def scan_shard(path: Path, classes: int | None, *, decode: bool = False) -> Scan
     with open(path, "rb") as file:
         stream = _Measured(file)
         try:
-            with tarfile.open(fileobj=stream, mode="r|") as tar:
+            # Names need not be UTF-8; the reader of shards decodes them so too.
+            with tarfile.open(fileobj=stream, mode="r|", encoding="utf-8", errors="surrogateescape") as tar:
                 for key, members in groupby(_members(tar), key=lambda member: member.key):
                     check_wanted()
                     where = f"{path}: sample {key!r}"
@@ -169,9 +170,9 @@ def _members(tar: tarfile.TarFile) -> Iterator[Member]:
 
 def _sample_problems(where: str, members: list[Member], classes: int | None, decode: bool) -> Iterator[str]:
     content = {member.suffix: member.data for member in members}
-    names = ", ".join(content)
+    names = _listing(content)
     if len(content) < len(members):
-        yield f"{where} has two members of one name; its members are: {', '.join(m.suffix for m in members)}"
+        yield f"{where} has two members of one name; its members are: {_listing(m.suffix for m in members)}"
     image = next((content[suffix] for suffix in IMAGE_SUFFIXES if suffix in content), None)
     if image is None:
         yield f"{where} has no image (.jpg, .jpeg or .png); its members are: {names}"
@@ -190,6 +191,10 @@ def _sample_problems(where: str, members: list[Member], classes: int | None, dec
         yield f"{where} has the label {text[:20]!r}; a label is a whole number from 0, in decimal digits"
     elif classes is not None and int(text) >= classes:
         yield f"{where} has the label {int(text)}, and there are {classes} classes (0 to {classes - 1})"
+
+
+def _listing(suffixes: Iterable[str]) -> str:
+    return ", ".join(suffix if suffix.isprintable() else repr(suffix) for suffix in suffixes)
 
 
 class _Measured(io.RawIOBase):
