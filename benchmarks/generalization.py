@@ -1,0 +1,302 @@
+"""Which strategy ends at the better accuracy, and at the flatter minimum, for the same budget of images?
+
+    python benchmarks/generalization.py --shards CIFAR10_SHARDS --out FOLDER                 # both models, 3 seeds
+    python benchmarks/generalization.py ... --models resnet --train-samples 10000 --epochs 12
+
+CIFAR10_SHARDS is a folder of WebDataset shards train-*.tar and test-*.tar with JPEG pictures of 32 x 32 pixels. Four
+workers of one rank each train a small ResNet and a small vision transformer with `qsr train`, the same code on the same
+engine as any run: real process groups (gloo), real averaging, real shards. All runs of a model see the same number of
+images in batches of the same size.
+
+    tune    every strategy at each of the learning rates, one seed, evaluated on training shards that are held back
+    final   every strategy at its own best rate, all seeds, evaluated on the test split
+
+The rates are the same for every strategy, factors of the model's own, so no strategy is tuned more than another. QSR's
+alpha follows the rate: alpha / peak stays the same, so the periods do too.
+
+Results: a table with mean and standard deviation over the seeds, the share of communication, and the sharpness of the
+averaged model (largest eigenvalue of the Hessian of the training loss). `qsr report` draws the final runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qsr_engine.data.index import Index, Split, measure_shard, read_index, write_index
+
+WORKERS = 4
+BATCH = 256
+MODELS: dict[str, dict[str, Any]] = {
+    "resnet": {
+        "model": {
+            "name": "timm/resnet18",
+            "kwargs": {"layers": [1, 1, 1, 1], "channels": [32, 64, 128, 256], "stem_width": 16, "stem_type": ""},
+        },
+        "optimizer": {"type": "SGD", "momentum": 0.9, "weight_decay": 5.0e-4},
+        "peak": 0.2,
+        "min": 1.0e-5,
+    },
+    "vit": {
+        "model": {
+            "name": "timm/vit_tiny_patch16_224",
+            "kwargs": {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3},
+        },
+        "optimizer": {"type": "AdamW", "weight_decay": 0.05, "gradient_clipping": 1.0},
+        "peak": 0.002,
+        "min": 1.0e-6,
+    },
+}
+RATES = (0.5, 1.0, 2.0)  # of the model's own peak
+WARMUP = 0.05  # of all steps
+# alpha is a share of the peak: H = (alpha / lr)^2 leaves h_base behind where lr has fallen to alpha / 2, and so on.
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "parallel": {"strategy": "parallel"},
+    "constant": {"strategy": "constant", "h_base": 4},
+    "qsr": {"strategy": "qsr", "h_base": 4, "alpha": 1.0},
+    "power1": {"strategy": "qsr", "h_base": 4, "alpha": 1.0, "power": 1.0},
+    "power3": {"strategy": "qsr", "h_base": 4, "alpha": 1.0, "power": 3.0},
+    "post_local": {"strategy": "post_local", "h_base": 4, "switch": 0.5},
+    "swap": {"strategy": "swap", "h_base": 4, "switch": 0.75},
+    "outer": {"strategy": "constant", "h_base": 4, "outer": {"lr": 0.7, "momentum": 0.9, "nesterov": True}},
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every run of this comparison gets."""
+
+    samples: int  # of the training split
+    epochs: int
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of a run."""
+        return self.samples // BATCH * self.epochs
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: a model, a strategy, a factor of the learning rate, a seed, and the split that it is evaluated on."""
+
+    model: str
+    strategy: str
+    rate: float
+    seed: int
+    split: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}-{self.strategy}-lr{self.rate:g}-{self.split}-seed{self.seed}"
+
+
+def recipe(run: Run, budget: Budget, shards: Path, folder: Path) -> dict[str, Any]:
+    """The recipe of a run, as a user would write it."""
+    base, steps = MODELS[run.model], budget.steps
+    peak = base["peak"] * run.rate
+    qsr = dict(STRATEGIES[run.strategy])
+    if "alpha" in qsr:
+        qsr["alpha"] = qsr["alpha"] * peak
+    if "switch" in qsr:
+        qsr["switch_step"] = round(qsr.pop("switch") * steps)
+    rate = {"schedule": "cosine", "peak": peak, "min": base["min"], "warmup_steps": round(WARMUP * steps)}
+    return {
+        "model": base["model"],
+        "data": {"shards": str(shards), "eval": run.split, "image_size": 32, "augment": "crop_flip"},
+        "batch": {"train_batch_size": BATCH},
+        "optimizer": base["optimizer"],
+        "engine": "fsdp",
+        "qsr": {**qsr, "total_steps": steps, "lr": rate},
+        "logging": {"dir": str(folder), "name": run.name, "every": max(1, steps // 20), "tensorboard": False},
+        "seed": run.seed,
+    }
+
+
+def make_data(shards: Path, folder: Path, samples: int) -> Index:
+    """An index over links to the shards: some for training, two held back for tuning, and the test split."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "index.json").exists():
+        return read_index(folder)
+    found = {name: sorted(shards.glob(f"{name}-*.tar")) for name in ("train", "test")}
+    per_shard = 1000  # as these shards are written
+    training = found["train"][: samples // per_shard]
+    parts = {"train": training, "tune": found["train"][-2:], "test": found["test"]}
+    splits = {}
+    for name, paths in parts.items():
+        for path in paths:
+            (folder / path.name).symlink_to(path.resolve())
+        entries = [measure_shard(folder / path.name, per_shard) for path in paths]
+        splits[name] = Split(samples=per_shard * len(entries), shards=entries)
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    index = Index(classes=names, splits=splits)
+    write_index(folder, index)
+    return index
+
+
+def train_all(runs: list[Run], budget: Budget, shards: Path, folder: Path) -> None:
+    """Train what is not finished yet, all of it in one launch of four ranks: starting them takes half a minute."""
+    recipes = folder / "recipes"
+    recipes.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for run in runs:
+        if not (folder / run.name / "summary.json").exists():
+            path = recipes / f"{run.name}.yaml"
+            path.write_text(yaml.safe_dump(recipe(run, budget, shards, folder)))
+            paths.append(str(path))
+    if not paths:
+        return
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORKERS)]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    subprocess.run([*launcher, __file__, "--train", *paths], check=True, env=environment)
+
+
+def train_here(paths: list[str]) -> None:
+    """In one of the ranks: the runs one after another, in this process."""
+    from qsr_engine.cli import main as qsr
+
+    for path in paths:
+        started = time.perf_counter()
+        code = qsr(["train", path, "--resume"])
+        if code:
+            sys.exit(code)
+        if os.environ["RANK"] == "0":
+            print(f"{Path(path).stem}: {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def summary(run: Run, folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / run.name / "summary.json").read_text())
+    return found
+
+
+def best_rate(model: str, strategy: str, folder: Path) -> tuple[float, dict[float, float]]:
+    """The factor with the highest accuracy on what was held back, and all of them."""
+    runs = [Run(model, strategy, rate, 0, "tune") for rate in RATES]
+    accuracies = {run.rate: summary(run, folder)["eval_accuracy"] for run in runs}
+    return max(accuracies, key=lambda rate: accuracies[rate]), accuracies
+
+
+def sharpness(run: Run, shards: Path, folder: Path) -> float:
+    """The largest eigenvalue at the averaged model, over 1,000 training pictures without augmentation."""
+    import torch
+    from safetensors.torch import load_file
+    from torch.nn import functional as F
+
+    from qsr_engine.config import DataConfig, ModelConfig
+    from qsr_engine.data.device import Normalise
+    from qsr_engine.data.loader import TrainLoader
+    from qsr_engine.models import create_model
+    from qsr_engine.sharpness import largest_eigenvalue
+
+    model = create_model(ModelConfig(**MODELS[run.model]["model"]), 10, 32)
+    model.load_state_dict(load_file(folder / run.name / "model.safetensors"))
+    data = DataConfig(shards=str(shards), image_size=32)
+    loader = TrainLoader(shards, read_index(shards), data, rank=0, ranks=1, batch_size=250, seed=1234)
+    normalise, batches = Normalise(torch.device("cpu"), torch.float32), loader.batches()
+    pairs = [(normalise(batch.images), batch.labels) for batch, _ in zip(batches, range(4), strict=False)]
+    return largest_eigenvalue(model.eval(), pairs, F.cross_entropy)
+
+
+def rows_of(model: str, strategies: list[str], seeds: int, shards: Path, folder: Path) -> list[dict[str, Any]]:
+    """The final figures, a row a strategy."""
+    rows = []
+    for strategy in strategies:
+        rate, tuned = best_rate(model, strategy, folder / "tuning")
+        runs = [Run(model, strategy, rate, seed, "test") for seed in range(seeds)]
+        found = [summary(run, folder / "runs") for run in runs]
+        rows.append(
+            {
+                "model": model,
+                "strategy": strategy,
+                "rate": rate,
+                "tuning": tuned,
+                "accuracy": [entry["eval_accuracy"] for entry in found],
+                "loss": [entry["eval_loss"] for entry in found],
+                "communication": found[0]["communication_percent"],
+                "averagings": found[0]["averagings"],
+                "seconds": [entry["seconds_training"] for entry in found],
+                "sharpness": [sharpness(run, shards, folder / "runs") for run in runs],
+            }
+        )
+    return rows
+
+
+def with_deviation(values: list[float], digits: int) -> str:
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| model | strategy | learning rate | accuracy % | test loss | sharpness | communication % | averagings |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        peak = MODELS[row["model"]]["peak"] * row["rate"]
+        edge = "" if min(RATES) < row["rate"] < max(RATES) or len(RATES) == 1 else " (edge)"
+        figures = [with_deviation(row[key], digits) for key, digits in (("accuracy", 2), ("loss", 3), ("sharpness", 1))]
+        rest = [f"{row['communication']:.1f}", str(row["averagings"])]
+        lines.append("| " + " | ".join([row["model"], row["strategy"], f"{peak:g}{edge}", *figures, *rest]) + " |")
+    return "\n".join(lines)
+
+
+def heading(budget: Budget, seeds: int) -> str:
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "webdataset"))
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?")
+    return (
+        f"{date.today()}, {os.cpu_count()} cores of {cpu}, Python {platform.python_version()}, {packages}. {WORKERS} "
+        f"workers, batch {BATCH}, {budget.samples} training images, {budget.epochs} epochs ({budget.steps} steps), "
+        f'{seeds} seeds; mean ± standard deviation. "edge": the best rate is the smallest or largest of those tried.'
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shards", type=Path)
+    parser.add_argument("--out", type=Path, help="folder of the runs; what is finished there is kept")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--strategies", nargs="+", choices=list(STRATEGIES), default=list(STRATEGIES))
+    parser.add_argument("--train-samples", type=int, default=48_000)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--train", nargs="+", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.train:
+        return train_here(args.train)
+    budget, shards = Budget(args.train_samples, args.epochs), args.out / "data"
+    make_data(args.shards, shards, args.train_samples)
+    rows: list[dict[str, Any]] = []
+    started = time.perf_counter()
+    for model in args.models:
+        tuning = [Run(model, name, rate, 0, "tune") for name in args.strategies for rate in RATES]
+        train_all(tuning, budget, shards, args.out / "tuning")
+        final = [
+            Run(model, name, best_rate(model, name, args.out / "tuning")[0], seed, "test")
+            for name in args.strategies
+            for seed in range(args.seeds)
+        ]
+        train_all(final, budget, shards, args.out / "runs")
+        rows += rows_of(model, args.strategies, args.seeds, shards, args.out)
+    print(heading(budget, args.seeds), "", table(rows), "", sep="\n")
+    print(f"{time.perf_counter() - started:.0f} s in all; `qsr report {args.out / 'runs'}` draws the runs")
+    if args.json:
+        args.json.write_text(json.dumps({"heading": heading(budget, args.seeds), "rows": rows}, indent=1))
+    return None
+
+
+if __name__ == "__main__":
+    main()
