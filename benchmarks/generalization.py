@@ -36,7 +36,8 @@ from typing import Any
 
 import yaml
 
-from qsr_engine.data.index import Index, Split, measure_shard, read_index, write_index
+from qsr_engine.data.index import Index, Shard, Split, read_index, write_index
+from qsr_engine.data.writing.verifying import scan_shard
 
 WORKERS = 4
 BATCH = 256
@@ -131,15 +132,18 @@ def make_data(shards: Path, folder: Path, samples: int) -> Index:
     if (folder / "index.json").exists():
         return read_index(folder)
     found = {name: sorted(shards.glob(f"{name}-*.tar")) for name in ("train", "test")}
-    per_shard = 1000  # as these shards are written
-    training = found["train"][: samples // per_shard]
-    parts = {"train": training, "tune": found["train"][-2:], "test": found["test"]}
+    training, held = found["train"][:-2], found["train"][-2:]
+    parts = {"train": training, "tune": held, "test": found["test"]}
     splits = {}
     for name, paths in parts.items():
+        entries: list[Shard] = []
         for path in paths:
+            if name == "train" and sum(entry.samples for entry in entries) >= samples:
+                break
             (folder / path.name).symlink_to(path.resolve())
-        entries = [measure_shard(folder / path.name, per_shard) for path in paths]
-        splits[name] = Split(samples=per_shard * len(entries), shards=entries)
+            scan = scan_shard(path, None)
+            entries.append(Shard(name=path.name, samples=scan.samples, bytes=scan.bytes, sha256=scan.sha256))
+        splits[name] = Split(samples=sum(entry.samples for entry in entries), shards=entries)
     names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     index = Index(classes=names, splits=splits)
     write_index(folder, index)
@@ -277,8 +281,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.train:
         return train_here(args.train)
-    budget, shards = Budget(args.train_samples, args.epochs), args.out / "data"
-    make_data(args.shards, shards, args.train_samples)
+    shards = args.out / "data"
+    index = make_data(args.shards, shards, args.train_samples)
+    budget = Budget(index.split("train").samples, args.epochs)
     rows: list[dict[str, Any]] = []
     started = time.perf_counter()
     for model in args.models:

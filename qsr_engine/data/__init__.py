@@ -1,6 +1,7 @@
 """Training data: WebDataset shards in one folder with an `index.json`, written, checked and read.
 
     index            the model of index.json
+    images           Pillow: formats, limits, smaller copies; without torch
     writing/         makes and checks folders of shards
     order            which samples a rank reads in an epoch, and in which order
     random_access    one sample of a local tar file

@@ -23,10 +23,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
+from qsr_engine.data.images import check_limits, check_scans, reason, to_eight_bits
 from qsr_engine.data.index import DataError
 from qsr_engine.data.shards import Sample
 from qsr_engine.data.views import ChooseView, View
-from qsr_engine.data.writing.images import check_limits, check_scans, reason, to_eight_bits
 
 try:
     from qsr_engine.data import _jpeg
@@ -98,7 +98,7 @@ class Decoder:
         """Decode one sample into `out`, uint8 [S, S, 3].
 
         Raises:
-            DataError: the bytes are not a whole JPEG or PNG within the limits of writing/images.py.
+            DataError: the bytes are not a whole JPEG or PNG within the limits of images.py.
         """
         width, height, simple = image_size(sample)
         view = self.choose(width, height, random)
@@ -164,7 +164,7 @@ def image_size(sample: Sample) -> tuple[int, int, bool]:
     """Width and height of an image in pixels from its header, and whether libjpeg-turbo decodes it by regions.
 
     Raises:
-        DataError: it is not a JPEG or PNG, or is larger than the limits of writing/images.py.
+        DataError: it is not a JPEG or PNG, or is larger than the limits of images.py.
     """
     data, simple = sample.image, False
     try:

@@ -1,9 +1,8 @@
 """Loader processes that decode into memory which the rank sees: no batch is copied from one process to another.
 
-torch's DataLoader makes a new piece of shared memory for every batch, and copies the batch into it; that costs a third
-of the speed of a decoder (benchmarks/loader.py). Here every loader process has a few slots, each room for one batch,
-that live as long as it does: it decodes into a free one and says so, and the rank sees the slot as a tensor. When
-nobody holds that tensor or a view of it any more, the slot is free again.
+torch's DataLoader makes a new piece of shared memory for every batch, and copies the batch into it. Here every loader
+process has a few slots, each room for one batch, that live as long as it does: it decodes into a free one and says so,
+and the rank sees the slot as a tensor. When nobody holds that tensor or a view of it any more, the slot is free again.
 
     loader process p     batches p, p + P, p + 2P, ... : wait for a free slot, decode into it, send what is beside it
     rank                 take the batches of the processes in turn, which restores the order

@@ -14,11 +14,11 @@ from typing import IO, Any, NamedTuple, Protocol
 
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from qsr_engine.data.images import IMAGE_SUFFIXES
 from qsr_engine.data.index import DataError
 from qsr_engine.data.order import ShardSlice
 from qsr_engine.data.random_access import TarShard, TwiceError, ends_early, unreadable
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png")
 # Shards that a reader keeps open. The samples of a shuffle buffer come from few shards, and from older ones now and
 # then; a shard that was closed is walked again.
 OPEN_SHARDS = 64

@@ -278,7 +278,7 @@ def test_pixels_of_a_png_of_the_right_size_are_exact() -> None:
 
 
 def test_images_with_too_many_pixels_are_refused_before_they_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qsr_engine.data.writing.images.MAX_PIXELS", 100)
+    monkeypatch.setattr("qsr_engine.data.images.MAX_PIXELS", 100)
     for format in ("PNG", "JPEG"):
         image_size(encode(Image.new("L", (10, 10)), format))
         with pytest.raises(DataError, match=r"train-000000\.tar: sample 'k7' has 11 x 10 pixels; the limit is 100"):

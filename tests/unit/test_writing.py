@@ -31,9 +31,9 @@ from torchvision.datasets import imagenet as torchvision_imagenet
 
 from qsr_engine.cli import main
 from qsr_engine.data import DataError, Index, index_shards, write_cifar10, write_imagefolder
+from qsr_engine.data import images as writing_images
 from qsr_engine.data.index import Shard
 from qsr_engine.data.shards import Sample, parse_sample, read_shard
-from qsr_engine.data.writing import images as writing_images
 from qsr_engine.data.writing.resuming import RECORD_NAME, ShardSize
 from qsr_engine.data.writing.tar import sample_bytes, write_shard
 from tests.shard_files import picture, read_folder, tar_bytes, write_images, write_tar

@@ -2,7 +2,6 @@
 
 data_sets      what there is to write: a folder or archive of images, CIFAR-10, digits, shards that exist
 imagefolder    lists the images (imagenet: those of ILSVRC's archives; sources: where one of them lies)
-images         Pillow: what format an image has, and smaller copies
 resuming       the plan of the shards, written in several processes (processes), and gone on with after a kill
 tar            one shard
 verifying      checks a finished folder

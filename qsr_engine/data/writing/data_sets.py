@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from qsr_engine.data.images import Shrink, encode_png, encoder_version, image_suffix, shrink_image
 from qsr_engine.data.index import INDEX_NAME, DataError, Index, Shard, Split, write_index
 from qsr_engine.data.writing.imagefolder import find_images
-from qsr_engine.data.writing.images import Shrink, encode_png, encoder_version, image_suffix, shrink_image
 from qsr_engine.data.writing.resuming import RECORD_NAME, Plan, ShardSize, refuse_data_set, write_planned
 from qsr_engine.data.writing.sources import Source
 from qsr_engine.data.writing.verifying import scan_shard

@@ -16,11 +16,10 @@ from typing import IO, NamedTuple
 
 from tqdm import tqdm
 
+from qsr_engine.data.images import IMAGE_SUFFIXES, check_image
 from qsr_engine.data.index import INDEX_NAME, DataError, Index, Shard, read_index
-from qsr_engine.data.writing.images import check_image
 from qsr_engine.data.writing.processes import check_wanted, run_jobs
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png")
 MAX_PROBLEMS = 100  # named; of more, the number is said
 BLOCK = 1 << 20  # bytes read at once
 
