@@ -461,10 +461,10 @@ def main() -> None:
         run(arguments)
     with contextlib.ExitStack() as open_network:
         hosts: list[list[str]] = [[]] * arguments.processes
-        master, interface = "127.0.0.1", {}
+        master = "127.0.0.1"
         if arguments.link:
             hosts = open_network.enter_context(slow_network(arguments.processes, arguments.link))
-            master, interface = address(0), {"GLOO_SOCKET_IFNAME": "eth0"}
+            master = address(0)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -478,7 +478,6 @@ def main() -> None:
                 "MASTER_PORT": port,
                 "DS_ACCELERATOR": "cpu",
                 "OMP_NUM_THREADS": 1,
-                **interface,
             }
             words = [*host, sys.executable, *sys.argv]
             started.append(subprocess.Popen(words, env={**os.environ, **{k: str(v) for k, v in environment.items()}}))

@@ -580,7 +580,6 @@ def launch(job: Row, hosts: Sequence[list[str]], processes: int, master: str, se
             "KINETO_LOG_LEVEL": 99,
             "QSR_BENCHMARK_JOB": json.dumps(job),
             "QSR_BENCHMARK_ROWS": f"{folder}/rows.json",
-            **({"GLOO_SOCKET_IFNAME": "eth0"} if hosts[0] else {}),
         }
         try:
             for rank in range(len(hosts) * processes):

@@ -1,6 +1,7 @@
-"""Hosts on one machine that a slow network joins: network namespaces, a bridge, and `tc tbf` on every port.
+"""Hosts on one machine that a slow network joins, by launch/cluster.sh; it needs root, and what that script names.
 
-Needs root and iproute2. Everything has the name qsrbench in it, and goes when the context ends.
+Hosts are counted from 0 here. They are named apart from cluster.sh's own, so such a cluster may be up beside them.
+QSR_PREFIX=other in the environment names them otherwise, for a second benchmark at the same time.
 """
 
 from __future__ import annotations
@@ -8,68 +9,61 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
+import socket
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
-PREFIX = "qsrbench"
-ADDRESS = "10.213.7.{}"
-
-
-def _ip(command: str, check: bool = True) -> None:
-    subprocess.run(command.split(), check=check, capture_output=True)
+PREFIX = os.environ.get("QSR_PREFIX", "qsrbench")
 
 
-def _down(hosts: int) -> None:
-    for host in range(hosts):
-        _ip(f"ip netns del {PREFIX}{host}", check=False)
-        _ip(f"ip link del {PREFIX}v{host}", check=False)
-    _ip(f"ip link del {PREFIX}br", check=False)
+def _cluster() -> list[str]:
+    script = Path(__file__).parents[1] / "launch" / "cluster.sh"
+    return ["env", "-u", "QSR_CLUSTER", f"QSR_PREFIX={PREFIX}", str(script)]
 
 
 @contextlib.contextmanager
 def slow_network(hosts: int, rate: str | None) -> Iterator[list[list[str]]]:
-    """For every host the words before a command that run it there; host 0 has the address of `address(0)`.
+    """For every host the words before a command that run it there, with gloo and NCCL bound to its port.
 
     Args:
         rate: of each host's port in each direction, as tc writes it: 1gbit, 100mbit; None for no limit.
     Raises:
-        RuntimeError: not root, or no iproute2.
+        RuntimeError: what cluster.sh says, such as: not root, a program is missing, another benchmark is running.
     """
-    if os.geteuid() != 0 or not shutil.which("ip") or not shutil.which("tc"):
-        raise RuntimeError("a slow network is made of network namespaces; that needs root, `ip` and `tc` (iproute2)")
-    _down(hosts)
+    refused = False
     try:
-        _ip(f"ip link add {PREFIX}br type bridge")
-        _ip(f"ip link set {PREFIX}br up")
-        for host in range(hosts):
-            name, port = f"{PREFIX}{host}", f"{PREFIX}v{host}"
-            _ip(f"ip netns add {name}")
-            _ip(f"ip link add {port} type veth peer name eth0 netns {name}")
-            _ip(f"ip link set {port} master {PREFIX}br up")
-            _ip(f"ip -n {name} addr add {ADDRESS.format(host + 1)}/24 dev eth0")
-            _ip(f"ip -n {name} link set eth0 up")
-            _ip(f"ip -n {name} link set lo up")
-            if rate is None:
-                continue
-            # 1 MB of burst: veth hands over segments of 64 kB. 50 ms of queue: what a switch would hold.
-            limit = f"tbf rate {rate} burst 1mb latency 50ms"
-            _ip(f"tc qdisc add dev {port} root {limit}")
-            _ip(f"ip netns exec {name} tc qdisc add dev eth0 root {limit}")
-        yield [["ip", "netns", "exec", f"{PREFIX}{host}"] for host in range(hosts)]
+        words = [*_cluster(), "up", str(hosts), *([rate] if rate else [])]
+        up = subprocess.run(words, capture_output=True, text=True, check=False)
+        if up.returncode:
+            refused = True  # and it has cleaned up after itself; what is up now is not ours
+            raise RuntimeError(up.stderr.strip())
+        yield [["env", f"HOST={host + 1}", *_cluster(), "run"] for host in range(hosts)]
     finally:
-        _down(hosts)
+        if not refused:
+            subprocess.run([*_cluster(), "down"], check=False)
 
 
 def address(host: int) -> str:
-    return ADDRESS.format(host + 1)
+    """The name by which the hosts reach it."""
+    return f"{PREFIX}{host + 1}"
 
 
 def bytes_sent() -> int | None:
     """Bytes that this host's port has sent so far, headers included; None outside of such a host."""
-    shown = subprocess.run(["ip", "-s", "-j", "addr", "show", "eth0"], capture_output=True, text=True, check=False)
-    if shown.returncode or not shown.stdout.strip():
+    if not socket.gethostname().startswith(PREFIX):
         return None
-    port = json.loads(shown.stdout)[0]
-    ours = any(entry.get("local", "").startswith(ADDRESS.format("")) for entry in port.get("addr_info", []))
-    return int(port["stats64"]["tx"]["bytes"]) if ours else None
+    return int(Path("/sys/class/net/eth0/statistics/tx_bytes").read_text(encoding="ascii"))
+
+
+def port_bytes(host: int) -> tuple[int, int]:
+    """(sent, received) bytes of a host so far, headers included; read from outside, at its port of the switch.
+
+    Raises:
+        subprocess.CalledProcessError: no such host is up.
+    """
+    # The switch is a namespace; cluster.sh plugs host n in at its port n, and counts from 1.
+    words = ["ip", "-n", f"{PREFIX}br", "-s", "-j", "link", "show", f"port{host + 1}"]
+    shown = subprocess.run(words, capture_output=True, text=True, check=True)
+    counted = json.loads(shown.stdout)[0]["stats64"]
+    return int(counted["rx"]["bytes"]), int(counted["tx"]["bytes"])  # what the port receives, the host has sent

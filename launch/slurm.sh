@@ -7,7 +7,8 @@
 # sbatch [--nodes N] [--gpus-per-node G] launch/slurm.sh RECIPE [--engine fsdp] [--set key=value ...]
 # One torchrun a node, which meet on the first node. A job that is requeued goes on from its last checkpoint, where the
 # recipe sets logging.checkpoint_every. RANKS_PER_NODE is one a GPU unless set; PORT must be free on the first node.
-# Workers of one node each: --set qsr.worker_size=G. On nodes with several networks: NCCL_SOCKET_IFNAME=ib0.
+# Workers of one node each: --set qsr.worker_size=G. On nodes with several networks: NCCL_SOCKET_IFNAME=ib0 before
+# sbatch, which hands the shell's variables on to every node; this and what else helps: README.md, Networks.
 set -euo pipefail
 recipe=${1:?recipe}
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
