@@ -67,6 +67,9 @@ class AveragingConfig(StrictModel):
     # Size of a bucket in MB (1e6 bytes), at least 100 bytes; None: the default of the backend.
     bucket_mb: Annotated[float, Field(ge=1e-4, allow_inf_nan=False)] | None = None
     shared_memory: bool = True  # on CPUs: average in shared memory where all ranks of a group are on one host
+    # Inside every host first, then between hosts. auto: where ranks on CPUs share memory on several hosts with the same
+    # number of them each; true: also by collectives, on GPUs or without shared memory.
+    two_level: Literal["auto", True, False] = "auto"
     wire_dtype: Literal["fp32", "bf16", "fp16", "int8"] = "fp32"
     overlap: Literal["none", "next_forward", "delayed"] = "none"
     delay_steps: PositiveInt | None = None  # overlap "delayed": steps between the snapshot and its average
@@ -98,6 +101,12 @@ class AveragingConfig(StrictModel):
             raise ValueError(
                 f"cuda_graph is true, overlap is {self.overlap!r} and wire_dtype is {self.wire_dtype!r}; a graph holds "
                 "the plain averaging only, so write overlap 'none' and wire_dtype 'fp32', or cuda_graph false"
+            )
+        if self.two_level is True and (self.cuda_graph or self.overlap == "delayed" or self.wire_dtype != "fp32"):
+            raise ValueError(
+                f"two_level is true, wire_dtype is {self.wire_dtype!r}, overlap is {self.overlap!r} and cuda_graph is "
+                f"{str(self.cuda_graph).lower()}; the two levels average the parameters themselves, and at once, "
+                "so write wire_dtype 'fp32', overlap 'none' or 'next_forward' and cuda_graph false, or two_level 'auto'"
             )
         return self
 

@@ -14,6 +14,7 @@ This package knows tensors, modules and process groups, and no engine. Its files
     collectives    the mean of pieces over a group: in place, or packed through at most two staging buckets
     agreement      the header and the comparison of facts
     shared_memory  the mean inside one host on CPUs, where every rank sees the buckets of the others
+    two_level      the mean inside every host first, then between hosts
     wire           the mean of differences in bf16, fp16 or int8
     cuda_graph     the mean captured in a CUDA graph
     outer          what becomes of the mean: SGD on the workers' mean movement

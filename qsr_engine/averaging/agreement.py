@@ -136,7 +136,7 @@ def check_agreement(facts: Mapping[str, Any], device: torch.device, group: Group
         raise AgreementError(
             "the ranks were not started alike:\n"
             + "\n".join(lines[:_LINES] + more)
-            + "\nStart every rank with the same configuration."
+            + "\nStart every rank with the same configuration and the same versions."
         )
 
 

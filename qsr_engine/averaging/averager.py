@@ -23,7 +23,13 @@ from qsr_engine.averaging.collectives import (
 from qsr_engine.averaging.cuda_graph import Captured
 from qsr_engine.averaging.outer import Outer
 from qsr_engine.averaging.overlap import Background, Gate
-from qsr_engine.averaging.shared_memory import share
+from qsr_engine.averaging.shared_memory import SharedMemory, gather, hosts_of, see_one_another
+from qsr_engine.averaging.two_level import (
+    Levels,
+    TwoLevelCollectives,
+    TwoLevelSharedMemory,
+    agree_on_two_levels,
+)
 from qsr_engine.averaging.wire import PIECE, Compressed
 from qsr_engine.config import AveragingConfig, OuterConfig
 
@@ -46,7 +52,8 @@ class Averager:
         outer: what becomes of the mean; without it, the mean is the result. The buckets hold the same values on every
             rank of the group then.
     Raises:
-        ConfigError: options.cuda_graph, and the buckets cannot be averaged in a CUDA graph.
+        ConfigError: options.cuda_graph, and the buckets cannot be averaged in a CUDA graph; or options.two_level is
+            True, and the ranks are not placed for it.
     """
 
     def __init__(
@@ -82,7 +89,10 @@ class Averager:
 
     @property
     def bytes_per_averaging(self) -> int:
-        """Bytes that this rank sends to others in one averaging, or exchanges with them through shared memory."""
+        """Bytes that this rank sends to others in one averaging, or exchanges with them through shared memory.
+
+        All other workers count, on this host and elsewhere; in two levels it is as much as in one.
+        """
         return self._mean.bytes_sent
 
     @property
@@ -310,13 +320,28 @@ def _mean(buckets: Sequence[Tensor], group: Group, options: AveragingConfig) -> 
     if options.wire_dtype != "fp32":
         alone = [piece for bucket in buckets for piece in pieces_in_place([bucket], min(capacity, PIECE))]
         return Compressed(alone, group, options.wire_dtype)
-    if options.shared_memory and not options.cuda_graph:
+    if not options.cuda_graph and (options.shared_memory or options.two_level is True):
         alone = [piece for bucket in buckets for piece in pieces_in_place([bucket], capacity)]
-        shared = share(alone, group)
-        if shared is not None:
-            return shared
+        by_topology = _mean_by_topology(alone, group, options)
+        if by_topology is not None:
+            return by_topology
     mean = AllReduce(pieces_in_place(buckets, capacity), group)
     return Captured(mean, group) if options.cuda_graph else mean
+
+
+def _mean_by_topology(pieces: Sequence[Piece], group: Group, options: AveragingConfig) -> Mean | None:
+    """The mean that suits the hosts on which the ranks of the group are; None for the flat one. All ranks call it."""
+    hosts = hosts_of(group)
+    two_level = agree_on_two_levels(hosts, options.two_level)
+    one_host = len(hosts) == 1 and len(hosts[0]) > 1
+    everywhere = see_one_another(pieces, hosts if options.shared_memory and (one_host or two_level) else [])
+    if everywhere and one_host:
+        return SharedMemory(pieces, group, everywhere)
+    if two_level and all(gather(everywhere is not None)) and everywhere is not None:
+        return TwoLevelSharedMemory(pieces, Levels.make(hosts, group), everywhere)
+    if options.two_level is True:
+        return TwoLevelCollectives(pieces, Levels.make(hosts, group))
+    return None
 
 
 def _total(squares: Sequence[float | Tensor]) -> Tensor:

@@ -37,12 +37,16 @@ _SHM = Path("/dev/shm")  # where torch puts shared storages on Linux
 
 
 class SharedMemory(Mean):
-    """The mean of in-place pieces that all ranks of the group can see. Made by `share`."""
+    """The mean of in-place pieces that all ranks of the group can see.
+
+    Args:
+        everywhere: [piece][rank of the group], views of the same elements; see `see_one_another`.
+    """
 
     def __init__(self, pieces: Sequence[Piece], group: Group, everywhere: list[list[Tensor]]) -> None:
         self.pieces = list(pieces)
         self.group = group
-        self._everywhere = everywhere  # [piece][rank of the group], views of the same elements
+        self._everywhere = everywhere
         self._rank, self._ranks = dist.get_rank(group), dist.get_world_size(group)
         # What it reads from the others' memory and writes into it, which is as much as a ring all-reduce would send.
         self.bytes_sent = ring_bytes(sum(piece.nbytes for piece in self.pieces), self._ranks)
@@ -51,7 +55,7 @@ class SharedMemory(Mean):
         """As Mean.run. The mean of a piece is there when all ranks have computed their parts, which a tiny all-reduce
         tells; it carries the sums of squares."""
         self._meet(torch.zeros(1, dtype=torch.float64), "meeting before the averaging")
-        for batch in _batches(self.pieces, order):
+        for batch in batches(self.pieces, order):
             squares = torch.stack([self._average_part(index) for index in batch])
             self._meet(squares, piece_name(self.pieces, batch[-1]))
             yield from zip(batch, squares.tolist(), strict=True)
@@ -79,7 +83,7 @@ class SharedMemory(Mean):
         return torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
 
 
-def _batches(pieces: Sequence[Piece], order: Sequence[int]) -> Iterator[list[int]]:
+def batches(pieces: Sequence[Piece], order: Sequence[int]) -> Iterator[list[int]]:
     """Pieces that one meeting of the ranks finishes: small ones together."""
     batch: list[int] = []
     size = 0
@@ -93,19 +97,39 @@ def _batches(pieces: Sequence[Piece], order: Sequence[int]) -> Iterator[list[int
         yield batch
 
 
-def share(pieces: Sequence[Piece], group: Group) -> SharedMemory | None:
-    """Move the storages of the pieces into shared memory, if every rank of the group is on this host.
+def hosts_of(group: Group) -> list[list[int]]:
+    """The ranks of the group by host, in the order of the group; empty where a rank cannot tell on which host it is.
+
+    Every rank of the run must call it. A container or a network namespace counts as a host of its own.
+    """
+    names = gather(_host())
+    members = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
+    if any(names[rank] is None for rank in members):
+        return []
+    found: dict[Any, list[int]] = {}
+    for rank in members:
+        found.setdefault(names[rank], []).append(rank)
+    return list(found.values())
+
+
+def see_one_another(pieces: Sequence[Piece], hosts: Sequence[Sequence[int]]) -> list[list[Tensor]] | None:
+    """Move the storages of the pieces into shared memory, and map those of the other ranks of this host.
 
     Every rank of the run must call it. Addresses of the tensors change; their storages and the views on them stay.
-    Where it cannot be done, None: on a GPU, over several hosts, or where /dev/shm is too small, which a warning says.
+
+    Args:
+        hosts: the ranks that must agree on it, by host; empty to take part and to share nothing.
+    Returns:
+        For every piece its elements in the memory of each rank of this host, as in `hosts`. Where it cannot be done on
+        every host, None: on a GPU, or where /dev/shm is too small, which a warning says.
     """
-    members = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
+    members = [rank for host in hosts for rank in host]
+    here = next((host for host in hosts if dist.get_rank() in host), [])
     places = [piece.tensors[0].untyped_storage().data_ptr() for piece in pieces]
     storages = {place: piece.tensors[0].untyped_storage() for place, piece in zip(places, pieces, strict=True)}
-    possible = all(piece.in_place and piece.device.type == "cpu" for piece in pieces) and _SHM.is_dir()
+    possible = all(piece.in_place and piece.device.type == "cpu" for piece in pieces) and _SHM.is_dir() and bool(hosts)
     needed = sum(storage.nbytes() for storage in storages.values() if not storage.is_shared())
-    facts = _gather({"host": _host() if possible else None, "needed": needed, "free": _free()})
-    shared = _fits(facts, members)
+    shared = _fits(gather({"host": _host() if possible else None, "needed": needed, "free": _free()}), hosts)
     told: list[tuple[int, int, int]] | None = None  # for every piece: file descriptor, offset and size in elements
     everywhere: list[list[Tensor]] | None = None
     try:
@@ -118,17 +142,17 @@ def share(pieces: Sequence[Piece], group: Group) -> SharedMemory | None:
             told = [(descriptors[p], int(t.storage_offset()), t.numel()) for p, t in zip(places, tensors, strict=True)]
     except (OSError, RuntimeError) as error:
         _warn_of(error)
-    processes = _gather((os.getpid(), told))
+    processes = gather((os.getpid(), told))
     try:
-        if all(processes[rank][1] is not None for rank in members):
+        if shared and all(processes[rank][1] is not None for rank in members):
             everywhere = [
-                [_open(processes[rank][0], processes[rank][1][index], piece.dtype) for rank in members]
+                [_open(processes[rank][0], processes[rank][1][index], piece.dtype) for rank in here]
                 for index, piece in enumerate(pieces)
             ]
     except (OSError, RuntimeError) as error:
         _warn_of(error)
-    opened = _gather(everywhere is not None)
-    return SharedMemory(pieces, group, everywhere) if everywhere and all(opened[rank] for rank in members) else None
+    opened = gather(everywhere is not None)
+    return everywhere if all(opened[rank] for rank in members) else None
 
 
 def _warn_of(error: Exception) -> None:
@@ -138,24 +162,28 @@ def _warn_of(error: Exception) -> None:
     )
 
 
-def _fits(facts: Sequence[dict[str, Any]], members: Sequence[int]) -> bool:
-    """Whether the members are on one host with enough shared memory for all ranks of that host."""
-    hosts = {facts[rank]["host"] for rank in members}
-    if len(members) == 1 or len(hosts) > 1 or None in hosts:
-        return False
-    here = [fact for fact in facts if fact["host"] in hosts]
-    needed, free = sum(fact["needed"] for fact in here), min(fact["free"] for fact in here)
-    if needed > 0.9 * free and dist.get_rank() == min(members):
-        warnings.warn(
-            f"{_SHM} has {free / 1e6:.0f} MB free and the parameters of this host's ranks need {needed / 1e6:.0f} MB, "
-            "so they are averaged through gloo instead of in shared memory; enlarge it (docker run --shm-size=...), "
-            "or write averaging.shared_memory: false",
-            stacklevel=3,
-        )
-    return bool(needed <= 0.9 * free)
+def _fits(facts: Sequence[dict[str, Any]], hosts: Sequence[Sequence[int]]) -> bool:
+    """Whether each of the hosts has enough shared memory for all ranks of the run that are on it."""
+    fits = bool(hosts)
+    for ranks in hosts:
+        name = facts[ranks[0]]["host"]
+        if any(facts[rank]["host"] is None for rank in ranks):
+            return False
+        on_it = [fact for fact in facts if fact["host"] == name]
+        needed, free = sum(fact["needed"] for fact in on_it), min(fact["free"] for fact in on_it)
+        fits = fits and needed <= 0.9 * free
+        if needed > 0.9 * free and dist.get_rank() == ranks[0]:
+            warnings.warn(
+                f"{_SHM} has {free / 1e6:.0f} MB free and the parameters of this host's ranks need "
+                f"{needed / 1e6:.0f} MB, so they are averaged through gloo instead of in shared memory; enlarge it "
+                "(docker run --shm-size=...), or write averaging.shared_memory: false",
+                stacklevel=3,
+            )
+    return fits
 
 
-def _gather(value: Any) -> list[Any]:
+def gather(value: Any) -> list[Any]:
+    """What each rank of the run gives, by rank."""
     values: list[Any] = [None] * dist.get_world_size()
     with collective("looking for ranks on the same host", None):
         dist.all_gather_object(values, value)

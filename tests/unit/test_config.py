@@ -71,6 +71,8 @@ def refusal(**changes: Any) -> str:
         ({"averaging": {"overlap": "delayed", "delay_steps": 1, "wire_dtype": "bf16"}}, ["write wire_dtype 'fp32'"]),
         ({"averaging": {"cuda_graph": True, "wire_dtype": "bf16"}}, ["a graph holds the plain averaging only"]),
         ({"averaging": {"cuda_graph": True, "overlap": "next_forward"}}, ["write overlap 'none'"]),
+        ({"averaging": {"two_level": True, "wire_dtype": "bf16"}}, ["write wire_dtype 'fp32'", "or two_level 'auto'"]),
+        ({"averaging": {"two_level": "yes"}}, ["qsr.averaging.two_level", "found 'yes'", "'auto'"]),
         ({"averaging": {"wire_dtype": "fp31"}}, ["qsr.averaging.wire_dtype", "found 'fp31'", "'int8'"]),
         (
             {"averaging": {"state": ["exp_avg"], "overlap": "delayed", "delay_steps": 1}},

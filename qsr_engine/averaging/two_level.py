@@ -1,0 +1,285 @@
+"""The mean over several hosts in two levels: inside every host first, then between the hosts.
+
+For N hosts with L ranks of the group on each, every piece is cut into L parts, and rank i of each host has part i:
+
+    inside     rank i adds up part i of the L ranks of its host
+    between    the L ranks with the same part, one from each host, all-reduce it: L groups at once, each with 1/L of all
+    inside     rank i divides by the number of workers, once, and gives its part to the others of its host
+
+A host's port sends 2 (N - 1) / N of the payload. A ring over all ranks, numbered host by host, has it send
+2 (N L - 1) / (N L): for 2 hosts of 2 ranks 1.5 of the payload instead of 1, of 8 ranks 1.875 instead of 1. What one
+rank sends to all other workers together is the same in both. The mean has the same bits on every rank, since each part
+is finished in one place on a host, and an all-reduce gives all its ranks the same bits; they are not the bits of the
+flat ring, which adds in another order.
+
+On CPUs the ranks of a host see one another's buckets (`shared_memory`), and nothing is copied there. Elsewhere, and
+where the user asks for it, the levels are a reduce-scatter, an all-reduce and an all-gather (as in Jia et al., "Highly
+scalable deep learning training system with mixed-precision", 2018). NCCL has hierarchical algorithms of its own and
+chooses among them, so on GPUs the flat all-reduce stays the default. Gloo's reduce-scatter is an all-reduce of a copy
+(torch 2.14: counted at the loopback interface): right, but dearer inside the host, so that too is for who asks for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qsr_engine.averaging.buckets import Piece
+from qsr_engine.averaging.collectives import (
+    CHUNK,
+    EXACT,
+    Group,
+    Mean,
+    all_gather_flat,
+    chunk_of_squares,
+    collective,
+    piece_name,
+    ring_bytes,
+)
+from qsr_engine.averaging.shared_memory import batches, gather
+from qsr_engine.config import ConfigError
+
+# torch 2.14 calls it so, and warns of the name that 2.11 has.
+reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def is_two_level(hosts: Sequence[Sequence[int]]) -> bool:
+    """Whether there are several hosts with the same number of ranks, at least 2, on each."""
+    sizes = {len(ranks) for ranks in hosts}
+    return len(hosts) > 1 and len(sizes) == 1 and min(sizes) > 1
+
+
+def agree_on_two_levels(hosts: Sequence[Sequence[int]], wanted: Literal["auto", True, False]) -> bool:
+    """Whether the ranks are placed for two levels, and they are wanted. All ranks of the run call it and get the same.
+
+    So all make the same number of groups: torch names a group by how many there are, and later ones would not match.
+
+    Args:
+        hosts: the ranks that this rank averages with, and itself, by host; empty where that is not known.
+    Raises:
+        ConfigError: they are wanted for certain (True) and some ranks of the run are placed otherwise; on every rank.
+    """
+    if wanted is False:
+        return False
+    layouts: list[list[list[int]]] = gather([list(ranks) for ranks in hosts])
+    other = next((layout for layout in layouts if not is_two_level(layout)), None)
+    if other is not None and wanted is True:
+        places = "; ".join(f"{len(ranks)} on one host (ranks {', '.join(map(str, ranks))})" for ranks in other)
+        raise ConfigError(
+            "qsr.averaging.two_level is true, which needs several hosts with the same number, at least 2, of the ranks "
+            "that average with one another (one of each worker), and they are placed so: "
+            f"{places or 'not known, since /proc does not tell the host'}; start as many workers on every host, or "
+            "write two_level 'auto' or false"
+        )
+    return other is None
+
+
+@dataclasses.dataclass(frozen=True)
+class Levels:
+    """The groups of a rank: the ranks of its host, and those with the same place on their hosts, one from each."""
+
+    inside: dist.ProcessGroup
+    between: dist.ProcessGroup
+    everybody: Group
+
+    @classmethod
+    def make(cls, hosts: Sequence[Sequence[int]], group: Group) -> Levels:
+        """Make the groups, with the backend and the time-out of `group`; every rank of it must call this."""
+        rank = dist.get_rank()
+        here = next(ranks for ranks in hosts if rank in ranks)
+        there = [ranks[here.index(rank)] for ranks in hosts]
+        options: dict[str, Any] = {"backend": dist.get_backend_config(group), "timeout": _time_out(group)}
+        # Every rank makes that of its host first, so nobody waits for somebody who waits for him.
+        inside = dist.new_group(list(here), use_local_synchronization=True, **options)
+        between = dist.new_group(there, use_local_synchronization=True, **options)
+        return cls(cast(dist.ProcessGroup, inside), cast(dist.ProcessGroup, between), group)
+
+    @property
+    def place(self) -> int:
+        """Which part of every piece this rank has."""
+        return dist.get_rank(self.inside)
+
+    @property
+    def parts(self) -> int:
+        return dist.get_world_size(self.inside)
+
+    @property
+    def workers(self) -> int:
+        return dist.get_world_size(self.everybody)
+
+
+def _time_out(group: Group) -> timedelta | None:
+    """That of the group: a new group would otherwise wait for the half hour that torch has as default."""
+    made = group if group is not None else dist.group.WORLD
+    assert made is not None
+    device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+    options = getattr(made._get_backend(device), "options", None)
+    return getattr(options, "_timeout", None)
+
+
+BATCHES = 4  # of 16 MB or more between the hosts at once: enough for a link, and the first is ready early
+
+
+class TwoLevelSharedMemory(Mean):
+    """The mean in two levels where every rank sees the buckets of the others on its host. Copies nothing.
+
+    Args:
+        pieces: in-place pieces on a CPU.
+        everywhere: [piece][rank of this host], views of the same elements; see `shared_memory.see_one_another`.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], levels: Levels, everywhere: list[list[Tensor]]) -> None:
+        self.pieces = list(pieces)
+        self._levels = levels
+        self._workers, self._place, self._parts = levels.workers, levels.place, levels.parts
+        self._everywhere = everywhere
+        # To the others of the host through memory, and to other hosts; together as much as in a ring over all.
+        self.bytes_sent = ring_bytes(sum(piece.nbytes for piece in self.pieces), self._workers)
+
+    def run(self, order: Sequence[int]) -> Iterator[tuple[int, Tensor | float | None]]:
+        """As Mean.run. Only the ranks of a host meet, before they read one another's memory and when they have written
+        into it."""
+        self._meet(torch.zeros(1, dtype=torch.float64), "meeting on this host before the averaging")
+        between: deque[list[tuple[int, dist.Work | None]]] = deque()
+        for batch in batches(self.pieces, order):
+            between.append([(index, self._add_up(index)) for index in batch])
+            if len(between) == BATCHES:
+                yield from self._finish_batch(between.popleft())
+        while between:
+            yield from self._finish_batch(between.popleft())
+
+    def _finish_batch(self, batch: list[tuple[int, dist.Work | None]]) -> Iterator[tuple[int, float]]:
+        squares = torch.stack([self._finish(index, work) for index, work in batch])
+        self._meet(squares, piece_name(self.pieces, batch[-1][0]))
+        for (index, _), value in zip(batch, squares.tolist(), strict=True):
+            yield index, value
+
+    def _meet(self, values: Tensor, what: str) -> None:
+        with collective(what, self._levels.inside):
+            dist.all_reduce(values, group=self._levels.inside)
+
+    def _part(self, index: int) -> list[Tensor]:
+        """This rank's part of a piece, in the memory of every rank of this host."""
+        copies = self._everywhere[index]
+        size = -(-copies[0].numel() // self._parts)
+        start = min(self._place * size, copies[0].numel())
+        return [copy[start : start + size] for copy in copies]
+
+    @torch.no_grad()
+    def _add_up(self, index: int) -> dist.Work | None:
+        """Add up this rank's part over the host, in the memory of its first rank, and send it to the other hosts."""
+        first, *others = self._part(index)
+        if not first.numel():
+            return None  # and so it is for the counterparts on the other hosts
+        for at in range(0, first.numel(), CHUNK):
+            here = first[at : at + CHUNK]
+            total = here if here.dtype in (torch.float32, torch.float64) else here.float()
+            for other in others:
+                total.add_(other[at : at + CHUNK])
+            if total is not here:
+                here.copy_(total)  # rounded once; it travels in the type of the bucket, as in the flat all-reduce
+        with collective(piece_name(self.pieces, index), self._levels.between):
+            return dist.all_reduce(first, group=self._levels.between, async_op=True)
+
+    @torch.no_grad()
+    def _finish(self, index: int, work: dist.Work | None) -> Tensor:
+        """Give the mean of this rank's part to the host. Returns the sum of squares of the part, in fp64."""
+        if work is None:
+            return torch.zeros((), dtype=torch.float64)
+        with collective(piece_name(self.pieces, index), self._levels.between):
+            work.wait()
+        first, *others = self._part(index)
+        exact, squares = self.pieces[index].numel <= EXACT, []
+        for at in range(0, first.numel(), CHUNK):
+            mean = first[at : at + CHUNK].div_(self._workers)
+            squares.append(chunk_of_squares(mean, exact))
+            for other in others:
+                other[at : at + CHUNK].copy_(mean)
+        return torch.stack(squares).sum()
+
+
+@dataclasses.dataclass
+class _Stage:
+    """A piece on its way, and the collectives that are under way for it."""
+
+    index: int
+    works: Sequence[dist.Work | None]
+
+
+class TwoLevelCollectives(Mean):
+    """The mean in two levels by collectives in place: reduce-scatter and all-gather inside a host, all-reduce between.
+
+    At most two pieces are in each of the three stages, since gloo copies what it scatters. The elements that are left
+    when a piece is cut into equal parts, fewer than there are ranks on a host, are all-reduced over all ranks.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], levels: Levels) -> None:
+        self.pieces = list(pieces)
+        self._levels = levels
+        self._workers, self._place, self._parts = levels.workers, levels.place, levels.parts
+        self.bytes_sent = ring_bytes(sum(piece.nbytes for piece in self.pieces), self._workers)
+
+    @torch.no_grad()
+    def run(self, order: Sequence[int]) -> Iterator[tuple[int, Tensor | float | None]]:
+        """As Mean.run."""
+        stages = (self._reduce_inside, self._reduce_between, self._gather_inside)
+        queues: list[deque[_Stage]] = [deque(_Stage(index, []) for index in order), deque(), deque(), deque()]
+        while any(queues):
+            for number, queue in enumerate(queues):
+                if not queue or (number > 0 and len(queue) < 2 and any(queues[:number])):
+                    continue
+                done = queue.popleft()
+                self._wait(done)
+                if number < len(stages):
+                    queues[number + 1].append(_Stage(done.index, stages[number](done.index)))
+                else:
+                    self._tail(done.index).div_(self._workers)
+                    yield done.index, None
+
+    def _wait(self, stage: _Stage) -> None:
+        with collective(piece_name(self.pieces, stage.index), self._levels.everybody):
+            for work in stage.works:
+                assert work is not None
+                work.wait()
+
+    def _body(self, index: int) -> Tensor:
+        """What can be cut into equal parts of a piece; [parts, elements of a part]."""
+        flat = self.pieces[index].tensors[0]
+        return flat[: flat.numel() - flat.numel() % self._parts].view(self._parts, -1)
+
+    def _tail(self, index: int) -> Tensor:
+        flat = self.pieces[index].tensors[0]
+        return flat[flat.numel() - flat.numel() % self._parts :]
+
+    def _reduce_inside(self, index: int) -> list[dist.Work | None]:
+        body, tail, levels = self._body(index), self._tail(index), self._levels
+        works = []
+        with collective(piece_name(self.pieces, index), levels.everybody):
+            if body.numel():
+                mine = body[self._place]
+                works.append(reduce_scatter_flat(mine, body.view(-1), group=levels.inside, async_op=True))
+            if tail.numel():
+                works.append(dist.all_reduce(tail, group=levels.everybody, async_op=True))
+        return works
+
+    def _reduce_between(self, index: int) -> list[dist.Work | None]:
+        body = self._body(index)
+        if not body.numel():
+            return []
+        with collective(piece_name(self.pieces, index), self._levels.between):
+            return [dist.all_reduce(body[self._place], group=self._levels.between, async_op=True)]
+
+    def _gather_inside(self, index: int) -> list[dist.Work | None]:
+        body = self._body(index)
+        if not body.numel():
+            return []
+        mine = body[self._place].div_(self._workers)
+        with collective(piece_name(self.pieces, index), self._levels.inside):
+            return [all_gather_flat(body.view(-1), mine, group=self._levels.inside, async_op=True)]
