@@ -83,6 +83,7 @@ class LocalSteps:
         self.averagings = 0
         self.bytes_sent = 0
         self.seconds_averaging = 0.0
+        self.seconds_waiting = 0.0  # of these: in this process, for the last worker to come to a boundary
         self.parallel_bytes_so_far = 0  # that a rank would have sent by now under `parallel`
         self.skipped_steps = 0  # of this worker, because its gradients overflowed; they count as steps
         self.skipped_steps_of_all_workers = 0  # as told at the last boundary
@@ -182,7 +183,9 @@ class LocalSteps:
             torch.cuda.synchronize()  # so that steps still under way do not count as averaging
         with self._timed():
             self.averager.step = self.step
-            self._headers = exchange_headers(self._header(), self.averager.device)
+            header, arrived = self._header(), time.perf_counter()
+            self._headers = exchange_headers(header, self.averager.device)
+            self.seconds_waiting += time.perf_counter() - arrived
             self.skipped_steps_of_all_workers = sum(h.skipped for h in self._headers) // self.qsr.worker_size
             self.bytes_sent += self.averager.bytes_per_averaging + self.average_buffers() + self._average_state()
             overlap = "none" if self.finished else self.qsr.averaging.overlap

@@ -1,7 +1,9 @@
 """What a run writes: its folder, one record of metrics at a time, and its last figures.
 
-A run's folder holds `recipe.yaml` (the resolved recipe), `metrics.jsonl` (one `Record` a line), TensorBoard events of
-the same values, and `summary.json`, which exists once the run is finished. `qsr_engine.report` reads them back.
+A run's folder holds `recipe.yaml` (the resolved recipe), `metrics.jsonl` (one `Record` a line), `workers.jsonl` (one
+`WorkersRecord` a line), TensorBoard events of the same values, and `summary.json`, which exists once the run is
+finished. `qsr_engine.report` reads them back. Rank 0 alone writes: what it says of other workers, they told it at a
+boundary.
 
 torch is imported only where TensorBoard is asked for, so that the command line starts quickly.
 """
@@ -14,6 +16,7 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +27,7 @@ from tqdm import tqdm
 from qsr_engine.config import ConfigError
 
 RECIPE, METRICS, SUMMARY = "recipe.yaml", "metrics.jsonl", "summary.json"
+WORKERS = "workers.jsonl"
 CHECKPOINTS = "checkpoints"  # a folder
 LOCK = ".lock"  # held by the process that trains
 _EVENTS = "events.out.tfevents"
@@ -104,7 +108,8 @@ def leave_unfinished_run(path: Path) -> None:
     if not path.exists():
         return
     found = {entry.name for entry in path.iterdir()}
-    strange = sorted(n for n in found if n not in (RECIPE, METRICS, CHECKPOINTS, LOCK) and not n.startswith(_EVENTS))
+    ours = {RECIPE, METRICS, WORKERS, CHECKPOINTS, LOCK}
+    strange = sorted(name for name in found - ours if not name.startswith(_EVENTS))
     if strange:
         raise ConfigError(f"{path}: this folder holds {', '.join(strange[:3])}, which no run writes; {_ANOTHER_PLACE}")
     for name in found - {CHECKPOINTS}:
@@ -176,6 +181,37 @@ TAGS = {
 """TensorBoard's tag for every field of a record; the x axis is `step`."""
 
 
+@dataclass(frozen=True)
+class WorkersRecord:
+    """What every worker did since the last such record: a list has one number a worker, in their order.
+
+    Gathered at a boundary, so nobody waits for it elsewhere. Of a worker of several ranks: the mean over its ranks, and
+    the sum of their skipped samples. Times are wall-clock seconds, evaluation and checkpoints excluded.
+    """
+
+    step: int  # optimizer steps done
+    seconds: float  # that passed on rank 0
+    loss: list[float]
+    seconds_data: list[float]  # waiting for data
+    seconds_waiting: list[float] | None  # at boundaries, for the last to come; None without local steps
+    skipped_samples: list[int]  # so far
+
+
+def _worker_scalars(record: WorkersRecord) -> Iterator[tuple[str, float]]:
+    """TensorBoard's tags and values: the range over the workers, and each by itself where there are not too many."""
+    percent = 100 / max(1e-9, record.seconds)
+    curves = {"loss": record.loss, "data_percent": [percent * value for value in record.seconds_data]}
+    if record.seconds_waiting is not None:
+        curves["waiting_percent"] = [percent * value for value in record.seconds_waiting]
+    for name, values in curves.items():
+        yield from ((f"workers/{name}_{which.__name__}", which(values)) for which in (min, max))
+        if len(values) <= _WORKERS_SHOWN:
+            yield from ((f"workers_{name}/{worker}", value) for worker, value in enumerate(values))
+
+
+_WORKERS_SHOWN = 32
+
+
 class Monitor:
     """Writes the records of one run: a context manager, on rank 0.
 
@@ -212,8 +248,10 @@ class Monitor:
             return
         if from_step:
             _drop_later_records(run_dir / METRICS, from_step)
+            _drop_later_records(run_dir / WORKERS, from_step)
         mode = "a" if from_step else "x"
         self._metrics = self._open.enter_context((run_dir / METRICS).open(mode, encoding="utf-8"))
+        self._workers = self._open.enter_context((run_dir / WORKERS).open(mode, encoding="utf-8"))
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -247,6 +285,16 @@ class Monitor:
                 if row[field] is not None:
                     self._writer.add_scalar(tag, row[field], record.step)
         self._show(record)
+
+    def log_workers(self, record: WorkersRecord) -> None:
+        """Write what the workers told at a boundary, to workers.jsonl and TensorBoard."""
+        if not self._enabled:
+            return
+        self._workers.write(_json(asdict(record)) + "\n")
+        self._workers.flush()
+        if self._writer:
+            for tag, value in _worker_scalars(record):
+                self._writer.add_scalar(tag, value, record.step)
 
     def summary(self, **values: Any) -> None:
         """Write the run's last figures to summary.json, whole or not at all; the run is then finished."""

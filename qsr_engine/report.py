@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from qsr_engine.monitor import METRICS, RECIPE, SUMMARY, Record
+from qsr_engine.monitor import METRICS, RECIPE, SUMMARY, WORKERS, Record, WorkersRecord
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,6 +39,7 @@ class Run:
     strategy: str  # a label such as `qsr H>=4 alpha=0.0175`
     recipe: dict[str, Any]
     records: list[dict[str, Any]]  # at least one; the fields of monitor.Record
+    workers: list[dict[str, Any]]  # the fields of monitor.WorkersRecord; none in a run of an earlier version
     finished: bool
     total_steps: int
     notes: list[str] = field(default_factory=list)  # what a reader of its figures must know
@@ -55,11 +56,13 @@ def read_run(path: str | Path) -> Run:
     path = Path(path)
     recipe = _read_recipe(path / RECIPE)
     records, notes = _read_records(path / METRICS)
+    workers = _read_workers(path / WORKERS)
     total_steps, finished = recipe["qsr"]["total_steps"], (path / SUMMARY).is_file()
     if not finished:
         notes.insert(0, f"unfinished at step {records[-1]['step']}/{total_steps}")
     name, label = path.resolve().name, strategy_label(recipe["qsr"])
-    return Run(name, path, label, recipe, records, finished, total_steps, notes)
+    notes += _slow_worker(workers)
+    return Run(name, path, label, recipe, records, workers, finished, total_steps, notes)
 
 
 def _read_text(path: Path) -> str:
@@ -103,6 +106,50 @@ def _is_record(row: object) -> bool:
     return isinstance(row, dict) and all(
         isinstance(row.get(item.name, ""), int if item.type == "int" else int | float | None) for item in fields(Record)
     )
+
+
+def _read_workers(path: Path) -> list[dict[str, Any]]:
+    """The workers' records; what cannot be read is left out, since the figures of a run do not need it."""
+    found = []
+    names = {item.name for item in fields(WorkersRecord)}
+    for line in _read_text(path).splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and names <= set(row):
+            found.append(row)
+    return found
+
+
+def waiting_percent(workers: Sequence[dict[str, Any]]) -> list[float] | None:
+    """Of the time of the run, that each worker waited at boundaries for the last to come; None: not known."""
+    known = [row for row in workers if row["seconds_waiting"] is not None]
+    seconds = sum(row["seconds"] for row in known)
+    if not seconds:
+        return None
+    return [100 * sum(waited) / seconds for waited in zip(*(row["seconds_waiting"] for row in known), strict=False)]
+
+
+def _slow_worker(workers: Sequence[dict[str, Any]]) -> list[str]:
+    """A note where one worker is slow throughout: the others wait for it in most records, and notably."""
+    known = [row["seconds_waiting"] for row in workers if row["seconds_waiting"] is not None]
+    percent = waiting_percent(workers)
+    if not percent or len(percent) < 2 or len(known) < _ENOUGH:
+        return []
+    (slowest, times), *_ = Counter(waited.index(min(waited)) for waited in known).most_common(1)
+    others = statistics.mean(value for worker, value in enumerate(percent) if worker != slowest)
+    if times < _MOSTLY * len(known) or others - percent[slowest] < _NOTABLE:
+        return []
+    return [
+        f"worker {slowest} is slow throughout: the others waited {others:.0f} % of the time for it, and it was the "
+        f"last to come in {times} of {len(known)} records"
+    ]
+
+
+_ENOUGH = 5  # records, to say that a worker is slow
+_MOSTLY = 0.8  # of the records
+_NOTABLE = 5.0  # per cent of the time
 
 
 def strategy_label(qsr: dict[str, Any]) -> str:
@@ -154,6 +201,8 @@ def figures(run: Run) -> dict[str, Any]:
         "hours": seconds / 3600,
         **{f"hours_{name}": None if part is None else part / 3600 for name, part in parts.items()},
         "images_per_second": last["images_seen"] / seconds if seconds else None,
+        "waiting_percent": None if (waited := waiting_percent(run.workers)) is None else statistics.mean(waited),
+        "waiting_percent_of_workers": waited,
         "sharpness": next((y for _, y in reversed(_series(run, "sharpness"))), None),
         "notes": run.notes,
     }
@@ -252,9 +301,13 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (  # header, figur
     ("compute h", "hours_compute", _three_digits),
     ("averaging h", "hours_averaging", _three_digits),
     ("data h", "hours_data", _three_digits),
+    ("waiting %", "waiting_percent", "{:.1f}".format),
     ("images/s", "images_per_second", _three_digits),
     ("sharpness", "sharpness", _three_digits),
 )
+
+
+_OPTIONAL = ("sharpness", "waiting_percent")  # a column only where a run has it
 
 
 def table(runs: Sequence[Run]) -> str:
@@ -264,13 +317,15 @@ def table(runs: Sequence[Run]) -> str:
 
 
 def _rows(runs: Sequence[Run]) -> list[list[str]]:
-    """The header, then a row a run; a column that no run has is left out."""
+    """The header, then a row a run."""
     rows = []
     for run in runs:
         row = figures(run)
         row["steps"] = f"{row['step']}/{row['total_steps']}"
         rows.append(row)
-    columns = [column for column in _COLUMNS if column[1] != "sharpness" or any(row["sharpness"] for row in rows)]
+    columns = [
+        column for column in _COLUMNS if column[1] not in _OPTIONAL or any(row[column[1]] is not None for row in rows)
+    ]
     written = [["\N{EN DASH}" if row[key] is None else text(row[key]) for _, key, text in columns] for row in rows]
     return [[header for header, _, _ in columns], *written]
 
@@ -293,6 +348,8 @@ def plots(runs: Sequence[Run], out_dir: Path) -> list[Path]:
     drawings = [_period_and_lr]
     if any(_accuracies(run) for run in runs):
         drawings += [_accuracy_over_communication, _accuracy_over_steps]
+    if any(waiting_percent(run.workers) for run in runs):
+        drawings.append(_waiting_over_steps)
     if any(_series(run, "sharpness") for run in runs):
         drawings.append(_sharpness_over_steps)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -356,6 +413,23 @@ def _sharpness_over_steps(runs: Sequence[Run]) -> Figure:
         if points := _series(run, "sharpness"):
             panel.plot(*zip(*points, strict=True), marker="o", markersize=4, **_curve(index, runs))
     panel.set_yscale("log")
+    figure.legend(loc="outside lower center", frameon=False)
+    return figure
+
+
+def _waiting_over_steps(runs: Sequence[Run]) -> Figure:
+    """How long workers wait at boundaries for the last to come: their mean, and from the least to the most."""
+    figure, (panel,) = _panels(runs, ["waiting at boundaries (% of the time)"])
+    for index, run in enumerate(runs):
+        rows = [row for row in run.workers if row["seconds_waiting"] is not None and row["seconds"] > 0]
+        if not rows:
+            continue
+        steps = [row["step"] for row in rows]
+        shares = [[100 * waited / row["seconds"] for waited in row["seconds_waiting"]] for row in rows]
+        curve = _curve(index, runs)
+        panel.plot(steps, [statistics.mean(share) for share in shares], **curve)
+        panel.fill_between(steps, list(map(min, shares)), list(map(max, shares)), color=curve["c"], alpha=0.15)
+    panel.set_ylim(bottom=0)
     figure.legend(loc="outside lower center", frameon=False)
     return figure
 

@@ -4,7 +4,8 @@
     at a boundary       evaluation on the averaged parameters, and a checkpoint, when one is due
     every few steps     a record to the monitor, on rank 0
 
-Between boundaries nothing here crosses ranks: rank 0 logs its own loss and its own times.
+Between boundaries nothing here crosses ranks: rank 0 logs its own loss and its own times. What it logs of other
+workers they tell it at a boundary.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qsr_engine.averaging import check_agreement
+from qsr_engine.averaging import all_gather_flat, check_agreement
 from qsr_engine.checkpoint import any_here, gathered
 from qsr_engine.config import ConfigError, Recipe, check_world_size, flatten
 from qsr_engine.data import Index
@@ -41,6 +42,7 @@ from qsr_engine.monitor import (
     RECIPE,
     Monitor,
     Record,
+    WorkersRecord,
     check_run_folder,
     check_unfinished,
     leave_unfinished_run,
@@ -51,7 +53,7 @@ from qsr_engine.recipe import Batch, dump_recipe, load_recipe, resolve_recipe_ba
 from qsr_engine.sharpness import largest_eigenvalue
 
 MODEL_FILE = "model.safetensors"
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class DivergenceError(RuntimeError):
@@ -68,8 +70,8 @@ def train(recipe: Recipe, index: Index, *, resume: bool = False) -> dict[str, An
     Returns:
         The final figures, as in the run's `summary.json`.
     Raises:
-        ConfigError, AgreementError, BoundaryError, CheckpointError, DataError, DivergenceError: the message is for the
-            user.
+        ConfigError, AgreementError, BoundaryError, CheckpointError, DataError, DivergenceError, HostError: the message
+            is for the user.
     """
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     check_world_size(ranks, recipe.qsr.worker_size)
@@ -88,7 +90,7 @@ def train(recipe: Recipe, index: Index, *, resume: bool = False) -> dict[str, An
             'which takes longer; see "Train a recipe" in the README',
             stacklevel=2,
         )
-    _share_cores()
+    share_cores()
     model, index = _make_model(recipe, index)
     engine = make_engine(recipe, batch, model)
     if recipe.data.decoder == "gpu" and engine.device.type != "cuda":
@@ -146,7 +148,7 @@ def _shared(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(exclude={"data": {"shards", "cache_dir", "cache_gb"}, "logging": {"dir"}})
 
 
-def _share_cores() -> None:
+def share_cores() -> None:
     """On a CPU, give each rank of this host its share of the cores, unless OMP_NUM_THREADS says another number."""
     on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available()
     if on_cpu and "OMP_NUM_THREADS" not in os.environ:
@@ -269,11 +271,13 @@ class _Run:
         self.evaluation = evaluation
         self.monitor = monitor
         self.batch = batch
-        self.normalise = Normalise(engine.device, _DTYPES[recipe.precision.dtype])
+        self.normalise = Normalise(engine.device, DTYPES[recipe.precision.dtype])
         self.mixup = MixUp(recipe.data.mixup, len(index.classes or ())) if recipe.data.mixup > 0 else None
         self.clock = _Clock()
         self.accuracy = self.loss = math.nan
         self._losses: list[Tensor] = []
+        self._round_losses: list[Tensor] = []  # since the workers last told theirs
+        self._told: tuple[float, ...] = (0.0, 0.0, 0.0)  # what _seconds() was then
         self._logged = (0, 0.0, 0.0)  # step, training seconds and seconds of waiting for data at the last record
         if recipe.batch_norm is not None:
             engine.averaged_model = self._reestimated
@@ -284,9 +288,12 @@ class _Run:
         state, logging = self.engine.local_steps, self.recipe.logging
         evaluation = _Due(logging.eval_every or state.qsr.total_steps, state.step)
         checkpoint = _Due(logging.checkpoint_every, state.step)
+        workers = _Due(logging.every, state.step)
         while not state.finished:
             before: dict[str, Any] = {"round": state.round, "period": state.period, "lr": state.learning_rate}
             boundary = self._step()
+            if boundary and (workers.now(state.step) or state.finished):
+                self._log_workers()
             evaluated: dict[str, Any] = {}
             if boundary and (evaluation.now(state.step) or state.finished):
                 evaluated = self._evaluate()
@@ -304,6 +311,8 @@ class _Run:
             "data": str(self._index.digest()),
             "ranks": dist.get_world_size(),
             "losses": [loss.item() for loss in self._losses],
+            "since_told": [value - told for value, told in zip(self._seconds(), self._told, strict=True)],
+            "round_losses": [loss.item() for loss in self._round_losses],
             "skipped_samples": sorted(self.skipped_samples),
         }
         tag = f"step-{self.engine.local_steps.step:08d}"
@@ -315,7 +324,12 @@ class _Run:
         self.clock.started -= training
         self._logged = (client["logged"][0], client["logged"][1], client["logged"][2])
         if client["ranks"] == dist.get_world_size():  # else they are rank 0's of other batches
-            self._losses = [torch.tensor(loss, device=self.engine.device) for loss in client["losses"]]
+            self._losses, self._round_losses = (
+                [torch.tensor(loss, device=self.engine.device) for loss in client.get(name, ())]
+                for name in ("losses", "round_losses")
+            )
+        since = client.get("since_told", (0.0, 0.0, 0.0))
+        self._told = tuple(value - before for value, before in zip(self._seconds(), since, strict=True))
 
     def _next_batch(self) -> tuple[Tensor, Tensor]:
         """Pictures as the model reads them, and labels or, mixed, shares of classes."""
@@ -336,6 +350,7 @@ class _Run:
             loss = F.cross_entropy(scores.float(), labels, label_smoothing=self.recipe.label_smoothing)
             self.engine.backward(loss)
             self._losses.append(loss.detach())
+            self._round_losses.append(loss.detach())
             boundary = self.engine.step()
         return boundary
 
@@ -457,6 +472,35 @@ class _Run:
                 f"the loss is {loss} at step {state.step}; a lower qsr.lr.peak, a longer warm-up or "
                 "optimizer.gradient_clipping helps against divergence"
             )
+
+    def _seconds(self) -> tuple[float, float, float]:
+        """Of training, of waiting for data, and of waiting for others at boundaries."""
+        return self.clock.training(), self.clock.data, self.engine.local_steps.seconds_waiting
+
+    def _log_workers(self) -> None:
+        """Gather what every rank did since the last time; on a boundary, where they meet anyway."""
+        state = self.engine.local_steps
+        now = self._seconds()
+        seconds, data, waiting = (value - before for value, before in zip(now, self._told, strict=True))
+        self._told = now
+        loss = torch.stack(self._round_losses).mean().item()
+        self._round_losses.clear()
+        mine = torch.tensor([loss, data, waiting, len(self.skipped_samples)], dtype=torch.float64)
+        mine = mine.to(self.engine.device)
+        told = torch.empty(dist.get_world_size() * len(mine), dtype=mine.dtype, device=mine.device)
+        all_gather_flat(told, mine)
+        ranks = told.cpu().view(-1, state.qsr.worker_size, len(mine))  # (worker, rank of the worker, figure)
+        losses, waited_for_data, waited, _ = ranks.mean(1).T.tolist()
+        self.monitor.log_workers(
+            WorkersRecord(
+                step=state.step,
+                seconds=seconds,
+                loss=losses,
+                seconds_data=waited_for_data,
+                seconds_waiting=waited if state.seconds_waiting else None,
+                skipped_samples=[round(count) for count in ranks[:, :, 3].sum(1).tolist()],
+            )
+        )
 
     def _figures(self) -> dict[str, Any]:
         """What the run has cost so far."""

@@ -17,7 +17,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from qsr_engine.config import ConfigError
-from qsr_engine.monitor import TAGS, Monitor, Record, check_run_folder, open_run_folder
+from qsr_engine.monitor import TAGS, Monitor, Record, WorkersRecord, check_run_folder, open_run_folder
 
 RECORD = Record(
     step=10,
@@ -82,6 +82,24 @@ def test_jsonl_is_exact_and_complete_after_every_record(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("events*"))
 
 
+def test_what_workers_told_is_in_tensorboard_one_by_one_and_as_a_range(tmp_path: Path) -> None:
+    record = WorkersRecord(8, 4.0, [0.5, 0.25], [1.0, 0.0], [0.5, 2.0], [0, 3])
+    many = WorkersRecord(16, 4.0, [float(worker) for worker in range(40)], [0.0] * 40, None, [0] * 40)
+    with Monitor(tmp_path, 660, stream=io.StringIO()) as monitor:
+        monitor.log_workers(record)
+        monitor.log_workers(many)
+    lines = (tmp_path / "workers.jsonl").read_text().splitlines()
+    assert [WorkersRecord(**json.loads(line)) for line in lines] == [record, many]
+    events = events_of(tmp_path)
+    found = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert found["workers/loss_min"] == [(8, 0.25), (16, 0.0)]
+    assert found["workers/loss_max"] == [(8, 0.5), (16, 39.0)]
+    assert found["workers/data_percent_max"] == [(8, 25.0), (16, 0.0)]
+    assert found["workers/waiting_percent_min"] == [(8, 12.5)]
+    assert found["workers_waiting_percent/1"] == [(8, 50.0)]
+    assert found["workers_loss/0"] == [(8, 0.5)], "of 40 workers, a curve each would be too many"
+
+
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_diverged_loss_is_null_in_json_and_itself_in_tensorboard(tmp_path: Path, loss: float) -> None:
     printed = log(tmp_path, dataclasses.replace(RECORD, loss=loss))
@@ -106,7 +124,7 @@ def test_summary_is_written_whole(tmp_path: Path) -> None:
         monitor.summary(accuracy=91.2, losses=[0.3, math.nan], nested={"loss": math.inf}, folder=Path("a"))
     summary = json.loads((tmp_path / "summary.json").read_text(), parse_constant=pytest.fail)
     assert summary == {"accuracy": 91.2, "losses": [0.3, None], "nested": {"loss": None}, "folder": "a"}
-    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "summary.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "workers.jsonl", "summary.json"}
 
 
 def _log_and_fail(monitor: Monitor) -> None:

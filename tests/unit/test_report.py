@@ -15,7 +15,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from qsr_engine.monitor import Monitor, Record, open_run_folder
+from qsr_engine.monitor import Monitor, Record, WorkersRecord, open_run_folder
 from qsr_engine.report import (
     ReportError,
     figures,
@@ -42,6 +42,7 @@ def write_run(
     seed: int = 0,
     accuracy: float = 80,
     sharpness: float | None = None,
+    waiting: tuple[float, ...] | None = None,
 ) -> Path:
     """A run of 40 steps in all, of which `steps` are done, with a record every 10."""
     recipe = {"qsr": {**qsr, "total_steps": 40}, "seed": seed, "logging": {"name": folder.name}}
@@ -66,6 +67,10 @@ def write_run(
                 eval_accuracy=accuracy + step / 8 if evaluated and step % 20 == 0 else None,
             )
             monitor.log(record)
+        for step in range(5, steps + 1, 5) if waiting else ():
+            none = [0.0] * len(waiting or ())
+            told = None if step == 5 else list(waiting or ())
+            monitor.log_workers(WorkersRecord(step, 10.0, none, none, told, [0] * len(none)))
         if finished:
             monitor.summary(accuracy=85.0)
     return folder
@@ -98,6 +103,24 @@ def test_a_run_is_read_back(tmp_path: Path) -> None:
     assert row["hours"] == pytest.approx(39.6 * 40 / 3600)
     assert row["hours"] == pytest.approx(row["hours_compute"] + row["hours_averaging"] + row["hours_data"])
     assert row["images_per_second"] == pytest.approx(64 / 39.6)
+
+
+def test_waiting_is_told_of_every_worker_and_a_slow_one_is_named(tmp_path: Path) -> None:
+    slow = read_run(write_run(tmp_path / "slow", waiting=(1.0, 0.5, 0.0, 1.5)))
+    assert figures(slow)["waiting_percent_of_workers"] == pytest.approx([10.0, 5.0, 0.0, 15.0])
+    assert figures(slow)["waiting_percent"] == pytest.approx(7.5)
+    (note,) = slow.notes
+    assert note.startswith("worker 2 is slow throughout: the others waited 10 % of the time for it")
+    assert note.endswith("in 7 of 7 records")
+    even = read_run(write_run(tmp_path / "even", waiting=(0.3, 0.2, 0.0, 0.1)))
+    assert even.notes == [], "2 % of the time is no reason to look at a machine"
+    assert figures(read_run(write_run(tmp_path / "none")))["waiting_percent"] is None
+    printed = report([tmp_path / "slow", tmp_path / "none"], tmp_path / "report")
+    assert "waiting %" in printed
+    assert note in printed
+    assert (tmp_path / "report" / "waiting_over_steps.png").stat().st_size > 1000
+    (tmp_path / "slow" / "workers.jsonl").write_text('{"step": 5}\n"torn')
+    assert read_run(tmp_path / "slow").workers == []
 
 
 def test_a_torn_last_line_is_left_out_and_said(tmp_path: Path) -> None:
