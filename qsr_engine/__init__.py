@@ -9,13 +9,14 @@ the command line stays quick.
 from typing import TYPE_CHECKING, Any
 
 from qsr_engine.config import ConfigError
+from qsr_engine.hosts import HostError
 
 if TYPE_CHECKING:
     from qsr_engine.engines.attach import attach
     from qsr_engine.engines.deepspeed import initialize, zero_init
     from qsr_engine.engines.fsdp import initialize_fsdp
 
-__all__ = ["ConfigError", "attach", "initialize", "initialize_fsdp", "zero_init"]
+__all__ = ["ConfigError", "HostError", "attach", "initialize", "initialize_fsdp", "zero_init"]
 
 
 def __getattr__(name: str) -> Any:

@@ -58,7 +58,9 @@ from qsr_engine.engines.resumable import (
     worker_folder,
 )
 from qsr_engine.engines.worker_groups import WorkerGroups
+from qsr_engine.hosts import versions
 from qsr_engine.local_steps import LocalSteps
+from qsr_engine.roll_call import roll_call
 
 check_version(deepspeed.__version__)
 check_internals(
@@ -431,8 +433,9 @@ def initialize(
         (engine, optimizer, training_dataloader, lr_scheduler); the engine is a LocalStepEngine.
     Raises:
         ConfigError: the configuration is wrong, or asks for what does not work with local steps (yet).
-        AgreementError: on every rank, if the ranks were started with different configurations, models, or parameters
-            in the optimizer.
+        AgreementError: on every rank, if the ranks were started with different configurations, models, versions, or
+            parameters in the optimizer.
+        HostError: on every rank, if the ranks cannot meet; see roll_call().
     """
     config = next((c for c in (config, config_params, getattr(args, "deepspeed_config", None)) if c is not None), None)
     if config is None:
@@ -460,7 +463,11 @@ def initialize(
     _start_process_group(distributed_port, dist_init_required)
 
     # First of all, so that what follows fails on every rank or on none.
-    facts = {"config": {**shared_part(ds_config), "qsr": qsr.model_dump()}, "model": describe(model)}
+    facts = {
+        "config": {**shared_part(ds_config), "qsr": qsr.model_dump()},
+        "model": describe(model),
+        "versions": versions(),  # again, for a process group that somebody else has made
+    }
     device = torch.device(get_accelerator().current_device_name())
     check_agreement(facts, device)
     workers = check_world_size(dist.get_world_size(), qsr.worker_size)
@@ -528,11 +535,9 @@ def _start_process_group(port: int, init_required: bool | None) -> None:
             "`deepspeed SCRIPT ...`, `deepspeed --module MODULE ...` or torchrun"
         )
     _leave_out_shared_memory_collective()
-    deepspeed.comm.init_distributed(
-        dist_backend=get_accelerator().communication_backend_name(),
-        distributed_port=port,
-        dist_init_required=init_required,
-    )
+    backend = get_accelerator().communication_backend_name()
+    with contextlib.nullcontext() if dist.is_initialized() else roll_call(backend):
+        deepspeed.comm.init_distributed(dist_backend=backend, distributed_port=port, dist_init_required=init_required)
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # DeepSpeed does it too, after our first collective
 
 

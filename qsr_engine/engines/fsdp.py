@@ -47,7 +47,9 @@ from qsr_engine.engines.resumable import (
     read_model,
     worker_folder,
 )
+from qsr_engine.hosts import versions
 from qsr_engine.local_steps import LocalSteps
+from qsr_engine.roll_call import roll_call
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 MakeScheduler = Callable[[torch.optim.Optimizer], Any]
@@ -492,8 +494,9 @@ def initialize_fsdp(
             module's own reset_parameters().
     Raises:
         ConfigError: the configuration is wrong, or asks for what cannot work.
-        AgreementError: on every rank, if the ranks were started with different configurations, models, or parameters
-            in the optimizer.
+        AgreementError: on every rank, if the ranks were started with different configurations, models, versions, or
+            parameters in the optimizer.
+        HostError: on every rank, if the ranks cannot meet; see roll_call().
     """
     if config is None:
         raise ConfigError('initialize_fsdp() needs config=..., a path or a dict with a "qsr" block')
@@ -505,7 +508,8 @@ def initialize_fsdp(
     if settings.fsdp.cpu_offload and device.type == "cpu":
         raise ConfigError("fsdp.cpu_offload is true, and the model is on the CPU already; write false")
 
-    facts = {"config": shared_part(settings), "model": describe(model)}
+    # The versions again, for a process group that somebody else has made.
+    facts = {"config": shared_part(settings), "model": describe(model), "versions": versions()}
     check_agreement(facts, device)
     qsr = settings.qsr
     workers = check_world_size(dist.get_world_size(), qsr.worker_size)
@@ -622,7 +626,9 @@ def _start_process_group() -> torch.device:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         # Both, since offloaded shards are averaged, and their norms added up, on the CPU.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        with roll_call(backend):
+            dist.init_process_group(backend)
     return device
 
 
