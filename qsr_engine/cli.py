@@ -13,12 +13,15 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Sequence
 from types import FrameType
+from typing import Any
 
 import psutil
 
+from qsr_engine.calibration import CostSettings, cost_settings, save_costs
 from qsr_engine.config import ConfigError, Recipe, check_world_size
 from qsr_engine.data import (
     DataError,
@@ -33,8 +36,11 @@ from qsr_engine.data import (
 )
 from qsr_engine.data.writing.data_sets import CIFAR10_ROOT, QUALITY, SHARD_BYTES
 from qsr_engine.data.writing.processes import usable_cores
+from qsr_engine.forecast import LIMIT_PERCENT, bytes_of, make_forecast, print_plan
+from qsr_engine.hosts import HostError, check_hosts
 from qsr_engine.monitor import SUMMARY, check_run_folder, check_unfinished
-from qsr_engine.plan import plan, write_header
+from qsr_engine.plan import Plan, make_plan, write_header
+from qsr_engine.quantities import parse_count, parse_rate, parse_seconds
 from qsr_engine.recipe import load_recipe, resolve_recipe, resolve_recipe_batch
 from qsr_engine.report import ReportError, report
 
@@ -48,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return int(args.run(args))
-    except (ConfigError, DataError, ReportError) as error:
+    except (ConfigError, DataError, HostError, ReportError) as error:
         return _fail(error)
     except KeyboardInterrupt:
         return 130
@@ -92,6 +98,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", help="folder of the plots (default: `report` beside the first run)")
     command.set_defaults(run=lambda args: print(report(args.runs, args.out)) or 0)
 
+    command = commands.add_parser("hosts", help="ask all hosts of a hostfile: do they answer, with the same versions?")
+    command.add_argument("hostfile", help="DeepSpeed's: a line a host, `NAME slots=GPUS`")
+    command.add_argument("--ssh-port", type=whole_number, metavar="N", help="where ssh's configuration does not say it")
+    command.set_defaults(run=_hosts)
+
     _add_shards(commands.add_parser("shards", help="make and check WebDataset shards"))
     return parser
 
@@ -108,7 +119,48 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--write-header", action="store_true", help="write the share of communication into the recipe's first comment"
     )
+    _add_costs(command.add_argument_group("hours", "from these, --costs, --measure or --fit"))
     command.set_defaults(run=_plan)
+
+
+def _add_costs(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--step-seconds", metavar="TIME", help="compute of one optimizer step: 0.41s, 410ms")
+    group.add_argument("--bandwidth", metavar="RATE", help="of a host's port: 25gbit, 100mbit, 3.1GB/s, unlimited")
+    group.add_argument("--latency", metavar="TIME", help="one way, between hosts: 50us (default: 0)")
+    group.add_argument("--workers", type=whole_number, metavar="N", help="that average with one another")
+    group.add_argument("--workers-per-host", type=whole_number, metavar="N", help="share a port (default: 1)")
+    group.add_argument("--local-bandwidth", metavar="RATE", help="of a worker inside its host (default: unlimited)")
+    group.add_argument("--tree", action="store_true", help="all-reduce by two trees instead of a ring")
+    group.add_argument("--two-level", action="store_true", help="reduce inside each host first")
+    group.add_argument("--efficiency", metavar="SHARE", type=float, help="of the bandwidths, reached (default: 1)")
+    group.add_argument("--step-cv", type=float, metavar="CV", help="of step times, std / mean (default: 0)")
+    group.add_argument("--worker-cv", type=float, metavar="CV", help="of the workers' mean step times (default: 0)")
+    group.add_argument(
+        "--overlap", choices=["none", "next_forward", "delayed"], help="of averagings, instead of the recipe's"
+    )
+    group.add_argument(
+        "--parallel-overlap",
+        type=float,
+        metavar="SHARE",
+        help="of a step, behind which gradients of parallel travel (default: 0 for DeepSpeed below stage 3, else 2/3)",
+    )
+    group.add_argument("--parameters", metavar="N", help="of the model: 86.6e6 (default: the recipe's model is made)")
+    group.add_argument(
+        "--costs", metavar="FILE", help="JSON of such figures, as --save writes it; options go before it"
+    )
+    group.add_argument("--measure", action="store_true", help="from a short run of the recipe's model on these ranks")
+    group.add_argument("--ranks", type=whole_number, help="with --measure: processes on this host (default: one a GPU)")
+    group.add_argument("--save", metavar="FILE", help="write the figures for --costs")
+    group.add_argument("--measure-only", action="store_true", help=argparse.SUPPRESS)
+    group.add_argument("--fit", nargs=2, metavar="RUN", help="from two finished runs of other periods")
+    group.add_argument(
+        "--limit",
+        type=float,
+        default=LIMIT_PERCENT,
+        metavar="PERCENT",
+        help="of the time, under which h_base is to keep communication (default: %(default)g)",
+    )
+    group.add_argument("--plot", metavar="FILE", help="draw hours over bandwidth for each strategy, as .png")
 
 
 def _add_shards(parser: argparse.ArgumentParser) -> None:
@@ -309,11 +361,103 @@ def _prepare(args: argparse.Namespace) -> tuple[Recipe, Index]:
 
 def _plan(args: argparse.Namespace) -> int:
     if args.write_header:
-        if args.json or args.set or args.samples:
+        if args.json or args.set or args.samples or args.measure or args.costs or args.fit or _given_costs(args):
             raise ConfigError("--write-header says what the recipe itself says; leave the other options out")
         print(write_header(args.recipe))
-    else:
-        print(plan(args.recipe, as_json=args.json, samples=args.samples, overrides=args.set))
+        return 0
+    if not 0 < args.limit < 100:
+        raise ConfigError(f"--limit {args.limit:g}: write a share of the time in per cent, such as 10")
+    given, made = _given_costs(args), make_plan(args.recipe, samples=args.samples, overrides=args.set)
+    if args.measure:
+        return _plan_measured(args, made, given)
+    if args.ranks is not None:
+        raise ConfigError(f"--ranks {args.ranks} is for --measure; the cost model counts --workers")
+    return _print_forecast(args, made, given)
+
+
+def _print_forecast(
+    args: argparse.Namespace, made: Plan, given: dict[str, Any], measured: CostSettings | None = None
+) -> int:
+    if measured is not None:
+        given = {**measured.model_dump(), **given}
+    forecast = known = None
+    if args.costs or args.fit or not set(given) <= {"parameters", "workers"}:
+        forecast = make_forecast(made, given, costs=args.costs, fit=args.fit, limit=args.limit / 100)
+    elif args.plot or args.save:
+        raise ConfigError(
+            f"{'--plot' if args.plot else '--save'} needs costs: --step-seconds, --bandwidth and --workers"
+        )
+    elif given:
+        known = bytes_of(made, given.get("parameters"), given.get("workers"))
+    if args.plot and forecast is not None:
+        forecast.plot(args.plot)
+    if args.save:
+        if args.fit:
+            raise ConfigError("--save writes figures for --costs, and --fit finds none of bandwidth; leave it out")
+        save_costs(cost_settings(given, args.costs), args.save)
+    if not args.measure_only:
+        print(print_plan(made, forecast, known, as_json=args.json))
+    return 0
+
+
+def _given_costs(args: argparse.Namespace) -> dict[str, Any]:
+    """What the command line says of the cost model, by the names of CostSettings."""
+    given: dict[str, Any] = {
+        name: getattr(args, name)
+        for name in ("workers", "workers_per_host", "efficiency", "step_cv", "worker_cv")
+        if getattr(args, name) is not None
+    }
+    for name, parse in (
+        ("step_seconds", parse_seconds),
+        ("latency", parse_seconds),
+        ("bandwidth", parse_rate),
+        ("local_bandwidth", parse_rate),
+        ("parameters", parse_count),
+    ):
+        if (text := getattr(args, name)) is not None:
+            given[name] = parse(text, f"--{name.replace('_', '-')}")
+    given |= {"algorithm": "tree"} if args.tree else {}
+    given |= {"two_level": True} if args.two_level else {}
+    given |= {} if args.overlap is None else {"overlap": args.overlap}
+    return given | ({} if args.parallel_overlap is None else {"backward_share": args.parallel_overlap})
+
+
+def _plan_measured(args: argparse.Namespace, made: Plan, given: dict[str, Any]) -> int:
+    """Measure on the ranks of the launcher that started this, or start one; then print the plan once."""
+    if args.fit or args.costs:
+        raise ConfigError("--measure finds the costs itself; leave --fit and --costs out")
+    if made.recipe is None:
+        raise ConfigError(f"{args.recipe}: --measure needs a recipe, which says the model and the batch")
+    if "RANK" in os.environ:
+        from qsr_engine.averaging import AgreementError, BoundaryError
+        from qsr_engine.measure import measure
+
+        try:
+            measured = measure(made.recipe)
+        except (AgreementError, BoundaryError) as error:
+            return _fail(error)
+        return _print_forecast(args, made, given, measured) if os.environ["RANK"] == "0" else 0
+    recipe = made.recipe
+    if args.ranks is not None:
+        check_world_size(args.ranks, recipe.qsr.worker_size)
+        resolve_recipe_batch(recipe, args.ranks)
+    words = [word for override in args.set for word in ("--set", override)]
+    words += [] if args.samples is None else ["--samples", str(args.samples)]
+    with tempfile.TemporaryDirectory() as folder:
+        saved = os.path.join(folder, "costs.json")
+        launcher = _torchrun(args.ranks) if recipe.engine == "fsdp" else _deepspeed(args.ranks)
+        command = [*launcher, "--module", "qsr_engine", "plan", args.recipe, *words, "--measure"]
+        code = _run_launcher([*command, "--measure-only", "--save", saved])
+        if code != 0:
+            return code
+        if not os.path.exists(saved):
+            raise ConfigError("--measure: the launcher ended without an error, and nothing was measured")
+        measured = cost_settings({}, saved)
+    return _print_forecast(args, made, given, measured)
+
+
+def _hosts(args: argparse.Namespace) -> int:
+    print(check_hosts(args.hostfile, ["-p", str(args.ssh_port)] if args.ssh_port else []))
     return 0
 
 
@@ -337,7 +481,15 @@ def _train_rank(recipe: Recipe, index: Index, *, resume: bool) -> int:
 
     try:
         train(recipe, index, resume=resume)
-    except (AgreementError, BoundaryError, CheckpointError, DivergenceError, ConfigError, DataError) as error:
+    except (
+        AgreementError,
+        BoundaryError,
+        CheckpointError,
+        DivergenceError,
+        ConfigError,
+        DataError,
+        HostError,
+    ) as error:
         return _fail(error)
     except OSError as error:
         return _fail(RuntimeError(f"{error.strerror or error}: {error.filename or recipe.run_dir}"))

@@ -6,7 +6,6 @@ samples is known. Nothing here imports torch.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,12 +29,14 @@ class Plan:
     Args:
         rounds: all of them, in order.
         steps_per_epoch: None where the number of samples is not known.
+        recipe: as it was read; None for a DeepSpeed configuration.
     """
 
     name: str
     qsr: QSRConfig
     rounds: Sequence[Round]
     steps_per_epoch: int | None
+    recipe: Recipe | None = None
 
     @property
     def communication_percent(self) -> float:
@@ -140,7 +141,7 @@ def _plan_recipe(path: Path, samples: int | None, overrides: Sequence[str]) -> P
         per_epoch = samples // recipe.batch.train_batch_size
         raw = resolve_recipe(recipe, samples).qsr.model_dump(exclude_none=True)
     qsr = validate(QSRConfig, raw, where=str(path), prefix="qsr.")
-    return Plan(str(path), qsr, _rounds(path, qsr), per_epoch)
+    return Plan(str(path), qsr, _rounds(path, qsr), per_epoch, recipe)
 
 
 def _samples_of_shards(path: Path, recipe: Recipe) -> int | None:
@@ -167,12 +168,6 @@ def _rounds(path: Path, qsr: QSRConfig) -> list[Round]:
             "the block, here or in a copy"
         )
     return list(rounds(qsr, lambda step: 0.0))  # which no other strategy reads
-
-
-def plan(path: str | Path, *, as_json: bool, samples: int | None = None, overrides: Sequence[str] = ()) -> str:
-    """What `qsr plan` prints. Raises as make_plan()."""
-    made = make_plan(path, samples=samples, overrides=overrides)
-    return json.dumps(made.as_dict(), indent=2) if as_json else made.text()
 
 
 def write_header(path: str | Path) -> str:
