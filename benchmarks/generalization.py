@@ -8,10 +8,12 @@ workers of one rank each train a small ResNet and a small vision transformer wit
 engine as any run: real process groups (gloo), real averaging, real shards. All runs of a model see the same number of
 images in batches of the same size.
 
-    tune    every strategy at each of the learning rates, one seed, evaluated on training shards that are held back
+    tune    every strategy at each of the learning rates, one seed, evaluated on training shards that are held back;
+            by default in half as many epochs. Where the best rate is the smallest or the largest tried, twice or half
+            of it is tried too, until it is not
     final   every strategy at its own best rate, all seeds, evaluated on the test split
 
-The rates are the same for every strategy, factors of the model's own, so no strategy is tuned more than another. QSR's
+The rates are factors of the model's own, and every strategy is tuned by the same procedure. QSR's
 alpha follows the rate: alpha / peak stays the same, so the periods do too.
 
 Results: a table with mean and standard deviation over the seeds, the share of communication, and the sharpness of the
@@ -21,6 +23,8 @@ averaged model (largest eigenvalue of the Hessian of the training loss). `qsr re
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import platform
@@ -61,7 +65,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "min": 1.0e-6,
     },
 }
-RATES = (0.5, 1.0, 2.0)  # of the model's own peak
+RATES = (0.5, 1.0, 2.0)  # of the model's own peak, to begin with
+FURTHEST = (1 / 32, 32.0)
 WARMUP = 0.05  # of all steps
 # alpha is a share of the peak: H = (alpha / lr)^2 leaves h_base behind where lr has fallen to alpha / 2, and so on.
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -151,33 +156,55 @@ def make_data(shards: Path, folder: Path, samples: int) -> Index:
 
 
 def train_all(runs: list[Run], budget: Budget, shards: Path, folder: Path) -> None:
-    """Train what is not finished yet, all of it in one launch of four ranks: starting them takes half a minute."""
+    """Train what has not ended yet, all of it in one launch of four ranks: starting them takes half a minute.
+
+    A run that diverges ends its launch; it is left as it is, and another launch takes the rest.
+    """
     recipes = folder / "recipes"
     recipes.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for run in runs:
-        if not (folder / run.name / "summary.json").exists():
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORKERS)]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    while pending := [run for run in runs if not has_ended(run, folder)]:
+        paths = []
+        for run in pending:
             path = recipes / f"{run.name}.yaml"
             path.write_text(yaml.safe_dump(recipe(run, budget, shards, folder)))
             paths.append(str(path))
-    if not paths:
-        return
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORKERS)]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    subprocess.run([*launcher, __file__, "--train", *paths], check=True, env=environment)
+        done = subprocess.run([*launcher, __file__, "--train", *paths], check=False, env=environment)
+        if done.returncode and not any(has_ended(run, folder) for run in pending):
+            sys.exit(f"no run of this launch has ended: {paths[0]}")
+
+
+def has_ended(run: Run, folder: Path) -> bool:
+    return (folder / run.name / "summary.json").exists() or has_diverged(run, folder)
+
+
+def has_diverged(run: Run, folder: Path) -> bool:
+    return (folder / "diverged" / run.name).exists()
 
 
 def train_here(paths: list[str]) -> None:
     """In one of the ranks: the runs one after another, in this process."""
     from qsr_engine.cli import main as qsr
 
-    for path in paths:
-        started = time.perf_counter()
-        code = qsr(["train", path, "--resume"])
+    for path in map(Path, paths):
+        started, errors = time.perf_counter(), io.StringIO()
+        with contextlib.redirect_stderr(errors):
+            code = qsr(["train", str(path), "--resume"])
+        print(errors.getvalue(), file=sys.stderr, flush=True)
         if code:
+            if any(words in errors.getvalue() for words in ("the loss is", "parameters are not finite")):
+                marks = path.parents[1] / "diverged"
+                marks.mkdir(exist_ok=True)
+                (marks / path.stem).write_text(errors.getvalue())
             sys.exit(code)
         if os.environ["RANK"] == "0":
-            print(f"{Path(path).stem}: {time.perf_counter() - started:.0f} s", flush=True)
+            print(f"{path.stem}: {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def held_back_accuracy(run: Run, folder: Path) -> float:
+    """Accuracy of a run that tunes, in %; 0 where it diverged."""
+    return 0.0 if has_diverged(run, folder) else float(summary(run, folder)["eval_accuracy"])
 
 
 def summary(run: Run, folder: Path) -> dict[str, Any]:
@@ -185,15 +212,43 @@ def summary(run: Run, folder: Path) -> dict[str, Any]:
     return found
 
 
-def best_rate(model: str, strategy: str, folder: Path) -> tuple[float, dict[float, float]]:
-    """The factor with the highest accuracy on what was held back, and all of them."""
-    runs = [Run(model, strategy, rate, 0, "tune") for rate in RATES]
-    accuracies = {run.rate: summary(run, folder)["eval_accuracy"] for run in runs}
-    return max(accuracies, key=lambda rate: accuracies[rate]), accuracies
+def best_rate(accuracies: dict[float, float]) -> float:
+    """The factor with the highest accuracy on what was held back; the smallest of several."""
+    return max(sorted(accuracies), key=lambda rate: accuracies[rate])
+
+
+def beyond(accuracies: dict[float, float]) -> float | None:
+    """The next factor to try; None where the best lies between two others, or at the end of what is tried at all."""
+    best = best_rate(accuracies)
+    following = best * 2 if best == max(accuracies) else best / 2 if best == min(accuracies) else None
+    return following if following is not None and FURTHEST[0] <= following <= FURTHEST[1] else None
+
+
+def tune(
+    model: str, strategies: list[str], budget: Budget, shards: Path, folder: Path
+) -> dict[str, dict[float, float]]:
+    """For every strategy, the accuracy at each factor that was tried."""
+    tried: dict[str, list[float]] = {name: list(RATES) for name in strategies}
+    while True:
+        runs = {name: [Run(model, name, rate, 0, "tune") for rate in rates] for name, rates in tried.items()}
+        train_all([run for of_one in runs.values() for run in of_one], budget, shards, folder)
+        found = {name: {run.rate: held_back_accuracy(run, folder) for run in of_one} for name, of_one in runs.items()}
+        more = {name: rate for name in strategies if (rate := beyond(found[name])) is not None}
+        if not more:
+            return found
+        for name, rate in more.items():
+            tried[name].append(rate)
 
 
 def sharpness(run: Run, shards: Path, folder: Path) -> float:
-    """The largest eigenvalue at the averaged model, over 1,000 training pictures without augmentation."""
+    """The largest eigenvalue at the averaged model, over 1,000 training pictures as they are. Kept in a file."""
+    known = folder / run.name / "sharpness.json"
+    if not known.exists():
+        known.write_text(json.dumps(_sharpness(run, shards, folder)))
+    return float(json.loads(known.read_text()))
+
+
+def _sharpness(run: Run, shards: Path, folder: Path) -> float:
     import torch
     from safetensors.torch import load_file
     from torch.nn import functional as F
@@ -213,11 +268,13 @@ def sharpness(run: Run, shards: Path, folder: Path) -> float:
     return largest_eigenvalue(model.eval(), pairs, F.cross_entropy)
 
 
-def rows_of(model: str, strategies: list[str], seeds: int, shards: Path, folder: Path) -> list[dict[str, Any]]:
+def rows_of(
+    model: str, tunings: dict[str, dict[float, float]], seeds: int, shards: Path, folder: Path
+) -> list[dict[str, Any]]:
     """The final figures, a row a strategy."""
     rows = []
-    for strategy in strategies:
-        rate, tuned = best_rate(model, strategy, folder / "tuning")
+    for strategy, tuned in tunings.items():
+        rate = best_rate(tuned)
         runs = [Run(model, strategy, rate, seed, "test") for seed in range(seeds)]
         found = [summary(run, folder / "runs") for run in runs]
         rows.append(
@@ -249,21 +306,22 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         peak = MODELS[row["model"]]["peak"] * row["rate"]
-        edge = "" if min(RATES) < row["rate"] < max(RATES) or len(RATES) == 1 else " (edge)"
+        edge = "" if min(row["tuning"]) < row["rate"] < max(row["tuning"]) else " (edge)"
         figures = [with_deviation(row[key], digits) for key, digits in (("accuracy", 2), ("loss", 3), ("sharpness", 1))]
         rest = [f"{row['communication']:.1f}", str(row["averagings"])]
         lines.append("| " + " | ".join([row["model"], row["strategy"], f"{peak:g}{edge}", *figures, *rest]) + " |")
     return "\n".join(lines)
 
 
-def heading(budget: Budget, seeds: int) -> str:
+def heading(budget: Budget, tuning: Budget, seeds: int) -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "webdataset"))
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?")
     return (
         f"{date.today()}, {os.cpu_count()} cores of {cpu}, Python {platform.python_version()}, {packages}. {WORKERS} "
-        f"workers, batch {BATCH}, {budget.samples} training images, {budget.epochs} epochs ({budget.steps} steps), "
-        f'{seeds} seeds; mean ± standard deviation. "edge": the best rate is the smallest or largest of those tried.'
+        f"workers, batch {BATCH}, {budget.samples} training images, {budget.epochs} epochs ({budget.steps} steps; "
+        f"tuned in {tuning.epochs} epochs), "
+        f'{seeds} seeds; mean ± standard deviation. "edge": the best rate is the smallest or largest tried.'
     )
 
 
@@ -275,6 +333,7 @@ def main() -> None:
     parser.add_argument("--strategies", nargs="+", choices=list(STRATEGIES), default=list(STRATEGIES))
     parser.add_argument("--train-samples", type=int, default=48_000)
     parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--tune-epochs", type=int, help="of a run that tunes; half of --epochs unless said")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--train", nargs="+", help=argparse.SUPPRESS)
@@ -284,22 +343,26 @@ def main() -> None:
     shards = args.out / "data"
     index = make_data(args.shards, shards, args.train_samples)
     budget = Budget(index.split("train").samples, args.epochs)
+    tuning_budget = Budget(budget.samples, args.tune_epochs or max(1, args.epochs // 2))
     rows: list[dict[str, Any]] = []
     started = time.perf_counter()
+    tunings = {}
     for model in args.models:
-        tuning = [Run(model, name, rate, 0, "tune") for name in args.strategies for rate in RATES]
-        train_all(tuning, budget, shards, args.out / "tuning")
+        tunings[model] = tune(model, args.strategies, tuning_budget, shards, args.out / "tuning")
         final = [
-            Run(model, name, best_rate(model, name, args.out / "tuning")[0], seed, "test")
-            for name in args.strategies
+            Run(model, name, best_rate(tuned), seed, "test")
+            for name, tuned in tunings[model].items()
             for seed in range(args.seeds)
         ]
         train_all(final, budget, shards, args.out / "runs")
-        rows += rows_of(model, args.strategies, args.seeds, shards, args.out)
-    print(heading(budget, args.seeds), "", table(rows), "", sep="\n")
+    for model, tuned_model in tunings.items():
+        rows += rows_of(model, tuned_model, args.seeds, shards, args.out)
+    print(heading(budget, tuning_budget, args.seeds), "", table(rows), "", sep="\n")
     print(f"{time.perf_counter() - started:.0f} s in all; `qsr report {args.out / 'runs'}` draws the runs")
     if args.json:
-        args.json.write_text(json.dumps({"heading": heading(budget, args.seeds), "rows": rows}, indent=1))
+        args.json.write_text(
+            json.dumps({"heading": heading(budget, tuning_budget, args.seeds), "rows": rows}, indent=1)
+        )
     return None
 
 
