@@ -241,7 +241,7 @@ def tune(
 
 
 def sharpness(run: Run, shards: Path, folder: Path) -> float:
-    """The largest eigenvalue at the averaged model, over 1,000 training pictures as they are. Kept in a file."""
+    """The largest eigenvalue at the averaged model, over 500 training pictures as they are. Kept in a file."""
     known = folder / run.name / "sharpness.json"
     if not known.exists():
         known.write_text(json.dumps(_sharpness(run, shards, folder)))
@@ -264,7 +264,7 @@ def _sharpness(run: Run, shards: Path, folder: Path) -> float:
     data = DataConfig(shards=str(shards), image_size=32)
     loader = TrainLoader(shards, read_index(shards), data, rank=0, ranks=1, batch_size=250, seed=1234)
     normalise, batches = Normalise(torch.device("cpu"), torch.float32), loader.batches()
-    pairs = [(normalise(batch.images), batch.labels) for batch, _ in zip(batches, range(4), strict=False)]
+    pairs = [(normalise(batch.images), batch.labels) for batch, _ in zip(batches, range(2), strict=False)]
     return largest_eigenvalue(model.eval(), pairs, F.cross_entropy)
 
 

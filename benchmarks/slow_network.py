@@ -38,7 +38,7 @@ def slow_network(hosts: int, rate: str | None) -> Iterator[list[list[str]]]:
         if up.returncode:
             refused = True  # and it has cleaned up after itself; what is up now is not ours
             raise RuntimeError(up.stderr.strip())
-        yield [["env", f"HOST={host + 1}", *_cluster(), "run"] for host in range(hosts)]
+        yield [["env", f"QSR_HOST={host + 1}", *_cluster(), "run"] for host in range(hosts)]
     finally:
         if not refused:
             subprocess.run([*_cluster(), "down"], check=False)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # cluster.sh up N [RATE]      N hosts on this machine: qsr1, qsr2, ..., joined by a switch that holds every port to RATE
-#                             in each direction (as tc writes it: 100mbit, 1gbit); with sshd, and a hostfile
-# cluster.sh run COMMAND ...  run a command on the first host; on the second: HOST=2 launch/cluster.sh run COMMAND ...
+#                             in each direction (kbit, mbit or gbit: 100mbit, 1.5gbit); with sshd, and a hostfile
+# cluster.sh run COMMAND ...  run a command on the first host; with QSR_HOST=2 before it, on the second
 # cluster.sh down             kill what runs on the hosts, and remove them
 #
 # So that DeepSpeed's own launcher and torchrun meet several hosts and a slow network where there is neither:
@@ -16,19 +16,21 @@
 # It touches only what bears the prefix, the folder QSR_CLUSTER, and /run/sshd, without which sshd does not start.
 set -euo pipefail
 PATH=$PATH:/usr/sbin:/sbin
-prefix=${QSR_PREFIX:-qsr}
+
+die() { echo "cluster.sh: $*" >&2; exit 1; }
+
+prefix=${QSR_PREFIX:-qsr} # short, for interfaces' names; no digits, or eyes11 would be of eyes and of eyes1
+[[ $prefix =~ ^[a-z]([a-z-]*[a-z])?$ && ${#prefix} -le 10 ]] ||
+  die "found '$prefix' for QSR_PREFIX; write at most 10 of a-z and -, the first and the last one a letter"
 state=$(realpath -m "${QSR_CLUSTER:-/run/$prefix-cluster}")
 subnet=10.213.7 # none but the hosts see it, so it may be in use elsewhere, and by a second cluster
 switch=${prefix}br
-
-die() {
-  echo "cluster.sh: $*" >&2
-  exit 1
-}
+this="${QSR_CLUSTER:+QSR_CLUSTER=${state@Q} }$0" # how a user calls this script for this cluster
+[ "$prefix" = qsr ] || this="QSR_PREFIX=$prefix $this"
 
 check() {
   local program missing=()
-  [ "$(id -u)" = 0 ] || die "network namespaces need root; found user $(id -u); write: sudo env PATH=\"\$PATH\" $0"
+  [ "$(id -u)" = 0 ] || die "network namespaces need root; found user $(id -u); write: sudo env PATH=\"\$PATH\" $this"
   for program in ip:iproute2 tc:iproute2 sshd:openssh-server ssh:openssh-client ssh-keygen:openssh-client pdsh:pdsh; do
     command -v "${program%:*}" >/dev/null || missing+=("${program%:*} (Debian: ${program#*:})")
   done
@@ -97,8 +99,11 @@ add_host() { # add_host NUMBER RATE: a namespace, a cable to port NUMBER of the 
 
 up() { # up HOSTS [RATE]
   local number
-  [[ $1 =~ ^[0-9]+$ && $1 -ge 1 && $1 -le 250 ]] || die "found '$1' for the number of hosts; write one from 1 to 250"
-  [[ -z $(namespaces) && ! -e $state ]] || die "$prefix... or $state is there; write first: QSR_PREFIX=$prefix $0 down"
+  [[ $1 =~ ^[1-9][0-9]{0,2}$ && $1 -le 250 ]] || die "found '$1' for the number of hosts; write one from 1 to 250"
+  [[ ${SLOTS:-1} =~ ^[1-9][0-9]{0,2}$ ]] || die "found '$SLOTS' for SLOTS, ranks on a host; write one from 1 to 999"
+  [[ $# = 1 || ($2 =~ ^[0-9]+(\.[0-9]+)?(k|m|g)bit$ && $2 =~ [1-9]) ]] ||
+    die "found '$2' for the rate; write for example 100mbit or 1gbit"
+  [[ -z $(namespaces) && ! -e $state ]] || die "$prefix... or $state is there; write first: $this down"
   mkdir "$state"
   trap down EXIT # a failure on the way, or a signal, leaves nothing behind
   trap 'exit 130' INT TERM HUP
@@ -110,20 +115,20 @@ up() { # up HOSTS [RATE]
   for number in $(seq "$1"); do
     add_host "$number" "${2:-}"
   done
-  (HOST=1 run pdsh -S -w "${prefix}[1-$1]" true) || die "no ssh to every host: $(tail -qn 2 "$state"/sshd*.log)"
+  (QSR_HOST=1 run pdsh -S -w "${prefix}[1-$1]" true) || die "no ssh to every host: $(tail -qn 2 "$state"/sshd*.log)"
   trap - EXIT INT TERM HUP
   echo "$1 hosts with links of ${2:-no set rate}; hostfile $state/hosts. To train on them, and to end them:"
-  echo "  DS_ACCELERATOR=cpu $0 run deepspeed --hostfile $state/hosts --module qsr_engine train RECIPE"
-  echo "  $0 down"
+  echo "  DS_ACCELERATOR=cpu $this run deepspeed --hostfile $state/hosts --module qsr_engine train RECIPE"
+  echo "  $this down"
 }
 
 run() { # run COMMAND ...
-  [ -e "/run/netns/$prefix${HOST:-1}" ] || die "there is no host $prefix${HOST:-1}; write first: $0 up N"
+  [ -e "/run/netns/$prefix${QSR_HOST:-1}" ] || die "there is no host $prefix${QSR_HOST:-1}; write first: $this up N"
   export PATH=$state/bin:$PATH PDSH_RCMD_TYPE=ssh GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0
   # In place of .deepspeed_env: what DeepSpeed's launcher sets for the ranks, besides variables that begin with PYTHON.
   export DS_ENV_FILE=$state/env.$$
   env | grep -E '^(PATH|DS_ACCELERATOR|(QSR|GLOO|NCCL|OMP|TORCH)_[A-Z0-9_]+)=' >"$DS_ENV_FILE"
-  inside "${HOST:-1}" "$@"
+  inside "${QSR_HOST:-1}" "$@"
 }
 
 case "${1:-} $#" in

@@ -190,7 +190,7 @@ class WorkersRecord:
     """
 
     step: int  # optimizer steps done
-    seconds: float  # that passed on rank 0
+    seconds: list[float]  # that passed
     loss: list[float]
     seconds_data: list[float]  # waiting for data
     seconds_waiting: list[float] | None  # at boundaries, for the last to come; None without local steps
@@ -199,14 +199,17 @@ class WorkersRecord:
 
 def _worker_scalars(record: WorkersRecord) -> Iterator[tuple[str, float]]:
     """TensorBoard's tags and values: the range over the workers, and each by itself where there are not too many."""
-    percent = 100 / max(1e-9, record.seconds)
-    curves = {"loss": record.loss, "data_percent": [percent * value for value in record.seconds_data]}
+    curves = {"loss": record.loss, "data_percent": _percent(record.seconds_data, record.seconds)}
     if record.seconds_waiting is not None:
-        curves["waiting_percent"] = [percent * value for value in record.seconds_waiting]
+        curves["waiting_percent"] = _percent(record.seconds_waiting, record.seconds)
     for name, values in curves.items():
         yield from ((f"workers/{name}_{which.__name__}", which(values)) for which in (min, max))
         if len(values) <= _WORKERS_SHOWN:
             yield from ((f"workers_{name}/{worker}", value) for worker, value in enumerate(values))
+
+
+def _percent(parts: list[float], wholes: list[float]) -> list[float]:
+    return [100 * part / max(1e-9, whole) for part, whole in zip(parts, wholes, strict=True)]
 
 
 _WORKERS_SHOWN = 32

@@ -15,6 +15,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,8 @@ def read_run(path: str | Path) -> Run:
     path = Path(path)
     recipe = _read_recipe(path / RECIPE)
     records, notes = _read_records(path / METRICS)
-    workers = _read_workers(path / WORKERS)
+    workers, earlier = _read_workers(path / WORKERS)
+    notes += earlier
     total_steps, finished = recipe["qsr"]["total_steps"], (path / SUMMARY).is_file()
     if not finished:
         notes.insert(0, f"unfinished at step {records[-1]['step']}/{total_steps}")
@@ -108,27 +110,48 @@ def _is_record(row: object) -> bool:
     )
 
 
-def _read_workers(path: Path) -> list[dict[str, Any]]:
-    """The workers' records; what cannot be read is left out, since the figures of a run do not need it."""
+def _read_workers(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The workers' records and what to note of them; what cannot be read is left out, since no other figure needs it.
+
+    Of a run that went on with another number of workers, the last records with the same number.
+    """
     found = []
-    names = {item.name for item in fields(WorkersRecord)}
     for line in _read_text(path).splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        if isinstance(row, dict) and names <= set(row):
+        if _is_workers_record(row):
             found.append(row)
-    return found
+    same = list(takewhile(lambda row: len(row["seconds"]) == len(found[-1]["seconds"]), reversed(found)))[::-1]
+    if len(same) == len(found):
+        return same, []
+    workers, before = len(same[0]["seconds"]), found[len(found) - len(same) - 1]
+    return same, [
+        f"of {workers} workers from step {before['step']} on, and {len(before['seconds'])} before; waiting is told of "
+        "the later part"
+    ]
+
+
+def _is_workers_record(row: object) -> bool:
+    """A loss may be null, where it was not finite, and waiting as a whole, where there were no local steps."""
+    if not isinstance(row, dict) or not {item.name for item in fields(WorkersRecord)} <= set(row):
+        return False
+    lists = [row[name] for name in ("seconds", "seconds_data", "skipped_samples")]
+    lists += [] if row["seconds_waiting"] is None else [row["seconds_waiting"]]
+    right = isinstance(row["step"], int) and all(isinstance(values, list) and values for values in lists)
+    if not right or len({len(values) for values in lists}) > 1:
+        return False
+    return all(isinstance(value, int | float) for values in lists for value in values) and min(row["seconds"]) > 0
 
 
 def waiting_percent(workers: Sequence[dict[str, Any]]) -> list[float] | None:
     """Of the time of the run, that each worker waited at boundaries for the last to come; None: not known."""
     known = [row for row in workers if row["seconds_waiting"] is not None]
-    seconds = sum(row["seconds"] for row in known)
-    if not seconds:
+    if not known:
         return None
-    return [100 * sum(waited) / seconds for waited in zip(*(row["seconds_waiting"] for row in known), strict=False)]
+    totals = [[sum(each) for each in zip(*(row[name] for row in known), strict=True)] for name in _WAITING]
+    return [100 * waited / seconds for waited, seconds in zip(*totals, strict=True)]
 
 
 def _slow_worker(workers: Sequence[dict[str, Any]]) -> list[str]:
@@ -147,6 +170,7 @@ def _slow_worker(workers: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
+_WAITING = ("seconds_waiting", "seconds")
 _ENOUGH = 5  # records, to say that a worker is slow
 _MOSTLY = 0.8  # of the records
 _NOTABLE = 5.0  # per cent of the time
@@ -421,11 +445,11 @@ def _waiting_over_steps(runs: Sequence[Run]) -> Figure:
     """How long workers wait at boundaries for the last to come: their mean, and from the least to the most."""
     figure, (panel,) = _panels(runs, ["waiting at boundaries (% of the time)"])
     for index, run in enumerate(runs):
-        rows = [row for row in run.workers if row["seconds_waiting"] is not None and row["seconds"] > 0]
+        rows = [row for row in run.workers if row["seconds_waiting"] is not None]
         if not rows:
             continue
         steps = [row["step"] for row in rows]
-        shares = [[100 * waited / row["seconds"] for waited in row["seconds_waiting"]] for row in rows]
+        shares = [waiting_percent([row]) or [] for row in rows]
         curve = _curve(index, runs)
         panel.plot(steps, [statistics.mean(share) for share in shares], **curve)
         panel.fill_between(steps, list(map(min, shares)), list(map(max, shares)), color=curve["c"], alpha=0.15)

@@ -96,6 +96,9 @@ def roll_call(backend: str) -> Iterator[None]:
     del store, call  # held until here: on rank 0 it is the server that the process group has taken over
 
 
+_LONGEST = 86_400.0
+
+
 def start_seconds() -> float:
     """The time limit. Raises HostError if QSR_START_SECONDS is not a number of seconds."""
     text = os.environ.get(_VARIABLE, "")
@@ -103,9 +106,10 @@ def start_seconds() -> float:
         seconds = float(text) if text else START_SECONDS
     except ValueError:
         seconds = math.nan
-    if not 0 < seconds < math.inf:
+    if not 0 < seconds <= _LONGEST:
         raise HostError(
-            f"{_VARIABLE} is {text!r}; write the seconds to wait for all ranks, for example {_VARIABLE}=300"
+            f"{_VARIABLE} is {text!r}; write the seconds to wait for all ranks, at most {_LONGEST:.0f} (a day), for "
+            f"example {_VARIABLE}=300"
         )
     return seconds
 

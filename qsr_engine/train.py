@@ -485,20 +485,20 @@ class _Run:
         self._told = now
         loss = torch.stack(self._round_losses).mean().item()
         self._round_losses.clear()
-        mine = torch.tensor([loss, data, waiting, len(self.skipped_samples)], dtype=torch.float64)
+        mine = torch.tensor([loss, seconds, data, waiting, len(self.skipped_samples)], dtype=torch.float64)
         mine = mine.to(self.engine.device)
         told = torch.empty(dist.get_world_size() * len(mine), dtype=mine.dtype, device=mine.device)
         all_gather_flat(told, mine)
         ranks = told.cpu().view(-1, state.qsr.worker_size, len(mine))  # (worker, rank of the worker, figure)
-        losses, waited_for_data, waited, _ = ranks.mean(1).T.tolist()
+        losses, passed, waited_for_data, waited, _ = ranks.mean(1).T.tolist()
         self.monitor.log_workers(
             WorkersRecord(
                 step=state.step,
-                seconds=seconds,
+                seconds=passed,
                 loss=losses,
                 seconds_data=waited_for_data,
                 seconds_waiting=waited if state.seconds_waiting else None,
-                skipped_samples=[round(count) for count in ranks[:, :, 3].sum(1).tolist()],
+                skipped_samples=[round(count) for count in ranks[:, :, -1].sum(1).tolist()],
             )
         )
 

@@ -69,6 +69,11 @@ def cluster(state: Path, *words: str, **more: str) -> subprocess.CompletedProces
     )
 
 
+def called(state: Path) -> str:
+    """The script as one must write it for that cluster; so without it the script acts on another."""
+    return f"QSR_PREFIX={PREFIX} QSR_CLUSTER='{state}' {SCRIPT}"
+
+
 def namespaces() -> list[str]:
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
     return sorted(line.split()[0] for line in listed.splitlines() if line.startswith(PREFIX))
@@ -126,7 +131,7 @@ def test_deepspeed_trains_across_two_hosts(state: Path, recipe: Path, processes:
     assert (state / "hosts").read_text() == "".join(f"{host} slots=1\n" for host in HOSTS)
     again = cluster(state, "up", "2")
     assert again.returncode == 1, "and the first one stays up"
-    assert f"write first: QSR_PREFIX={PREFIX} {SCRIPT} down" in again.stderr
+    assert f"write first: {called(state)} down" in again.stderr
 
     before = ports()
     command = ["deepspeed", "--hostfile", str(state / "hosts"), "--module", "qsr_engine", "train", str(recipe)]
@@ -161,10 +166,22 @@ def test_deepspeed_trains_across_two_hosts(state: Path, recipe: Path, processes:
 
 
 def test_a_rate_that_tc_does_not_take_leaves_nothing(state: Path) -> None:
-    """It is refused when the first host is there already."""
-    done = cluster(state, "up", "2", "nonsense")
+    """It looks like one, so it is refused when the first host is there already: tc rounds it to 0 bytes/s."""
+    done = cluster(state, "up", "2", "0.001kbit")
     assert done.returncode == 1
-    assert "tc does not take 'nonsense' as a rate; write for example 100mbit or 1gbit" in done.stderr
+    assert "tc does not take '0.001kbit' as a rate; write for example 100mbit or 1gbit" in done.stderr
+    assert remains(state) == []
+
+
+def test_what_up_prints_acts_on_that_cluster(state: Path) -> None:
+    """Copied into a shell that knows nothing of it."""
+    up = cluster(state, "up", "1", "1.5gbit")
+    assert up.returncode == 0, up.stderr
+    _, train, down = up.stdout.splitlines()
+    assert train.startswith(f"  DS_ACCELERATOR=cpu {called(state)} run deepspeed --hostfile {state}/hosts ")
+    assert down == f"  {called(state)} down"
+    shell = {name: value for name, value in environment(state).items() if not name.startswith("QSR_")}
+    subprocess.run(["bash", "-c", down], env=shell, timeout=60, check=True)
     assert remains(state) == []
 
 
@@ -195,14 +212,40 @@ def test_a_folder_of_others_is_left_alone(state: Path) -> None:
         (["up"], "found 'up'; write: up N [RATE], run COMMAND ..., or down"),
         (["up", "two"], "found 'two' for the number of hosts; write one from 1 to 250"),
         (["up", "0"], "found '0' for the number of hosts"),
+        (["up", "08"], "found '08' for the number of hosts"),
+        (["up", "251"], "found '251' for the number of hosts"),
+        (["up", "18446744073709551617"], "for the number of hosts"),  # 1 in the 64 bits of a shell
+        (["up", "2", "nonsense"], "found 'nonsense' for the rate; write for example 100mbit or 1gbit"),
+        (["up", "2", "-5mbit"], "found '-5mbit' for the rate"),
+        (["up", "2", "100"], "found '100' for the rate"),  # tc would take bits/s
+        (["up", "2", "0mbit"], "found '0mbit' for the rate"),
+        (["up", "2", "1.gbit"], "found '1.gbit' for the rate"),
+        (["up", "2", "1gbit latency 1s"], "found '1gbit latency 1s' for the rate"),
+        (["up", "2", ""], "found '' for the rate"),
         (["run"], "found 'run'; write"),
-        (["run", "true"], f"there is no host {PREFIX}1; write first"),
     ],
 )
 def test_what_it_does_not_understand(state: Path, words: list[str], said: str) -> None:
     done = cluster(state, *words)
     assert done.returncode == 1
     assert said in done.stderr
+    assert remains(state) == []
+
+
+@pytest.mark.parametrize("slots", ["abc", "0", "02", "-1", "2 3"])
+def test_slots_that_are_no_number(state: Path, slots: str) -> None:
+    done = cluster(state, "up", "2", SLOTS=slots)
+    assert done.returncode == 1
+    assert f"found '{slots}' for SLOTS, ranks on a host; write one from 1 to 999" in done.stderr
+    assert remains(state) == []
+
+
+@pytest.mark.parametrize(("variables", "host"), [({}, 1), ({"HOST": "laptop"}, 1), ({"QSR_HOST": "2"}, 2)])
+def test_the_host_of_run(state: Path, variables: dict[str, str], host: int) -> None:
+    """Some shells export HOST, this machine's name."""
+    done = cluster(state, "run", "true", **variables)
+    assert done.returncode == 1
+    assert f"there is no host {PREFIX}{host}; write first: {called(state)} up N" in done.stderr
 
 
 def test_missing_programs_are_named(state: Path, tmp_path: Path) -> None:

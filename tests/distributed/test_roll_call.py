@@ -227,7 +227,7 @@ def test_a_server_that_says_nothing(processes: Processes) -> None:
     assert "is not rank 0 of this run, or hangs" in text
 
 
-@pytest.mark.parametrize("text", ["soon", "0", "-1", "inf", "nan"])
+@pytest.mark.parametrize("text", ["soon", "0", "-1", "inf", "nan", "1e10"])
 def test_the_limit_is_a_number(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from qsr_engine.hosts import HostError
     from qsr_engine.roll_call import start_seconds
@@ -366,7 +366,8 @@ def ranks_on_hosts(cluster: dict[str, str], **more: str) -> list[str]:
     rank += "try:\n  with roll_call('gloo'): print('met')\nexcept HostError as error: print(error)"
     started = []
     for number in range(3):
-        environment = {**rank_environment(number, 3, 29500, f"{PREFIX}1"), **cluster, "HOST": str(number + 1), **more}
+        ours = {**cluster, "QSR_HOST": str(number + 1), **more}
+        environment = {**rank_environment(number, 3, 29500, f"{PREFIX}1"), **ours}
         words = [str(SCRIPT), "run", sys.executable, "-c", rank]
         started.append(subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True))
     return [process.communicate(timeout=120)[0] for process in started]

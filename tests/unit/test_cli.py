@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from qsr_engine.cli import main
+from qsr_engine.cli import _started_by_a_launcher, main
+from qsr_engine.config import ConfigError
 from qsr_engine.data import Index
 from tests.shard_files import write_images, write_tar
 
@@ -133,3 +135,25 @@ def test_wrong_commands_end_with_argparses_code(argv: list[str]) -> None:
 def test_a_missing_recipe_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(tmp_path / "none.yaml")]) == 2
     assert "cannot read this recipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ({"RANK": "0"}, "no LOCAL_RANK, no WORLD_SIZE, no MASTER_PORT, no MASTER_ADDR"),
+        ({"RANK": ""}, "RANK=, no LOCAL_RANK"),
+        ({"RANK": "abc", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "1", "MASTER_ADDR": "a"}, "RANK=abc"),
+        ({"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1", "MASTER_ADDR": "a"}, "WORLD_SIZE=2"),
+        ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "1", "MASTER_ADDR": ""}, "MASTER_ADDR="),
+    ],
+)
+def test_half_of_a_launchers_environment_is_refused(
+    found: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert not _started_by_a_launcher()
+    for name, value in found.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        _started_by_a_launcher()

@@ -83,8 +83,8 @@ def test_jsonl_is_exact_and_complete_after_every_record(tmp_path: Path) -> None:
 
 
 def test_what_workers_told_is_in_tensorboard_one_by_one_and_as_a_range(tmp_path: Path) -> None:
-    record = WorkersRecord(8, 4.0, [0.5, 0.25], [1.0, 0.0], [0.5, 2.0], [0, 3])
-    many = WorkersRecord(16, 4.0, [float(worker) for worker in range(40)], [0.0] * 40, None, [0] * 40)
+    record = WorkersRecord(8, [4.0, 5.0], [0.5, 0.25], [1.0, 0.0], [0.5, 2.0], [0, 3])
+    many = WorkersRecord(16, [4.0] * 40, [float(worker) for worker in range(40)], [0.0] * 40, None, [0] * 40)
     with Monitor(tmp_path, 660, stream=io.StringIO()) as monitor:
         monitor.log_workers(record)
         monitor.log_workers(many)
@@ -96,7 +96,7 @@ def test_what_workers_told_is_in_tensorboard_one_by_one_and_as_a_range(tmp_path:
     assert found["workers/loss_max"] == [(8, 0.5), (16, 39.0)]
     assert found["workers/data_percent_max"] == [(8, 25.0), (16, 0.0)]
     assert found["workers/waiting_percent_min"] == [(8, 12.5)]
-    assert found["workers_waiting_percent/1"] == [(8, 50.0)]
+    assert found["workers_waiting_percent/1"] == [(8, 40.0)]
     assert found["workers_loss/0"] == [(8, 0.5)], "of 40 workers, a curve each would be too many"
 
 

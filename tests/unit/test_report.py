@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import re
@@ -70,7 +71,7 @@ def write_run(
         for step in range(5, steps + 1, 5) if waiting else ():
             none = [0.0] * len(waiting or ())
             told = None if step == 5 else list(waiting or ())
-            monitor.log_workers(WorkersRecord(step, 10.0, none, none, told, [0] * len(none)))
+            monitor.log_workers(WorkersRecord(step, [10.0] * len(none), none, none, told, [0] * len(none)))
         if finished:
             monitor.summary(accuracy=85.0)
     return folder
@@ -119,8 +120,40 @@ def test_waiting_is_told_of_every_worker_and_a_slow_one_is_named(tmp_path: Path)
     assert "waiting %" in printed
     assert note in printed
     assert (tmp_path / "report" / "waiting_over_steps.png").stat().st_size > 1000
-    (tmp_path / "slow" / "workers.jsonl").write_text('{"step": 5}\n"torn')
-    assert read_run(tmp_path / "slow").workers == []
+
+
+def test_a_run_that_went_on_with_other_workers(tmp_path: Path) -> None:
+    """The IndexError that 4 workers, of which worker 3 was slow, and then 2 gave."""
+    folder = write_run(tmp_path / "fewer", waiting=(1.0, 0.5, 0.5, 0.0))
+    with (folder / "workers.jsonl").open("a") as file:
+        for step in (45, 50):
+            record = WorkersRecord(step, [10.0, 20.0], [0.1, 0.1], [0.0, 0.0], [2.0, 1.0], [0, 0])
+            file.write(json.dumps(dataclasses.asdict(record)) + "\n")
+    run = read_run(folder)
+    assert figures(run)["waiting_percent_of_workers"] == pytest.approx([20.0, 5.0])
+    assert run.notes == ["of 2 workers from step 40 on, and 4 before; waiting is told of the later part"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seconds_waiting": [0.1, None]},
+        {"seconds_waiting": [0.1]},
+        {"seconds_waiting": 0.1},
+        {"seconds": None},
+        {"seconds": [0.0, 1.0]},
+        {"seconds": []},
+        {"step": None},
+    ],
+    ids=str,
+)
+def test_a_workers_record_that_cannot_be_read_is_left_out(tmp_path: Path, change: dict[str, Any]) -> None:
+    folder = write_run(tmp_path / "a", waiting=(1.0, 0.5))
+    lines = (folder / "workers.jsonl").read_text().splitlines()
+    odd = json.dumps({**json.loads(lines[-1]), **change})
+    (folder / "workers.jsonl").write_text("\n".join([lines[1], odd, '"torn']))
+    assert len(read_run(folder).workers) == 1
+    report([folder], tmp_path / "report")
 
 
 def test_a_torn_last_line_is_left_out_and_said(tmp_path: Path) -> None:
