@@ -5,6 +5,7 @@ Nothing here imports torch, but for the number of a model's parameters where nob
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ from qsr_engine.config import (
 from qsr_engine.cost import (
     HIDDEN_BY_BACKWARD,
     HIDDEN_BY_FORWARD,
+    LARGEST_CV,
     CostModel,
     Fit,
     Network,
@@ -35,13 +37,16 @@ from qsr_engine.cost import (
     fit_two_runs,
 )
 from qsr_engine.data.index import DataError, read_index
-from qsr_engine.monitor import SUMMARY
+from qsr_engine.monitor import RECIPE, SUMMARY, WORKERS
 from qsr_engine.quantities import bytes_text, rate_text, seconds_text
+from qsr_engine.recipe import load_recipe
 from qsr_engine.report import ReportError, Run, read_run
 
 _ELEMENT_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0}
 _BLOCK = 512  # elements of fp16 and int8 that share one scale of 4 bytes on the wire, as in averaging/wire.py
 CLASSES = 1000  # of a model whose data nobody has seen: ImageNet's
+
+Variation = Annotated[float, Field(ge=0, le=LARGEST_CV)]
 
 
 class CostSettings(StrictModel):
@@ -51,8 +56,8 @@ class CostSettings(StrictModel):
     """
 
     step_seconds: Positive
-    step_cv: NonNegative = 0.0
-    worker_cv: NonNegative = 0.0
+    step_cv: Variation = 0.0
+    worker_cv: Variation = 0.0
     workers: PositiveInt
     workers_per_host: PositiveInt = 1
     bandwidth: Positive | None
@@ -61,7 +66,7 @@ class CostSettings(StrictModel):
     local_latency: NonNegative = 0.0
     algorithm: Literal["ring", "tree"] = "ring"
     two_level: bool | None = None  # None: the recipe's qsr.averaging.two_level, where that is true
-    efficiency: Positive = 1.0
+    efficiency: Annotated[float, Field(gt=0, le=1)] = 1.0
     parameters: PositiveInt | None = None
     parameter_bytes: Positive | None = None
     gradient_bytes: Positive | None = None
@@ -86,48 +91,78 @@ class CostSettings(StrictModel):
         )
 
 
-OPTIONS = {  # of a setting that must be there, as the command line calls it
-    "step_seconds": "--step-seconds",
-    "bandwidth": "--bandwidth",
-    "workers": "--workers",
-}
+_NEEDED = ("step_seconds", "bandwidth", "workers")  # settings that must be there
+_OPTIONS = {"algorithm": "--tree", "backward_share": "--parallel-overlap"}  # whose names are not the settings'
 
 
-def cost_settings(given: Mapping[str, Any], costs: str | Path | None = None) -> CostSettings:
-    """Settings from a file and from the command line, which goes before.
+def _option(name: str) -> str:
+    """A setting as the command line calls it."""
+    return _OPTIONS.get(name, f"--{name.replace('_', '-')}")
+
+
+def cost_settings(given: Mapping[str, Any], base: CostSettings | None = None) -> CostSettings:
+    """Settings from a file or a measurement, and from the command line, which goes before.
 
     Args:
         given: names of CostSettings; those that were not given are left out.
+        base: as it was read or measured.
     Raises:
-        ConfigError: the file cannot be read, or something is missing or wrong.
+        ConfigError: something is missing or wrong, or was measured on fewer hosts or workers than are asked for.
     """
-    raw = {**({} if costs is None else _read_costs(Path(costs))), **given}
-    missing = [option for name, option in OPTIONS.items() if name not in raw]
+    raw = {**({} if base is None else base.model_dump()), **given}
+    missing = [_option(name) for name in _NEEDED if name not in raw]
     if missing:
-        found = ", ".join(f"--{name.replace('_', '-')}" for name in given) or "none of them"
+        found = ", ".join(map(_option, given)) or "none of them"
+        verb, them = ("is", "it") if len(missing) == 1 else ("are", "them")
         raise ConfigError(
-            f"hours need {', '.join(OPTIONS.values())} together; found {found}, and {' and '.join(missing)} is "
-            "missing: write it, or --measure, --costs FILE or --fit RUN RUN in place of all"
+            f"hours need {', '.join(map(_option, _NEEDED))} together; found {found}, and {' and '.join(missing)} "
+            f"{verb} missing: write {them}, or --measure, --costs FILE or --fit RUN RUN in place of all"
         )
     for name in ("bandwidth", "local_bandwidth"):
         if raw.get(name) == math.inf:
             raw[name] = None
-    return validate(CostSettings, raw, where=str(costs or "costs"))
+    settings = validate(CostSettings, raw, where="costs")
+    if base is not None and base.measured:
+        _check_links(settings, base, given)
+    return settings
 
 
-def _read_costs(path: Path) -> dict[str, Any]:
+def _check_links(settings: CostSettings, base: CostSettings, given: Mapping[str, Any]) -> None:
+    """Refuse links that nobody measured: null is no limit where a person wrote it, and not where none was there."""
+    if base.bandwidth is not None:
+        return
+    hosts, local = settings.network.hosts(settings.workers), min(settings.workers, settings.workers_per_host)
+    if hosts > 1 and "bandwidth" not in given:
+        raise ConfigError(
+            f"{settings.workers} workers with {settings.workers_per_host} on a host are on {hosts} hosts, and the "
+            "costs were measured inside one host, which tells nothing of the links between hosts; write "
+            "--bandwidth RATE, or --workers-per-host for fewer hosts"
+        )
+    if local > 1 and base.local_bandwidth is None and "local_bandwidth" not in given:
+        raise ConfigError(
+            f"{local} workers share a host, and the costs were measured with one worker, which tells nothing of the "
+            "links inside a host; write --local-bandwidth RATE"
+        )
+
+
+def read_costs(path: str | Path) -> CostSettings:
+    """What `--save` wrote.
+
+    Raises:
+        ConfigError: the file cannot be read, or something in it is missing or wrong.
+    """
+    path = Path(path)
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--costs {path}: cannot read this file: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"--costs {path}: not a JSON file that can be read: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(
             f"--costs {path}: found {type(raw).__name__}; write a file of `qsr plan --measure --save FILE`"
         )
-    validate(CostSettings, raw, where=str(path))
-    return raw
+    return validate(CostSettings, raw, where=str(path))
 
 
 def save_costs(settings: CostSettings, path: str | Path) -> None:
@@ -141,21 +176,28 @@ def save_costs(settings: CostSettings, path: str | Path) -> None:
 # ------------------------------------------------------------------------------------------------- the model
 
 
-def cost_model(settings: CostSettings, qsr: QSRConfig, recipe: Recipe | None) -> tuple[CostModel, list[str]]:
+def cost_model(
+    settings: CostSettings, qsr: QSRConfig, recipe: Recipe | None, deepspeed: Mapping[str, Any] | None = None
+) -> tuple[CostModel, list[str]]:
     """The cost model of a run, and what it assumes, a line each.
 
     Args:
         recipe: None for a DeepSpeed configuration, which does not say the model.
+        deepspeed: that configuration.
     Raises:
-        ConfigError: the size of the model is not known.
+        ConfigError: the size of the model is not known, it is not the model that was measured, or two levels are
+            asked for on hosts that hold different numbers of workers.
     """
     if settings.two_level is None and qsr.averaging.two_level is True:
         settings = settings.model_copy(update={"two_level": True})
+    _check_two_levels(settings)
+    other = [] if recipe is None else _other_than_measured(settings, recipe)
+    deepspeed = deepspeed or {}
     parameters, counted = _parameters(settings, recipe)
     averaged = settings.parameter_bytes or payload_of_averaging(qsr, parameters)
-    gradients = settings.gradient_bytes or parameters * _gradient_element_bytes(recipe)
+    gradients = settings.gradient_bytes or parameters * _gradient_element_bytes(recipe, deepspeed)
     forward = _forward_share(settings.overlap, qsr) if settings.forward_share is None else settings.forward_share
-    backward = _backward_share(recipe) if settings.backward_share is None else settings.backward_share
+    backward = _backward_share(recipe, deepspeed) if settings.backward_share is None else settings.backward_share
     model = CostModel(
         step=StepTime(settings.step_seconds, settings.step_cv, settings.worker_cv),
         network=settings.network,
@@ -167,7 +209,45 @@ def cost_model(settings: CostSettings, qsr: QSRConfig, recipe: Recipe | None) ->
         boundary_seconds=settings.boundary_seconds,
         gradient_efficiency=settings.gradient_efficiency,
     )
-    return model, [*_assumptions(settings, model), *counted]
+    return model, [*_assumptions(settings, model), *other, *counted]
+
+
+def _check_two_levels(settings: CostSettings) -> None:
+    workers, per_host = settings.workers, settings.workers_per_host
+    if settings.two_level and workers > per_host and workers % per_host:
+        raise ConfigError(
+            f"two levels need as many workers on every host; found {workers} workers with {per_host} on a host, "
+            f"which leaves {workers % per_host} on the last; write --workers or --workers-per-host so that they divide"
+        )
+
+
+def _other_than_measured(settings: CostSettings, recipe: Recipe) -> list[str]:
+    """What of this run is not as it was measured, a line each. Raises ConfigError where that is the model."""
+    measured = settings.measured
+    model, batch, workers = (measured.get(key) for key in ("model", "train_batch_size", "workers"))
+    if isinstance(model, str) and model != recipe.model.name:
+        raise ConfigError(
+            f"the costs were measured with the model {model!r}, and the recipe's is {recipe.model.name!r}; measure "
+            "this recipe with --measure"
+        )
+    lines = []
+    if isinstance(workers, int) and workers != settings.workers:
+        lines.append(f"measured with {_counted(workers, 'worker')}, and taken for {settings.workers}")
+    if isinstance(batch, int) and isinstance(workers, int) and workers > 0:
+        then, now = batch / workers, recipe.batch.train_batch_size / settings.workers
+        if then != now:
+            lines.append(
+                f"measured with {then:g} samples a step of one worker, and this run has {now:g}: its step takes "
+                "another time, which --step-seconds can say"
+            )
+    micro, mine = measured.get("micro_batch"), recipe.batch.train_micro_batch_size_per_gpu
+    if mine is not None and isinstance(micro, int) and micro != mine:
+        lines.append(f"measured with micro-batches of {micro} samples a rank, and this run has {mine}")
+    return lines
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def _assumptions(settings: CostSettings, model: CostModel) -> list[str]:
@@ -179,7 +259,7 @@ def _assumptions(settings: CostSettings, model: CostModel) -> list[str]:
     return [
         f"step: {seconds_text(settings.step_seconds)} of compute, cv {settings.step_cv:.3g} from step to step and "
         f"{settings.worker_cv:.3g} from worker to worker, lognormal and independent",
-        f"network: {model.workers} workers on {hosts} host{'s' * (hosts > 1)}; a host's port has "
+        f"network: {_counted(model.workers, 'worker')} on {_counted(hosts, 'host')}; a host's port has "
         f"{rate_text(network.bandwidth)} each way, {seconds_text(network.latency)} latency; inside a host "
         f"{rate_text(network.local_bandwidth)}; {way} reaches {100 * network.efficiency:.3g} % of it",
         f"an averaging: {bytes_text(model.parameter_bytes)}, {seconds_text(model.averaging_seconds())}, {hidden}, "
@@ -198,17 +278,34 @@ def payload_of_averaging(qsr: QSRConfig, parameters: int) -> float:
     return parameters * (_ELEMENT_BYTES[wire] + scales + 4.0 * len(qsr.averaging.state))
 
 
-def _gradient_element_bytes(recipe: Recipe | None) -> float:
-    """FSDP reduces gradients in fp32, DeepSpeed in the type of the model's copy."""
-    if recipe is None or recipe.engine == "fsdp":
-        return 4.0
-    return _ELEMENT_BYTES[recipe.precision.dtype]
+def _gradient_element_bytes(recipe: Recipe | None, deepspeed: Mapping[str, Any]) -> float:
+    """FSDP reduces gradients in fp32, DeepSpeed in the type of the model's copy, or in communication_data_type."""
+    if recipe is not None:
+        return 4.0 if recipe.engine == "fsdp" else _ELEMENT_BYTES[recipe.precision.dtype]
+    named = {"bfp16": "bf16"}.get(
+        str(deepspeed.get("communication_data_type")), deepspeed.get("communication_data_type")
+    )
+    if named in ("fp32", "bf16", "fp16"):
+        return _ELEMENT_BYTES[named]
+    half = any(_block(deepspeed, key).get("enabled") is True for key in ("bf16", "bfloat16", "fp16"))
+    return 2.0 if half else 4.0
 
 
-def _backward_share(recipe: Recipe | None) -> float:
+def _backward_share(recipe: Recipe | None, deepspeed: Mapping[str, Any]) -> float:
     """DeepSpeed reduces gradients after the backward pass (stage 0) or in it, without overlap (1 and 2)."""
-    after = recipe is not None and recipe.engine == "deepspeed" and recipe.precision.zero_stage < 3
-    return 0.0 if after else HIDDEN_BY_BACKWARD
+    if recipe is not None:
+        after = recipe.engine == "deepspeed" and recipe.precision.zero_stage < 3
+        return 0.0 if after else HIDDEN_BY_BACKWARD
+    zero = _block(deepspeed, "zero_optimization")
+    stage = zero.get("stage", 0)
+    overlap = stage in (1, 2, 3) and zero.get("overlap_comm", stage == 3) is True
+    return HIDDEN_BY_BACKWARD if overlap else 0.0
+
+
+def _block(deepspeed: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A block of a DeepSpeed configuration, which nobody has checked."""
+    block = deepspeed.get(key)
+    return block if isinstance(block, Mapping) else {}
 
 
 def _forward_share(overlap: str | None, qsr: QSRConfig) -> float:
@@ -294,14 +391,14 @@ def fit_runs(paths: Sequence[str | Path], recipe: Recipe | None) -> tuple[Fit, l
         ConfigError, ReportError: a run cannot be read or is unfinished, they differ in something that matters, or the
             times of these two fit no costs.
     """
+    recipes = [_recipe_of(Path(path)) for path in paths]
     runs = [_finished(Path(path)) for path in paths]
     (first, one), (second, other) = runs
-    _check_same(f"{first.path} and {second.path}", _matters(first.recipe), _matters(second.recipe))
+    _check_same(f"{first.path} and {second.path}", *map(_matters, recipes))
     machines = [{key: summary.get(key) for key in _OF_THE_MACHINES} for _, summary in runs]
     _check_same(f"{first.path} and {second.path}", *machines)
     if recipe is not None:
-        mine = recipe.model_dump(exclude_none=True, mode="json")
-        _check_same(f"the recipe and {first.path}", _matters(mine), _matters(first.recipe))
+        _check_same(f"the recipe and {first.path}", _matters(recipe), _matters(recipes[0]))
     observed = [
         Observed(summary["steps"], summary["averagings"], summary["seconds_training"]) for summary in (one, other)
     ]
@@ -335,6 +432,13 @@ def _what_a_fit_assumes(runs: Sequence[tuple[Run, dict[str, Any]]], fit: Fit) ->
     return lines
 
 
+def _recipe_of(path: Path) -> Recipe:
+    """A run's recipe, with the defaults of keys that did not exist when it was written."""
+    if not (path / RECIPE).is_file():
+        read_run(path)  # which says what it is instead
+    return load_recipe(path / RECIPE)
+
+
 def _finished(path: Path) -> tuple[Run, dict[str, Any]]:
     run = read_run(path)
     if not run.finished:
@@ -351,11 +455,34 @@ def _finished(path: Path) -> tuple[Run, dict[str, Any]]:
             raise ReportError(
                 f"{path / SUMMARY}: {key} is {value!r}; needed is a number from 0 on, as qsr train writes"
             )
+    _check_workers(run)
     return run, summary
 
 
-def _matters(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in flatten(recipe) if not key.startswith(_MAY_DIFFER)}
+def _check_workers(run: Run) -> None:
+    """Refuse a run that was resumed with another number of workers: its seconds are of two kinds.
+
+    Read from the file itself, since the run that is read keeps the records of its last workers only. What cannot be
+    read tells nothing, as in a run of an earlier version.
+    """
+    counts: set[int] = set()
+    path = run.path / WORKERS
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("seconds_data"), list):
+                counts.add(len(row["seconds_data"]))
+    if len(counts) > 1:
+        found = " and on ".join(map(str, sorted(counts)))
+        raise ConfigError(
+            f"--fit {run.path}: it ran on {found} workers ({WORKERS}), so that its seconds "
+            "fit no one cost of an averaging; give runs that kept their workers from beginning to end"
+        )
+
+
+def _matters(recipe: Recipe) -> dict[str, Any]:
+    raw = recipe.model_dump(exclude_none=True, mode="json")
+    return {key: value for key, value in flatten(raw) if not key.startswith(_MAY_DIFFER)}
 
 
 def _check_same(names: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from qsr_engine.calibration import CostSettings, cost_settings, save_costs
+from qsr_engine.calibration import CostSettings, cost_settings, read_costs, save_costs
 from qsr_engine.config import ConfigError, Recipe, check_world_size
 from qsr_engine.data import (
     DataError,
@@ -36,7 +36,7 @@ from qsr_engine.data import (
 )
 from qsr_engine.data.writing.data_sets import CIFAR10_ROOT, QUALITY, SHARD_BYTES
 from qsr_engine.data.writing.processes import usable_cores
-from qsr_engine.forecast import LIMIT_PERCENT, bytes_of, make_forecast, print_plan
+from qsr_engine.forecast import LIMIT_PERCENT, bytes_of, check_place, check_plot, make_forecast, print_plan
 from qsr_engine.hosts import HostError, check_hosts
 from qsr_engine.monitor import SUMMARY, check_run_folder, check_unfinished
 from qsr_engine.plan import Plan, make_plan, write_header
@@ -160,7 +160,7 @@ def _add_costs(group: argparse._ArgumentGroup) -> None:
         metavar="PERCENT",
         help="of the time, under which h_base is to keep communication (default: %(default)g)",
     )
-    group.add_argument("--plot", metavar="FILE", help="draw hours over bandwidth for each strategy, as .png")
+    group.add_argument("--plot", metavar="FILE", help="draw hours over bandwidth for each strategy (.png, .svg, .pdf)")
 
 
 def _add_shards(parser: argparse.ArgumentParser) -> None:
@@ -277,7 +277,7 @@ def _say(folder: str, index: Index) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     recipe, index = _prepare(args)
-    if "RANK" in os.environ:
+    if _started_by_a_launcher():
         return _train_rank(recipe, index, resume=args.resume)
     check = check_unfinished if args.resume else check_run_folder
     check(recipe.run_dir)
@@ -342,6 +342,25 @@ def _run_launcher(command: list[str]) -> int:
     return 128 + received if received else code if code >= 0 else 128 - code
 
 
+def _started_by_a_launcher() -> bool:
+    """Whether a launcher started this rank: RANK is set. Raises ConfigError if what it sets beside it is not right."""
+    if "RANK" not in os.environ:
+        return False
+    numbers = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
+    found = {**numbers, "MASTER_ADDR": os.environ.get("MASTER_ADDR")}
+    wrong = [name for name, value in numbers.items() if value is None or not value.isdecimal()]
+    wrong += [] if found["MASTER_ADDR"] else ["MASTER_ADDR"]
+    if not wrong and int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
+        wrong = ["RANK", "WORLD_SIZE"]
+    if wrong:
+        spelled = ", ".join(f"{name}={found[name]}" if found[name] is not None else f"no {name}" for name in wrong)
+        raise ConfigError(
+            f"RANK is set, so a launcher is taken to have started this process, and found was: {spelled}. deepspeed "
+            "and torchrun set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; unset RANK to start one"
+        )
+    return True
+
+
 def _prepare(args: argparse.Namespace) -> tuple[Recipe, Index]:
     """Everything that can be checked before a process group starts."""
     if args.engine is not None:
@@ -361,12 +380,19 @@ def _prepare(args: argparse.Namespace) -> tuple[Recipe, Index]:
 
 def _plan(args: argparse.Namespace) -> int:
     if args.write_header:
-        if args.json or args.set or args.samples or args.measure or args.costs or args.fit or _given_costs(args):
+        others = (args.samples, args.costs, args.fit, args.plot, args.save, args.ranks)
+        said = args.json or args.set or args.measure or any(other is not None for other in others)
+        if said or args.limit != LIMIT_PERCENT or _given_costs(args):
             raise ConfigError("--write-header says what the recipe itself says; leave the other options out")
         print(write_header(args.recipe))
         return 0
     if not 0 < args.limit < 100:
         raise ConfigError(f"--limit {args.limit:g}: write a share of the time in per cent, such as 10")
+    if os.environ.get("RANK", "0") == "0":  # which alone writes
+        if args.plot is not None:
+            check_plot(args.plot)
+        if args.save is not None:
+            check_place("--save", args.save)
     given, made = _given_costs(args), make_plan(args.recipe, samples=args.samples, overrides=args.set)
     if args.measure:
         return _plan_measured(args, made, given)
@@ -378,26 +404,39 @@ def _plan(args: argparse.Namespace) -> int:
 def _print_forecast(
     args: argparse.Namespace, made: Plan, given: dict[str, Any], measured: CostSettings | None = None
 ) -> int:
-    if measured is not None:
-        given = {**measured.model_dump(), **given}
+    """Save, then print, then plot, so that what was measured is not lost where a later one fails."""
+    base = measured if args.costs is None else read_costs(args.costs)
+    costs = base is not None or args.fit is not None or not set(given) <= {"parameters", "workers"}
+    if not costs and (args.plot is not None or args.save is not None):
+        option = "--save" if args.plot is None else "--plot"
+        raise ConfigError(f"{option} needs costs: --step-seconds, --bandwidth and --workers")
+    if args.save is not None:
+        if args.fit is not None:
+            raise ConfigError("--save writes figures for --costs, and --fit finds none of bandwidth; leave it out")
+        _save(args.save, given, base, measured)
+    if args.measure_only:
+        return 0
     forecast = known = None
-    if args.costs or args.fit or not set(given) <= {"parameters", "workers"}:
-        forecast = make_forecast(made, given, costs=args.costs, fit=args.fit, limit=args.limit / 100)
-    elif args.plot or args.save:
-        raise ConfigError(
-            f"{'--plot' if args.plot else '--save'} needs costs: --step-seconds, --bandwidth and --workers"
-        )
+    if costs:
+        forecast = make_forecast(made, given, costs=base, fit=args.fit, limit=args.limit / 100)
     elif given:
         known = bytes_of(made, given.get("parameters"), given.get("workers"))
-    if args.plot and forecast is not None:
+    print(print_plan(made, forecast, known, as_json=args.json), flush=True)
+    if args.plot is not None and forecast is not None:
         forecast.plot(args.plot)
-    if args.save:
-        if args.fit:
-            raise ConfigError("--save writes figures for --costs, and --fit finds none of bandwidth; leave it out")
-        save_costs(cost_settings(given, args.costs), args.save)
-    if not args.measure_only:
-        print(print_plan(made, forecast, known, as_json=args.json))
     return 0
+
+
+def _save(path: str, given: dict[str, Any], base: CostSettings | None, measured: CostSettings | None) -> None:
+    """Save the costs with the options; where these do not go together, what was measured alone, and say so."""
+    try:
+        settings = cost_settings(given, base)
+    except ConfigError as error:
+        if measured is None:
+            raise
+        save_costs(measured, path)
+        raise ConfigError(f"{error}. What was measured is in {path}: go on with --costs {path}") from error
+    save_costs(settings, path)
 
 
 def _given_costs(args: argparse.Namespace) -> dict[str, Any]:
@@ -416,6 +455,10 @@ def _given_costs(args: argparse.Namespace) -> dict[str, Any]:
     ):
         if (text := getattr(args, name)) is not None:
             given[name] = parse(text, f"--{name.replace('_', '-')}")
+    if args.efficiency is not None and not 0 < args.efficiency <= 1:
+        raise ConfigError(f"--efficiency {args.efficiency:g}: write a share above 0 and up to 1, such as 0.8 for 80 %")
+    if args.parallel_overlap is not None and not 0 <= args.parallel_overlap <= 1:
+        raise ConfigError(f"--parallel-overlap {args.parallel_overlap:g}: write a share of a step from 0 to 1")
     given |= {"algorithm": "tree"} if args.tree else {}
     given |= {"two_level": True} if args.two_level else {}
     given |= {} if args.overlap is None else {"overlap": args.overlap}
@@ -424,11 +467,11 @@ def _given_costs(args: argparse.Namespace) -> dict[str, Any]:
 
 def _plan_measured(args: argparse.Namespace, made: Plan, given: dict[str, Any]) -> int:
     """Measure on the ranks of the launcher that started this, or start one; then print the plan once."""
-    if args.fit or args.costs:
+    if args.fit is not None or args.costs is not None:
         raise ConfigError("--measure finds the costs itself; leave --fit and --costs out")
     if made.recipe is None:
         raise ConfigError(f"{args.recipe}: --measure needs a recipe, which says the model and the batch")
-    if "RANK" in os.environ:
+    if _started_by_a_launcher():
         from qsr_engine.averaging import AgreementError, BoundaryError
         from qsr_engine.measure import measure
 
@@ -452,7 +495,7 @@ def _plan_measured(args: argparse.Namespace, made: Plan, given: dict[str, Any]) 
             return code
         if not os.path.exists(saved):
             raise ConfigError("--measure: the launcher ended without an error, and nothing was measured")
-        measured = cost_settings({}, saved)
+        measured = read_costs(saved)
     return _print_forecast(args, made, given, measured)
 
 

@@ -32,6 +32,7 @@ from qsr_engine.schedule import Mode, Round
 
 HIDDEN_BY_BACKWARD = 2 / 3  # of a step: a backward pass computes twice what a forward does
 HIDDEN_BY_FORWARD = 1 / 3
+LARGEST_CV = 100.0  # of step times; beyond it, squares and exponentials leave the range of floats
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,8 @@ class StepTime:
     def __post_init__(self) -> None:
         _check(0 < self.mean < math.inf, "mean", self.mean, "seconds above 0")
         for name in ("cv", "worker_cv"):
-            _check(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more, such as 0.05 for 5 %")
+            right = 0 <= getattr(self, name) <= LARGEST_CV
+            _check(right, name, getattr(self, name), f"0 to {LARGEST_CV:g}, such as 0.05 for 5 %")
 
     def slowest(self, workers: int, steps: int) -> float:
         """Expected time, in seconds, until the slowest of so many workers has taken so many steps.

@@ -10,6 +10,8 @@ Nothing here imports torch, nor pyplot with its global state.
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -23,11 +25,12 @@ from qsr_engine.calibration import (
     count_parameters,
     fit_runs,
     payload_of_averaging,
+    read_costs,
 )
 from qsr_engine.config import ConfigError, QSRConfig
 from qsr_engine.cost import Cost, CostModel, Network, Tally, smallest_period, tally
 from qsr_engine.plan import Plan
-from qsr_engine.quantities import bytes_text, seconds_text
+from qsr_engine.quantities import bytes_text, rate_text, seconds_text
 from qsr_engine.report import strategy_label
 from qsr_engine.schedule import Round, learning_rate, rounds
 
@@ -37,6 +40,7 @@ H_BASE = 4  # of the constant period beside a recipe that names none
 _ALPHA_FACTORS = (0.5, 1.0, 2.0)
 _BANDWIDTHS = (10e6 / 8, 400e9 / 8)  # bytes/s, the ends of the plot
 _POINTS = 60
+PLOTS = (".png", ".svg", ".pdf")
 
 
 class Costs(Protocol):
@@ -200,6 +204,7 @@ class Forecast:
             raise ConfigError(f"--plot {path}: two runs tell no bandwidth; give --bandwidth and the other costs")
         if self.costs.network.hosts(self.costs.workers) == 1:
             raise ConfigError(f"--plot {path}: all workers are on one host; give --workers-per-host for several hosts")
+        check_plot(path)
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
@@ -218,7 +223,7 @@ class Forecast:
         panel.legend(frameon=False)
         try:
             figure.savefig(path)
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise ConfigError(f"--plot {path}: cannot be written: {error}; write for example plan.png") from error
 
     @staticmethod
@@ -230,6 +235,24 @@ class Forecast:
         return [8 * rate for rate in rates], hours
 
 
+def check_plot(path: str | Path) -> None:
+    """Raise ConfigError for a file of a kind that is not drawn, or a place that is none."""
+    if Path(path).suffix.lower() not in PLOTS:
+        raise ConfigError(f"--plot {path}: found no kind of plot that is drawn; write a file in {', '.join(PLOTS)}")
+    check_place("--plot", path)
+
+
+def check_place(option: str, path: str | Path) -> None:
+    """Raise ConfigError where a file cannot be written, as far as can be known without writing it."""
+    path = Path(path)
+    if path.is_dir():
+        raise ConfigError(f"{option} {path}: this is a folder; write the name of a file")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{option} {path}: cannot be written: there is no folder {path.parent}; make it first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"{option} {path}: cannot be written: you may not write there; write another place")
+
+
 def _with_bandwidth(model: CostModel, rate: float) -> CostModel:
     network: Network = replace(model.network, bandwidth=rate)
     return replace(model, network=network)
@@ -239,7 +262,7 @@ def make_forecast(
     plan: Plan,
     given: dict[str, Any],
     *,
-    costs: str | Path | None = None,
+    costs: CostSettings | str | Path | None = None,
     fit: Sequence[str | Path] | None = None,
     limit: float = LIMIT_PERCENT / 100,
 ) -> Forecast:
@@ -247,7 +270,7 @@ def make_forecast(
 
     Args:
         given: settings from the command line, by their names in CostSettings.
-        costs: a file of them.
+        costs: a file of them, or what was measured; given goes before.
         fit: two finished runs, instead of any settings.
     Raises:
         ConfigError, ReportError: as cost_settings(), cost_model() and fit_runs().
@@ -257,10 +280,11 @@ def make_forecast(
             raise ConfigError("--fit finds its costs in two runs; leave --costs and the options of the cost model out")
         found, assumptions = fit_runs(fit, plan.recipe)
         return Forecast(plan, found, assumptions, strategies(plan), limit, asdict(found))
-    settings = cost_settings(given, costs)
-    model, assumptions = cost_model(settings, plan.qsr, plan.recipe)
-    if settings.measured:
-        assumptions = [measured_line(settings), *assumptions]
+    base = costs if costs is None or isinstance(costs, CostSettings) else read_costs(costs)
+    settings = cost_settings(given, base)
+    model, assumptions = cost_model(settings, plan.qsr, plan.recipe, plan.deepspeed)
+    if base is not None and base.measured:
+        assumptions = [measured_line(base), *assumptions]
     return Forecast(plan, model, assumptions, strategies(plan), limit, settings.model_dump())
 
 
@@ -278,7 +302,7 @@ def bytes_of(plan: Plan, parameters: int | None, workers: int | None) -> dict[st
             raise ConfigError(f"{plan.name}: it does not say how large the model is; write --parameters N")
         parameters, _ = count_parameters(plan.recipe)
     settings = CostSettings(step_seconds=1.0, bandwidth=None, workers=workers or 1, parameters=parameters)
-    model, _ = cost_model(settings, plan.qsr, plan.recipe)
+    model, _ = cost_model(settings, plan.qsr, plan.recipe, plan.deepspeed)
     known: dict[str, Any] = {"parameters": parameters, "averaging_bytes": payload_of_averaging(plan.qsr, parameters)}
     if workers is not None:
         known |= {"workers": workers, "bytes_sent": model.run(tally(plan.rounds)).bytes}
@@ -302,13 +326,23 @@ def print_plan(plan: Plan, forecast: Forecast | None, known: dict[str, Any] | No
 
 
 def measured_line(settings: CostSettings) -> str:
-    """The measured figures in one line."""
-    network = settings.network
-    rate = network.bandwidth if settings.bandwidth is not None else network.local_bandwidth
-    where = "between hosts" if settings.bandwidth is not None else "inside the host"
-    latency = settings.latency or settings.local_latency
-    return (
-        f"measured: {seconds_text(settings.step_seconds)} a step, cv {settings.step_cv:.3g} from step to step and "
-        f"{settings.worker_cv:.3g} from worker to worker; {bytes_text(rate)}/s {where}, latency "
-        f"{seconds_text(latency)}, and {seconds_text(settings.boundary_seconds)} for a boundary beside its averaging"
-    )
+    """The measured figures in one line.
+
+    Args:
+        settings: as they were measured, before options go before them.
+    """
+    workers, network = settings.workers, settings.network
+    hosts = network.hosts(workers)
+    between = settings.bandwidth is not None
+    rate = network.bandwidth if between else network.local_bandwidth
+    parts = [
+        f"measured: {seconds_text(settings.step_seconds)} a step, cv {settings.step_cv:.3g} from step to step"
+        + (f" and {settings.worker_cv:.3g} from worker to worker" if workers > 1 else "")
+        + f", with {workers} worker{'s' * (workers > 1)} on {hosts} host{'s' * (hosts > 1)}"
+    ]
+    if math.isfinite(rate):
+        latency = settings.latency if between else settings.local_latency
+        where = "between hosts" if between else "inside the host"
+        parts.append(f"{rate_text(rate)} {where}, latency {seconds_text(latency)}")
+    parts.append(f"{seconds_text(settings.boundary_seconds)} for a boundary beside its averaging")
+    return "; ".join(parts)

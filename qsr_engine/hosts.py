@@ -104,7 +104,9 @@ def read_hostfile(path: str | os.PathLike[str]) -> dict[str, int]:
         HostError: a line is not `NAME slots=N`, a host stands there twice, or there is none.
     """
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise HostError(f"{path}: not a text file in UTF-8 ({error}); write a line a host, `NAME slots=GPUS`") from None
     except OSError as error:
         raise HostError(f"{path}: {error.strerror}; give a file with a line a host, `NAME slots=GPUS`") from None
     hosts: dict[str, int] = {}
@@ -114,6 +116,8 @@ def read_hostfile(path: str | os.PathLike[str]) -> dict[str, int]:
         match = _SLOTS.match(line)
         if match is None:
             raise HostError(f"{path}, line {number}: found {line!r}; write `NAME slots=GPUS`")
+        if match[1].startswith("-") or not match[1].isprintable():  # ssh would take it for an option
+            raise HostError(f"{path}, line {number}: {match[1]!r} is not the name of a host; write `NAME slots=GPUS`")
         if match[1] in hosts:
             raise HostError(f"{path}, line {number}: the host {match[1]} stands there twice; write one line a host")
         hosts[match[1]] = int(match[2])
@@ -161,7 +165,7 @@ def _ask(host: str, ssh: Sequence[str]) -> dict[str, str] | str:
     options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={_SSH_SECONDS}", *ssh]
     try:
         done = subprocess.run(
-            ["ssh", *options, host, command],
+            ["ssh", *options, "--", host, command],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

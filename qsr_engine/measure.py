@@ -80,8 +80,12 @@ def measure(recipe: Recipe) -> CostSettings:
         two_level=two_level,
         parameters=parameters,
         measured={
+            "model": recipe.model.name,
+            "train_batch_size": batch.train,
+            "micro_batch": batch.micro,
             "hosts": len(hosts),
             "ranks": ranks,
+            "workers": workers,
             "device": engine.device.type,
             "torch": torch.__version__,
             "averaging": averager.way,

@@ -6,7 +6,7 @@ samples is known. Nothing here imports torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ class Plan:
         rounds: all of them, in order.
         steps_per_epoch: None where the number of samples is not known.
         recipe: as it was read; None for a DeepSpeed configuration.
+        deepspeed: that configuration, without its block "qsr" and not checked; None for a recipe.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Plan:
     rounds: Sequence[Round]
     steps_per_epoch: int | None
     recipe: Recipe | None = None
+    deepspeed: Mapping[str, Any] | None = None
 
     @property
     def communication_percent(self) -> float:
@@ -126,8 +128,8 @@ def make_plan(path: str | Path, *, samples: int | None = None, overrides: Sequen
     if overrides or samples is not None:
         option = "--set" if overrides else "--samples"
         raise ConfigError(f"{path}: {option} is for recipes; a DeepSpeed configuration counts in steps, so edit it")
-    _, qsr = split_deepspeed_config(path)
-    return Plan(str(path), qsr, _rounds(path, qsr), None)
+    deepspeed, qsr = split_deepspeed_config(path)
+    return Plan(str(path), qsr, _rounds(path, qsr), None, deepspeed=deepspeed)
 
 
 def _plan_recipe(path: Path, samples: int | None, overrides: Sequence[str]) -> Plan:

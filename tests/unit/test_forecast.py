@@ -196,16 +196,27 @@ def strategies_of(plan: Plan) -> Any:
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--bandwidth", "25gbit"], "--step-seconds and --workers is missing"),
+        (["--bandwidth", "25gbit"], "--step-seconds and --workers are missing: write them, or"),
         (["--step-cv", "0.1"], "hours need --step-seconds, --bandwidth, --workers together; found --step-cv"),
         ([*COSTS, "--bandwidth", "0gbit"], "--bandwidth 0gbit: a link of this rate moves nothing"),
         ([*COSTS, "--bandwidth", "25gigs"], "--bandwidth 25gigs: this is not a rate; write for example 25gbit"),
         ([*COSTS, "--latency", "5 parsec"], "--latency 5 parsec: this is not a time"),
         ([*COSTS, "--step-seconds", "0"], "step_seconds: found 0.0; input should be greater than 0"),
         ([*COSTS, "--step-cv", "-1"], "step_cv: found -1.0"),
-        ([*COSTS, "--efficiency", "0"], "efficiency: found 0.0"),
-        ([*COSTS, "--parallel-overlap", "2"], "backward_share: found 2.0"),
+        ([*COSTS, "--efficiency", "0"], "--efficiency 0: write a share above 0 and up to 1"),
+        ([*COSTS, "--parallel-overlap", "2"], "--parallel-overlap 2: write a share of a step from 0 to 1"),
         ([*COSTS, "--limit", "0"], "--limit 0: write a share of the time in per cent"),
+        ([*COSTS, "--efficiency", "80"], "--efficiency 80: write a share above 0 and up to 1, such as 0.8 for 80 %"),
+        (["--tree", "--parallel-overlap", "0.5"], "found --tree, --parallel-overlap, and --step-seconds"),
+        (["--bandwidth", "25gbit", "--workers", "4"], "--step-seconds is missing: write it, or"),
+        ([*COSTS, "--step-cv", "1e200"], "step_cv: found 1e+200; input should be less than or equal to 100"),
+        ([*COSTS, "--plot", "x.pgf"], "--plot x.pgf: found no kind of plot that is drawn; write a file in .png, .svg"),
+        ([*COSTS, "--plot", ""], "found no kind of plot"),
+        ([*COSTS, "--save", ""], "this is a folder"),
+        ([*COSTS, "--two-level", "--workers-per-host", "6"], "found 16 workers with 6 on a host, which leaves 4 on"),
+        (["--write-header", "--plot", "x.png"], "leave the other options out"),
+        (["--write-header", "--save", "x.json"], "leave the other options out"),
+        (["--write-header", "--ranks", "2"], "leave the other options out"),
         (["--plot", "x.png"], "--plot needs costs"),
         (["--save", "x.json"], "--save needs costs"),
         (["--ranks", "2"], "--ranks 2 is for --measure"),
@@ -243,6 +254,7 @@ def test_saved_costs_are_read_again(tmp_path: Path, capsys: pytest.CaptureFixtur
     for broken, words in (
         ("{", "not a JSON file"),
         ("[]", "found list"),
+        ("[" * 100_000, "not a JSON file"),
         (json.dumps({**raw, "bandwith": 1.0}), "unknown key; did you mean 'bandwidth'?"),
         (json.dumps({**raw, "bandwidth": 0.0}), "bandwidth: found 0.0"),
         (json.dumps({key: raw[key] for key in raw if key != "workers"}), "workers: this key is missing"),
@@ -250,6 +262,106 @@ def test_saved_costs_are_read_again(tmp_path: Path, capsys: pytest.CaptureFixtur
         path.write_text(broken)
         assert words in refusal(capsys, VIT, *SHORT, "--costs", str(path)), broken
     assert "--save" in refusal(capsys, VIT, *SHORT, *COSTS, "--save", str(tmp_path / "none" / "x"))
+
+
+def test_a_folder_is_no_place_for_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "a.png"
+    folder.mkdir()
+    for option in ("--plot", "--save"):
+        assert f"{option} {folder}: this is a folder" in refusal(capsys, VIT, *SHORT, *COSTS, option, str(folder))
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def measured_file(folder: Path, **changes: Any) -> str:
+    """The file of a measurement of VIT on one worker, or as changes say."""
+    raw: dict[str, Any] = {"step_seconds": 0.7, "bandwidth": None, "workers": 1, "parameters": 86_000_000}
+    raw["measured"] = {"model": load_recipe(VIT).model.name, "train_batch_size": 4096, "workers": 1, "micro_batch": 64}
+    path = folder / "measured.json"
+    path.write_text(json.dumps({**raw, **changes}))
+    return str(path)
+
+
+def test_links_that_were_not_measured_must_be_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    costs = [VIT, *SHORT, "--costs", measured_file(tmp_path)]
+    assert "are on 8 hosts, and the costs were measured inside one host" in refusal(capsys, *costs, "--workers", "8")
+    one_host = ["--workers", "8", "--workers-per-host", "8"]
+    assert "write --local-bandwidth RATE" in refusal(capsys, *costs, *one_host)
+    assert figures(capsys, *costs, "--workers", "8", "--bandwidth", "unlimited")["costs"]["bandwidth"] is None
+    assert figures(capsys, *costs, *one_host, "--local-bandwidth", "9GB/s")["costs"]["local_bandwidth"] == 9e9
+
+
+def test_what_is_not_as_it_was_measured_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    costs = [VIT, *SHORT, "--costs", measured_file(tmp_path)]
+    same = figures(capsys, *costs)["assumptions"]
+    assert same[0] == (
+        "measured: 700 ms a step, cv 0 from step to step, with 1 worker on 1 host; 0 s for a boundary beside its "
+        "averaging"
+    )
+    assert not any(line.startswith("measured with") for line in same)
+    micro = ["--set", "batch.train_micro_batch_size_per_gpu=32"]
+    other = figures(capsys, *costs, "--workers", "2", "--bandwidth", "1gbit", "--step-cv", "0.5", *micro)["assumptions"]
+    assert other[0] == same[0], "options are not what was measured"
+    assert "measured with 1 worker, and taken for 2" in other
+    assert any("4096 samples a step of one worker, and this run has 2048" in line for line in other)
+    assert "measured with micro-batches of 64 samples a rank, and this run has 32" in other
+    said = refusal(capsys, *costs, "--set", "model.name=timm/resnet50")
+    assert "measured with the model 'qsr/vit_base_patch16_sincos', and the recipe's is 'timm/resnet50'" in said
+    two = measured_file(tmp_path, workers=2, workers_per_host=2, local_bandwidth=1e9, local_latency=1e-5)
+    text = figures(capsys, VIT, *SHORT, "--costs", two)["assumptions"][0]
+    assert "with 2 workers on 1 host; 8 Gbit/s inside the host, latency 10 us; 0 s for" in text
+
+
+def test_what_was_measured_is_kept_where_the_plot_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A launcher that writes a measurement of two workers on one host stands in for the real one."""
+    raw = {"step_seconds": 0.7, "bandwidth": None, "workers": 2, "workers_per_host": 2, "local_bandwidth": 1e9}
+    launched = []
+
+    def launcher(command: list[str]) -> int:
+        launched.append(command)
+        Path(command[-1]).write_text(json.dumps({**raw, "parameters": 1000, "measured": {"hosts": 1}}))
+        return 0
+
+    monkeypatch.setattr("qsr_engine.cli._run_launcher", launcher)
+    saved = tmp_path / "m.json"
+    measure = ["plan", VIT, *SHORT, "--measure", "--ranks", "2", "--save", str(saved)]
+    assert main([*measure, "--plot", str(tmp_path / "m.png")]) == 2
+    said = capsys.readouterr()
+    assert "all workers are on one host" in said.err
+    assert "measured: 700 ms a step" in said.out
+    assert json.loads(saved.read_text())["step_seconds"] == 0.7
+    saved.unlink()
+    assert main([*measure, "--workers", "8"]) == 2
+    assert f"What was measured is in {saved}" in capsys.readouterr().err
+    assert json.loads(saved.read_text())["workers"] == 2
+    count = len(launched)
+    for places in (["--plot", str(tmp_path / "none" / "x.png")], ["--save", str(tmp_path / "none" / "x")]):
+        assert "there is no folder" in refusal(capsys, *measure[1:], *places)
+    assert len(launched) == count, "refused before anything was started"
+
+
+@pytest.mark.parametrize(
+    ("config", "element_bytes", "behind"),
+    [
+        ({}, 4, False),
+        ({"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}, 2, False),
+        ({"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}, 2, True),
+        ({"fp16": {"enabled": True}, "communication_data_type": "fp32"}, 4, False),
+        ({"bf16": {"enabled": False}, "zero_optimization": {"stage": 2, "overlap_comm": True}}, 4, True),
+        ({"bf16": 3, "zero_optimization": []}, 4, False),
+    ],
+)
+def test_a_deepspeed_configuration_says_its_gradients(
+    tmp_path: Path, config: dict[str, Any], element_bytes: int, behind: bool
+) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({**config, "qsr": {"strategy": "constant", "h_base": 5, "total_steps": 100}}))
+    costs = {"step_seconds": 1.0, "bandwidth": 1e9, "workers": 4, "parameters": 1000}
+    model = make_forecast(make_plan(path), costs).costs
+    assert isinstance(model, CostModel)
+    assert model.gradient_bytes == 1000 * element_bytes
+    assert (model.backward_share > 0) is behind
 
 
 # ---------------------------------------------------------------------------------------------- from two runs
@@ -316,7 +428,7 @@ def test_a_fit_from_parallel_says_what_it_lacks(
     text = capsys.readouterr().out
     assert "one run averaged gradients: what of that was hidden behind the backward pass is not in the fit" in text
     assert "two runs tell no bandwidth" in refusal(
-        capsys, *DIGITS, "--fit", str(parallel), str(constant), "--plot", "x"
+        capsys, *DIGITS, "--fit", str(parallel), str(constant), "--plot", "x.png"
     )
     assert "leave it out" in refusal(capsys, *DIGITS, "--fit", str(parallel), str(constant), "--save", "x")
 
@@ -353,6 +465,33 @@ def test_runs_of_another_model_than_the_recipe(
 ) -> None:
     said = refusal(capsys, VIT, "--fit", str(constant), str(parallel))
     assert "model.name: 'qsr/vit_base_patch16_sincos' and 'timm/vit_tiny_patch16_224'" in said
+
+
+def test_a_run_from_before_a_key_existed(
+    tmp_path: Path, constant: Path, parallel: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = constant / "recipe.yaml"
+    recipe = yaml.safe_load(path.read_text())
+    assert recipe["qsr"]["averaging"].pop("two_level") == "auto"
+    path.write_text(yaml.safe_dump(recipe))
+    figures(capsys, *DIGITS, "--fit", str(constant), str(parallel))
+    recipe["qsr"]["alpha"] = "x"
+    path.write_text(yaml.safe_dump(recipe))
+    assert "qsr.alpha: found 'x'" in refusal(capsys, *DIGITS, "--fit", str(constant), str(parallel))
+
+
+def test_a_run_that_changed_its_workers(constant: Path, parallel: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"step": 1, "seconds_waiting": None}
+    for counts in ((2, 2), (2, 4)):
+        rows = [
+            {**row, **{name: [1.0] * n for name in ("seconds", "loss", "seconds_data", "skipped_samples")}}
+            for n in counts
+        ]
+        (parallel / "workers.jsonl").write_text("".join(json.dumps(item) + "\n" for item in rows))
+        if counts == (2, 2):
+            figures(capsys, *DIGITS, "--fit", str(constant), str(parallel))
+    said = refusal(capsys, *DIGITS, "--fit", str(constant), str(parallel))
+    assert f"{parallel}: it ran on 2 and on 4 workers (workers.jsonl)" in said
 
 
 def test_an_unfinished_run(constant: Path, parallel: Path, capsys: pytest.CaptureFixture[str]) -> None:

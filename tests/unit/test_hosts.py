@@ -84,12 +84,15 @@ def test_other_versions_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[
         ("a slots=1\nb\n", r"line 2: found 'b'; write `NAME slots=GPUS`"),
         ("a slots=1\na slots=2\n", "line 2: the host a stands there twice"),
         ("# none\n", "there is no host"),
+        ("-oProxyCommand=x slots=1\n", "line 1: '-oProxyCommand=x' is not the name of a host"),
+        ("a\0b slots=1\n", "is not the name of a host"),
+        ("h\udcfc slots=1\n", "not a text file in UTF-8"),
         (None, "No such file or directory; give a file"),
     ],
 )
 def test_a_hostfile_that_is_wrong(tmp_path: Path, text: str | None, words: str) -> None:
     if text is not None:
-        (tmp_path / "hosts").write_text(text)
+        (tmp_path / "hosts").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(HostError, match=words):
         read_hostfile(tmp_path / "hosts")
 
