@@ -21,7 +21,6 @@ import ctypes
 import functools
 import json
 import os
-import platform
 import socket
 import statistics
 import subprocess
@@ -30,8 +29,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +42,7 @@ from qsr_engine.averaging.collectives import AllReduce, bucket_bytes
 from qsr_engine.config import AveragingConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
+from hardware import machine
 from slow_network import address, bytes_sent, slow_network
 
 MODELS = {"vit": "ViT-B/16", "resnet": "ResNet-152", "tiny": "1,000 tensors of 1,000 elements"}
@@ -427,21 +425,12 @@ def show(model: str, rows: list[dict[str, Any]]) -> None:
 
 
 def facts(arguments: argparse.Namespace) -> dict[str, Any]:
-    versions = {}
-    for name in ("torch", "accelerate", "timm", "torchvision"):
-        with contextlib.suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
-        "date": date.today().isoformat(),
-        "cpu": cpu[0].split(": ")[1] if cpu else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
+        **machine("torch", "accelerate", "timm", "torchvision"),
         "backend": "gloo",
         "repeats": arguments.repeats,
         "link": arguments.link,
         "threads_of_a_process": 1,
-        **versions,
     }
 
 

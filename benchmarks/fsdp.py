@@ -53,9 +53,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import date
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +69,7 @@ import qsr_engine
 from qsr_engine.averaging.collectives import ring_bytes
 
 sys.path.insert(0, str(Path(__file__).parent))
+from hardware import machine
 from slow_network import address, bytes_sent, slow_network
 
 HOSTS = 2
@@ -524,19 +523,13 @@ def table(heads: str, lines: Iterable[Sequence[str]]) -> None:
 
 
 def facts(arguments: argparse.Namespace) -> Row:
-    shown = subprocess.run(["lscpu"], capture_output=True, text=True, check=False).stdout
-    cpu = [line.partition(":")[2].strip() for line in shown.splitlines() if line.startswith("Model name")]
     return {
-        "date": date.today().isoformat(),
-        "cpu": cpu[0] if cpu else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        **machine("torch", "timm"),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "load_at_the_end": [round(load, 1) for load in os.getloadavg()],
         "kernel": platform.release(),
-        "python": platform.python_version(),
         "backend": "gloo",
         "threads_of_a_process": 1,
-        **{name: version(name) for name in ("torch", "timm")},
         "parameters": sum(p.numel() for p in make_model(arguments.model).parameters()),
         "parameters_of_memory_model": sum(p.numel() for p in make_model(arguments.memory_model).parameters()),
         **vars(arguments),

@@ -27,18 +27,16 @@ import contextlib
 import io
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
+from hardware import in_words, machine
 
 from qsr_engine.data.index import Index, Shard, Split, read_index, write_index
 from qsr_engine.data.writing.verifying import scan_shard
@@ -314,11 +312,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def heading(budget: Budget, tuning: Budget, seeds: int) -> str:
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "webdataset"))
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?")
     return (
-        f"{date.today()}, {os.cpu_count()} cores of {cpu}, Python {platform.python_version()}, {packages}. {WORKERS} "
+        f"{in_words(machine('torch', 'timm', 'webdataset'))}. {WORKERS} "
         f"workers, batch {BATCH}, {budget.samples} training images, {budget.epochs} epochs ({budget.steps} steps; "
         f"tuned in {tuning.epochs} epochs), "
         f'{seeds} seeds; mean ± standard deviation. "edge": the best rate is the smallest or largest tried.'

@@ -50,12 +50,11 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hardware import machine, versions
 from loader_peers import BASELINE, BATCH, FFCV_JPEG, FLOOR, OURS, PICTURES, SIZE, WAYS, Data, Way, make_base, random_box
 
 SHORT_SIDES = {"originals": None, "short256": 256}
@@ -133,14 +132,6 @@ def child(job: Job) -> Job:
     if job["do"] == "difference":
         return difference(way.picture, data, job["pictures"])
     return measure(way, data, job["cores"], job["seconds"])
-
-
-def versions(*names: str) -> dict[str, str]:
-    found = {}
-    for name in names:
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 # ------------------------------------------------------------------------------------------------------- in the parent
@@ -318,15 +309,11 @@ def within(found: float | None) -> bool:
 def facts(arguments: argparse.Namespace) -> Job:
     from PIL import features
 
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
-        "date": date.today().isoformat(),
-        "cpu": cpu[0].split(": ")[1] if cpu else platform.processor(),
+        **machine("torch", "torchvision", "pillow", "qsr-engine"),
         "cores_allowed": len(os.sched_getaffinity(0)),
         "load": [round(load, 1) for load in os.getloadavg()],
-        "python": platform.python_version(),
         "pillow_libjpeg_turbo": features.version("libjpeg_turbo"),
-        **versions("torch", "torchvision", "pillow", "qsr-engine"),
         "command": " ".join(["python", *(Path(word).name if word.startswith("/") else word for word in sys.argv)]),
         **{
             name: vars(arguments)[name] for name in ("rounds", "seconds", "cores", "data", "copies", "pictures", "seed")

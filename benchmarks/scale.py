@@ -63,17 +63,15 @@ import argparse
 import heapq
 import json
 import math
-import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from hardware import machine
 
 from qsr_engine.config import ConfigError, QSRConfig, validate
 from qsr_engine.cost import CostModel, Network, Observed, StepTime, fit_two_runs
@@ -734,14 +732,9 @@ def validation(runs: Sequence[Measured], backward_share: float, repeats: int, se
 
 
 def facts(options: Options, seconds: float) -> dict[str, Any]:
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     network, step = paper_network()
     return {
-        "date": date.today().isoformat(),
-        "cpu": cpu[0].split(": ")[1] if cpu else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
+        **machine("numpy"),
         "seconds": round(seconds),
         "step_seconds": round(step, 4),
         "network": asdict(network),

@@ -43,20 +43,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import tempfile
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from hardware import machine
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
@@ -453,13 +450,8 @@ def _draw(
 
 
 def facts(arguments: argparse.Namespace) -> dict[str, Any]:
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
-        "date": date.today().isoformat(),
-        "cpu": cpu[0].split(": ")[1] if cpu else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "torch": version("torch"),
+        **machine("torch"),
         "backend": "gloo",
         **{key: value for key, value in vars(arguments).items() if key not in ("json", "plot")},
     }

@@ -32,16 +32,13 @@ import contextlib
 import gc
 import json
 import os
-import platform
 import random
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import date
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +48,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.comm import comm as deepspeed_comm
 from deepspeed.utils import groups as deepspeed_groups
+from hardware import machine
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -272,16 +270,11 @@ def show(case: str, rows: list[dict[str, Any]], arguments: argparse.Namespace) -
 
 
 def facts(arguments: argparse.Namespace) -> dict[str, Any]:
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
-        "date": date.today().isoformat(),
-        "cpu": cpu[0].split(": ")[1] if cpu else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        **machine("torch", "deepspeed", "timm"),
         "load": [round(load, 1) for load in os.getloadavg()],
-        "python": platform.python_version(),
         "backend": "gloo",
         "threads_of_a_process": 1,
-        **{name: version(name) for name in ("torch", "deepspeed", "timm")},
         **vars(arguments),
     }
 

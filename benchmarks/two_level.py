@@ -15,14 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import socket
 import statistics
 import subprocess
 import sys
 import time
-from datetime import date, timedelta
-from importlib.metadata import version
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,7 @@ from qsr_engine.averaging import Averager, bucket_bytes, flat_buckets, ring_byte
 from qsr_engine.config import AveragingConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
+from hardware import machine
 from slow_network import address, bytes_sent, slow_network
 
 FLAT = "flat ring over all ranks"
@@ -139,13 +138,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def facts(arguments: argparse.Namespace) -> dict[str, Any]:
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
-        "date": date.today().isoformat(),
-        "cpu": cpu[0].split(": ")[1] if cpu else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "torch": version("torch"),
+        **machine("torch"),
         "backend": "gloo",
         "repeats": arguments.repeats,
         "link": arguments.link,

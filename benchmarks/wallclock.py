@@ -38,7 +38,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -46,12 +45,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import slow_network
+from hardware import in_words, machine
 
 from qsr_engine.config import QSRConfig
 from qsr_engine.cost import CostModel, Network, Observed, StepTime, fit_two_runs
@@ -343,54 +341,49 @@ class Setting:
 
 
 def totals_table(settings: list[Setting]) -> str:
-    lines = [
-        "| hosts | rate | model | run | averagings | seconds | of compute | foretold | bytes |",
-        "| ---: | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    rows = []
     for at in settings:
         compute = at.step_time().mean * STEPS
         for strategy in (*LOCAL, *GRADIENTS):
             seconds, averagings = at.slowest(strategy), len(rounds_of(strategy))
-            foretold = at.foretold(strategy)
-            ratios = f"{seconds / compute:.2f} | {seconds / foretold:.2f} | {at.port_ratio(strategy):.3f}"
-            lines.append(
-                f"| {at.hosts} | {at.rate} | {at.model} | {strategy} | {averagings} | {seconds:.1f} | {ratios} |"
+            ratios = (
+                f"{seconds / compute:.2f}",
+                f"{seconds / at.foretold(strategy):.2f}",
+                f"{at.port_ratio(strategy):.3f}",
             )
-    return "\n".join(lines)
+            rows.append((at, [strategy, str(averagings), f"{seconds:.1f}", *ratios]))
+    return table(["run", "averagings", "seconds", "of compute", "foretold", "bytes"], rows)
 
 
 def split_table(settings: list[Setting]) -> str:
-    lines = [
-        "| hosts | rate | model | c split, ms | c direct, ms | ratio | a split, ms | a direct, ms | ratio |",
-        "| ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    rows = []
     for at in settings:
-        split, direct = at.split("constant 4", "constant 12"), at.direct("constant 4")
-        cells = [f"{1e3 * s:.0f} | {1e3 * d:.0f} | {s / d:.2f}" for s, d in zip(split, direct, strict=True)]
-        lines.append(f"| {at.hosts} | {at.rate} | {at.model} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        pairs = zip(at.split("constant 4", "constant 12"), at.direct("constant 4"), strict=True)
+        rows.append((at, [cell for s, d in pairs for cell in (f"{1e3 * s:.0f}", f"{1e3 * d:.0f}", f"{s / d:.2f}")]))
+    return table(["c split, ms", "c direct, ms", "ratio", "a split, ms", "a direct, ms", "ratio"], rows)
 
 
 def possible_table(settings: list[Setting]) -> str:
     """QSR's total over the compute-only time, where the cost model says that 1.05 can be had."""
-    lines = [
-        "| hosts | rate | model | QSR, foretold / compute | measured / compute |",
-        "| ---: | --- | --- | ---: | ---: |",
-    ]
+    rows = []
     for at in settings:
         compute = at.step_time().mean * STEPS
         foretold, measured = at.foretold("qsr") / compute, at.slowest("qsr") / compute
         mark = " (1.05 is possible)" if foretold <= 1.05 else ""
-        lines.append(f"| {at.hosts} | {at.rate} | {at.model} | {foretold:.2f}{mark} | {measured:.2f} |")
-    return "\n".join(lines)
+        rows.append((at, [f"{foretold:.2f}{mark}", f"{measured:.2f}"]))
+    return table(["QSR, foretold / compute", "measured / compute"], rows)
+
+
+def table(columns: list[str], rows: list[tuple[Setting, list[str]]]) -> str:
+    """In Markdown; every row begins with its setting."""
+    lines = [["hosts", "rate", "model", *columns], ["---:", "---", "---", *["---:"] * len(columns)]]
+    lines += [[str(at.hosts), at.rate, at.model, *cells] for at, cells in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def heading() -> str:
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "timm"))
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return (
-        f"{date.today()}, {os.cpu_count()} cores of {cpu[0].split(':')[1].strip() if cpu else '?'} for all hosts "
-        f"together, Python {platform.python_version()}, {packages}, gloo. {STEPS} steps a run, of "
+        f"{in_words(machine('torch', 'deepspeed', 'timm'))}, gloo, for all hosts together. {STEPS} steps a run, of "
         f"{' and '.join(str(spec['batch']) for spec in MODELS.values())} pictures of {IMAGE} x {IMAGE} a worker "
         f"({' and '.join(MODELS)}), one thread a rank."
     )

@@ -1,14 +1,13 @@
-"""Where the figures of the cost model come from: the command line, a file of measured costs, or two finished runs.
+"""The settings of the cost model, from the command line or a file of measured costs, and the model that they make.
 
 Nothing here imports torch, but for the number of a model's parameters where nobody says it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,7 +21,6 @@ from qsr_engine.config import (
     QSRConfig,
     Recipe,
     StrictModel,
-    flatten,
     validate,
 )
 from qsr_engine.cost import (
@@ -30,17 +28,11 @@ from qsr_engine.cost import (
     HIDDEN_BY_FORWARD,
     LARGEST_CV,
     CostModel,
-    Fit,
     Network,
-    Observed,
     StepTime,
-    fit_two_runs,
 )
 from qsr_engine.data.index import DataError, read_index
-from qsr_engine.monitor import RECIPE, SUMMARY, WORKERS
-from qsr_engine.quantities import bytes_text, rate_text, seconds_text
-from qsr_engine.recipe import load_recipe
-from qsr_engine.report import ReportError, Run, read_run
+from qsr_engine.quantities import bytes_text, counted, rate_text, seconds_text
 
 _ELEMENT_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0}
 _BLOCK = 512  # elements of fp16 and int8 that share one scale of 4 bytes on the wire, as in averaging/wire.py
@@ -52,7 +44,7 @@ Variation = Annotated[float, Field(ge=0, le=LARGEST_CV)]
 class CostSettings(StrictModel):
     """Figures of the cost model, in seconds and bytes; what `--measure --save` writes and `--costs` reads.
 
-    Rates are bytes/s, and null is no limit. A payload or a share that is null follows from the recipe.
+    Rates are bytes/s, and null is no limit. A share that is null follows from the recipe.
     """
 
     step_seconds: Positive
@@ -68,12 +60,9 @@ class CostSettings(StrictModel):
     two_level: bool | None = None  # None: the recipe's qsr.averaging.two_level, where that is true
     efficiency: Annotated[float, Field(gt=0, le=1)] = 1.0
     parameters: PositiveInt | None = None
-    parameter_bytes: Positive | None = None
-    gradient_bytes: Positive | None = None
     gradient_efficiency: Positive = 1.0
     boundary_seconds: NonNegative = 0.0
     backward_share: Annotated[float, Field(ge=0, le=1)] | None = None
-    forward_share: NonNegative | None = None
     overlap: Literal["none", "next_forward", "delayed"] | None = None  # None: the recipe's
     measured: dict[str, Any] = {}  # how and where; read by people
 
@@ -194,18 +183,15 @@ def cost_model(
     other = [] if recipe is None else _other_than_measured(settings, recipe)
     deepspeed = deepspeed or {}
     parameters, counted = _parameters(settings, recipe)
-    averaged = settings.parameter_bytes or payload_of_averaging(qsr, parameters)
-    gradients = settings.gradient_bytes or parameters * _gradient_element_bytes(recipe, deepspeed)
-    forward = _forward_share(settings.overlap, qsr) if settings.forward_share is None else settings.forward_share
     backward = _backward_share(recipe, deepspeed) if settings.backward_share is None else settings.backward_share
     model = CostModel(
         step=StepTime(settings.step_seconds, settings.step_cv, settings.worker_cv),
         network=settings.network,
         workers=settings.workers,
-        parameter_bytes=averaged,
-        gradient_bytes=gradients,
+        parameter_bytes=payload_of_averaging(qsr, parameters),
+        gradient_bytes=parameters * _gradient_element_bytes(recipe, deepspeed),
         backward_share=backward,
-        forward_share=forward,
+        forward_share=_forward_share(settings.overlap, qsr),
         boundary_seconds=settings.boundary_seconds,
         gradient_efficiency=settings.gradient_efficiency,
     )
@@ -232,7 +218,7 @@ def _other_than_measured(settings: CostSettings, recipe: Recipe) -> list[str]:
         )
     lines = []
     if isinstance(workers, int) and workers != settings.workers:
-        lines.append(f"measured with {_counted(workers, 'worker')}, and taken for {settings.workers}")
+        lines.append(f"measured with {counted(workers, 'worker')}, and taken for {settings.workers}")
     if isinstance(batch, int) and isinstance(workers, int) and workers > 0:
         then, now = batch / workers, recipe.batch.train_batch_size / settings.workers
         if then != now:
@@ -246,10 +232,6 @@ def _other_than_measured(settings: CostSettings, recipe: Recipe) -> list[str]:
     return lines
 
 
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' * (count != 1)}"
-
-
 def _assumptions(settings: CostSettings, model: CostModel) -> list[str]:
     network, hosts = model.network, model.network.hosts(model.workers)
     way = {"ring": "one ring", "tree": "two trees"}[network.algorithm] + (
@@ -259,7 +241,7 @@ def _assumptions(settings: CostSettings, model: CostModel) -> list[str]:
     return [
         f"step: {seconds_text(settings.step_seconds)} of compute, cv {settings.step_cv:.3g} from step to step and "
         f"{settings.worker_cv:.3g} from worker to worker, lognormal and independent",
-        f"network: {_counted(model.workers, 'worker')} on {_counted(hosts, 'host')}; a host's port has "
+        f"network: {counted(model.workers, 'worker')} on {counted(hosts, 'host')}; a host's port has "
         f"{rate_text(network.bandwidth)} each way, {seconds_text(network.latency)} latency; inside a host "
         f"{rate_text(network.local_bandwidth)}; {way} reaches {100 * network.efficiency:.3g} % of it",
         f"an averaging: {bytes_text(model.parameter_bytes)}, {seconds_text(model.averaging_seconds())}, {hidden}, "
@@ -319,8 +301,6 @@ def _parameters(settings: CostSettings, recipe: Recipe | None) -> tuple[int, lis
     """Number of parameters, and what was assumed about it."""
     if settings.parameters is not None:
         return settings.parameters, []
-    if settings.parameter_bytes is not None and settings.gradient_bytes is not None:
-        return 1, []  # which nobody reads
     if recipe is None:
         raise ConfigError("a DeepSpeed configuration does not say how large the model is; write --parameters N")
     return count_parameters(recipe)
@@ -350,149 +330,3 @@ def class_count(recipe: Recipe) -> tuple[int | None, list[str]]:
     if found is not None:
         return found, []
     return CLASSES, [f"{CLASSES} classes, since neither shards nor model.kwargs.num_classes say how many"]
-
-
-# --------------------------------------------------------------------------------------- two finished runs
-
-# Keys of a resolved recipe that do not change what a step or an averaging costs.
-_MAY_DIFFER = (
-    "data.shards",
-    "data.train_samples",
-    "data.eval",
-    "data.cache_",
-    "data.shuffle_buffer",
-    "data.max_bad_samples",
-    "data.mixup",
-    "logging.",
-    "seed",
-    "epochs",
-    "label_smoothing",
-    "batch_norm.",
-    "optimizer.weight_decay",
-    "optimizer.betas",
-    "optimizer.eps",
-    "optimizer.momentum",
-    "qsr.strategy",
-    "qsr.h_base",
-    "qsr.alpha",
-    "qsr.power",
-    "qsr.switch_",
-    "qsr.total_steps",
-    "qsr.on_other_workers",
-    "qsr.lr.",
-)
-_OF_THE_MACHINES = ("ranks", "worker_size", "engine", "device", "torch")
-
-
-def fit_runs(paths: Sequence[str | Path], recipe: Recipe | None) -> tuple[Fit, list[str]]:
-    """Fit compute and averaging from two finished runs, for a third recipe; and what that assumes.
-
-    Raises:
-        ConfigError, ReportError: a run cannot be read or is unfinished, they differ in something that matters, or the
-            times of these two fit no costs.
-    """
-    recipes = [_recipe_of(Path(path)) for path in paths]
-    runs = [_finished(Path(path)) for path in paths]
-    (first, one), (second, other) = runs
-    _check_same(f"{first.path} and {second.path}", *map(_matters, recipes))
-    machines = [{key: summary.get(key) for key in _OF_THE_MACHINES} for _, summary in runs]
-    _check_same(f"{first.path} and {second.path}", *machines)
-    if recipe is not None:
-        _check_same(f"the recipe and {first.path}", _matters(recipe), _matters(recipes[0]))
-    observed = [
-        Observed(summary["steps"], summary["averagings"], summary["seconds_training"]) for summary in (one, other)
-    ]
-    try:
-        fit = fit_two_runs(*observed)
-    except ValueError as error:
-        raise ConfigError(f"--fit {first.path} {second.path}: {error}") from error
-    per_averaging = [summary["bytes_sent"] / max(1, summary["averagings"]) for summary in (one, other)]
-    fit = Fit(fit.step_seconds, fit.averaging_seconds, sum(per_averaging) / 2)
-    return fit, _what_a_fit_assumes(runs, fit)
-
-
-def _what_a_fit_assumes(runs: Sequence[tuple[Run, dict[str, Any]]], fit: Fit) -> list[str]:
-    lines = [
-        f"{run.path.name}: {run.strategy}, {summary['steps']} steps and {summary['averagings']} averagings in "
-        f"{seconds_text(summary['seconds_training'])}"
-        for run, summary in runs
-    ]
-    lines.append(
-        f"fit: {seconds_text(fit.step_seconds)} a step, with data and all that comes with steps, and "
-        f"{seconds_text(fit.averaging_seconds)} an averaging, with the waiting for the slowest worker; the same for "
-        "every run on these ranks, whatever its periods"
-    )
-    if any(run.recipe["qsr"]["strategy"] in ("parallel", "post_local") for run, _ in runs):
-        lines.append(
-            "one run averaged gradients: what of that was hidden behind the backward pass is not in the fit, and an "
-            "averaging of parameters is taken for as long as what was not hidden; two runs of local steps fit better"
-        )
-    else:
-        lines.append("both runs took local steps; parallel is foretold with averagings that hide behind nothing")
-    return lines
-
-
-def _recipe_of(path: Path) -> Recipe:
-    """A run's recipe, with the defaults of keys that did not exist when it was written."""
-    if not (path / RECIPE).is_file():
-        read_run(path)  # which says what it is instead
-    return load_recipe(path / RECIPE)
-
-
-def _finished(path: Path) -> tuple[Run, dict[str, Any]]:
-    run = read_run(path)
-    if not run.finished:
-        raise ConfigError(
-            f"--fit {path}: the run is unfinished ({SUMMARY} is missing); finish it with qsr train --resume"
-        )
-    try:
-        summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ReportError(f"{path / SUMMARY}: cannot be read: {error}") from error
-    for key in ("steps", "averagings", "seconds_training", "bytes_sent"):
-        value = summary.get(key) if isinstance(summary, dict) else None
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
-            raise ReportError(
-                f"{path / SUMMARY}: {key} is {value!r}; needed is a number from 0 on, as qsr train writes"
-            )
-    _check_workers(run)
-    return run, summary
-
-
-def _check_workers(run: Run) -> None:
-    """Refuse a run that was resumed with another number of workers: its seconds are of two kinds.
-
-    Read from the file itself, since the run that is read keeps the records of its last workers only. What cannot be
-    read tells nothing, as in a run of an earlier version.
-    """
-    counts: set[int] = set()
-    path = run.path / WORKERS
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError, RecursionError):
-            row = json.loads(line)
-            if isinstance(row, dict) and isinstance(row.get("seconds_data"), list):
-                counts.add(len(row["seconds_data"]))
-    if len(counts) > 1:
-        found = " and on ".join(map(str, sorted(counts)))
-        raise ConfigError(
-            f"--fit {run.path}: it ran on {found} workers ({WORKERS}), so that its seconds "
-            "fit no one cost of an averaging; give runs that kept their workers from beginning to end"
-        )
-
-
-def _matters(recipe: Recipe) -> dict[str, Any]:
-    raw = recipe.model_dump(exclude_none=True, mode="json")
-    return {key: value for key, value in flatten(raw) if not key.startswith(_MAY_DIFFER)}
-
-
-def _check_same(names: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
-    lines = [
-        f"  {key}: {one.get(key)!r} and {other.get(key)!r}"
-        for key in sorted({*one, *other})
-        if one.get(key) != other.get(key)
-    ]
-    if lines:
-        raise ConfigError(
-            f"--fit: {names} differ in what a step or an averaging costs:\n" + "\n".join(lines) + "\n"
-            "Give runs that differ in their strategy and periods only"
-        )

@@ -7,22 +7,16 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
-import uuid
 from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
-import psutil
-
 from qsr_engine.calibration import CostSettings, cost_settings, read_costs, save_costs
-from qsr_engine.config import ConfigError, Recipe, check_world_size
+from qsr_engine.config import ConfigError, Recipe
 from qsr_engine.data import (
     DataError,
     Index,
@@ -38,13 +32,14 @@ from qsr_engine.data.writing.data_sets import CIFAR10_ROOT, QUALITY, SHARD_BYTES
 from qsr_engine.data.writing.processes import usable_cores
 from qsr_engine.forecast import LIMIT_PERCENT, bytes_of, check_place, check_plot, make_forecast, print_plan
 from qsr_engine.hosts import HostError, check_hosts
+from qsr_engine.launcher import launch, started_by_a_launcher
 from qsr_engine.monitor import SUMMARY, check_run_folder, check_unfinished
 from qsr_engine.plan import Plan, make_plan, write_header
 from qsr_engine.quantities import parse_count, parse_rate, parse_seconds
-from qsr_engine.recipe import load_recipe, resolve_recipe, resolve_recipe_batch
-from qsr_engine.report import ReportError, report
+from qsr_engine.recipe import load_recipe, resolve_recipe
+from qsr_engine.report import report
+from qsr_engine.runs import ReportError
 
-_LAUNCH = "QSR_ENGINE_LAUNCH"  # in the environment of all processes of one `qsr train`
 MB = 1_000_000
 USER_ERROR = 2  # exit code, as argparse's own
 
@@ -277,88 +272,18 @@ def _say(folder: str, index: Index) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     recipe, index = _prepare(args)
-    if _started_by_a_launcher():
+    if started_by_a_launcher():
         return _train_rank(recipe, index, resume=args.resume)
     check = check_unfinished if args.resume else check_run_folder
     check(recipe.run_dir)
-    if args.ranks is not None:
-        check_world_size(args.ranks, recipe.qsr.worker_size)
-        resolve_recipe_batch(recipe, args.ranks)
-    launcher = _torchrun(args.ranks) if recipe.engine == "fsdp" else _deepspeed(args.ranks)
-    overrides = [word for override in args.set for word in ("--set", override)]
-    command = [*launcher, "--module", "qsr_engine", "train", args.recipe, *overrides]
-    command += ["--resume"] if args.resume else []
-    code = _run_launcher(command)
+    code = launch(recipe, args.ranks, ["train", args.recipe, *_overrides(args), *(["--resume"] if args.resume else [])])
     if code == 0 and not (recipe.run_dir / SUMMARY).exists():  # the launcher hides some deaths of its children
         raise ConfigError(f"{recipe.run_dir}: the launcher ended without an error, and the run is not finished")
     return code
 
 
-def _deepspeed(ranks: int | None) -> list[str]:
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(_free_port())]
-    return [*launcher, *(["--num_gpus", str(ranks)] if ranks is not None else []), "--log_level", "error"]
-
-
-def _torchrun(ranks: int | None) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*launcher, "--nproc-per-node", "auto" if ranks is None else str(ranks)]
-
-
-def _run_launcher(command: list[str]) -> int:
-    """Run the launcher in a session of its own, and leave nothing of it behind.
-
-    DeepSpeed's launcher leaves its processes behind when it is terminated, and torchrun those whose agent was killed,
-    in sessions of their own. So a signal goes to all of them, and when the launcher has ended, whatever is left of this
-    launch is terminated too; a variable of the environment tells which processes those are.
-    """
-    launch = uuid.uuid4().hex
-    process = subprocess.Popen(command, start_new_session=True, env={**os.environ, _LAUNCH: launch})
-    received = 0
-
-    def terminate() -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-
-    def terminate_what_is_left() -> None:
-        terminate()
-        for other in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if other.pid != os.getpid() and other.environ().get(_LAUNCH) == launch:
-                    other.terminate()
-
-    def stop(signum: int, _: FrameType | None) -> None:
-        nonlocal received
-        received = signum
-        terminate()
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        code = process.wait()
-    finally:
-        terminate_what_is_left()
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return 128 + received if received else code if code >= 0 else 128 - code
-
-
-def _started_by_a_launcher() -> bool:
-    """Whether a launcher started this rank: RANK is set. Raises ConfigError if what it sets beside it is not right."""
-    if "RANK" not in os.environ:
-        return False
-    numbers = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
-    found = {**numbers, "MASTER_ADDR": os.environ.get("MASTER_ADDR")}
-    wrong = [name for name, value in numbers.items() if value is None or not value.isdecimal()]
-    wrong += [] if found["MASTER_ADDR"] else ["MASTER_ADDR"]
-    if not wrong and int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
-        wrong = ["RANK", "WORLD_SIZE"]
-    if wrong:
-        spelled = ", ".join(f"{name}={found[name]}" if found[name] is not None else f"no {name}" for name in wrong)
-        raise ConfigError(
-            f"RANK is set, so a launcher is taken to have started this process, and found was: {spelled}. deepspeed "
-            "and torchrun set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; unset RANK to start one"
-        )
-    return True
+def _overrides(args: argparse.Namespace) -> list[str]:
+    return [word for override in args.set for word in ("--set", override)]
 
 
 def _prepare(args: argparse.Namespace) -> tuple[Recipe, Index]:
@@ -471,7 +396,7 @@ def _plan_measured(args: argparse.Namespace, made: Plan, given: dict[str, Any]) 
         raise ConfigError("--measure finds the costs itself; leave --fit and --costs out")
     if made.recipe is None:
         raise ConfigError(f"{args.recipe}: --measure needs a recipe, which says the model and the batch")
-    if _started_by_a_launcher():
+    if started_by_a_launcher():
         from qsr_engine.averaging import AgreementError, BoundaryError
         from qsr_engine.measure import measure
 
@@ -480,17 +405,11 @@ def _plan_measured(args: argparse.Namespace, made: Plan, given: dict[str, Any]) 
         except (AgreementError, BoundaryError) as error:
             return _fail(error)
         return _print_forecast(args, made, given, measured) if os.environ["RANK"] == "0" else 0
-    recipe = made.recipe
-    if args.ranks is not None:
-        check_world_size(args.ranks, recipe.qsr.worker_size)
-        resolve_recipe_batch(recipe, args.ranks)
-    words = [word for override in args.set for word in ("--set", override)]
+    words = ["plan", args.recipe, *_overrides(args)]
     words += [] if args.samples is None else ["--samples", str(args.samples)]
     with tempfile.TemporaryDirectory() as folder:
         saved = os.path.join(folder, "costs.json")
-        launcher = _torchrun(args.ranks) if recipe.engine == "fsdp" else _deepspeed(args.ranks)
-        command = [*launcher, "--module", "qsr_engine", "plan", args.recipe, *words, "--measure"]
-        code = _run_launcher([*command, "--measure-only", "--save", saved])
+        code = launch(made.recipe, args.ranks, [*words, "--measure", "--measure-only", "--save", saved])
         if code != 0:
             return code
         if not os.path.exists(saved):
@@ -541,9 +460,3 @@ def _train_rank(recipe: Recipe, index: Index, *, resume: bool) -> int:
             raise
         return _fail(RuntimeError(f"the connection to another rank failed; if it has ended, it says why ({error})"))
     return 0
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])

@@ -23,15 +23,15 @@ from qsr_engine.calibration import (
     cost_model,
     cost_settings,
     count_parameters,
-    fit_runs,
     payload_of_averaging,
     read_costs,
 )
 from qsr_engine.config import ConfigError, QSRConfig
 from qsr_engine.cost import Cost, CostModel, Network, Tally, smallest_period, tally
+from qsr_engine.fitting import fit_runs
 from qsr_engine.plan import Plan
-from qsr_engine.quantities import bytes_text, rate_text, seconds_text
-from qsr_engine.report import strategy_label
+from qsr_engine.quantities import bytes_text, counted, rate_text, seconds_text
+from qsr_engine.runs import strategy_label
 from qsr_engine.schedule import Round, learning_rate, rounds
 
 HOUR = 3600.0
@@ -338,7 +338,7 @@ def measured_line(settings: CostSettings) -> str:
     parts = [
         f"measured: {seconds_text(settings.step_seconds)} a step, cv {settings.step_cv:.3g} from step to step"
         + (f" and {settings.worker_cv:.3g} from worker to worker" if workers > 1 else "")
-        + f", with {workers} worker{'s' * (workers > 1)} on {hosts} host{'s' * (hosts > 1)}"
+        + f", with {counted(workers, 'worker')} on {counted(hosts, 'host')}"
     ]
     if math.isfinite(rate):
         latency = settings.latency if between else settings.local_latency

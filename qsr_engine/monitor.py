@@ -2,7 +2,7 @@
 
 A run's folder holds `recipe.yaml` (the resolved recipe), `metrics.jsonl` (one `Record` a line), `workers.jsonl` (one
 `WorkersRecord` a line), TensorBoard events of the same values, and `summary.json`, which exists once the run is
-finished. `qsr_engine.report` reads them back. Rank 0 alone writes: what it says of other workers, they told it at a
+finished. `qsr_engine.runs` reads them back. Rank 0 alone writes: what it says of other workers, they told it at a
 boundary.
 
 torch is imported only where TensorBoard is asked for, so that the command line starts quickly.

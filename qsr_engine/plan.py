@@ -15,7 +15,7 @@ from typing import Any
 from qsr_engine.config import ConfigError, QSRConfig, Recipe, split_deepspeed_config, validate
 from qsr_engine.data.index import DataError, read_index
 from qsr_engine.recipe import load_recipe, resolve_recipe
-from qsr_engine.report import strategy_label
+from qsr_engine.runs import strategy_label
 from qsr_engine.schedule import Round, communication_percent, learning_rate, rounds
 
 HEADER = "# Communication: "  # begins the line of a recipe's head that says its share

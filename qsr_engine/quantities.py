@@ -65,6 +65,11 @@ def parse_count(text: str, option: str) -> int:
     return count
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 worker`, `2 workers`."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 def rate_text(rate: float) -> str:
     """A rate in bytes a second, as a network's is written."""
     if rate == math.inf:

@@ -24,27 +24,21 @@ import math
 import os
 import secrets
 import socket
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import timedelta
 from typing import Any
 
 import psutil
 import torch.distributed as dist
-from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # there at run time
+from torch.distributed import Store  # type: ignore[attr-defined]  # there at run time
 
 from qsr_engine.hosts import HostError, differences, some, versions
 from qsr_engine.network import Door, addresses, check_interfaces, partners, unreached
+from qsr_engine.rendezvous import GRACE_SECONDS, VARIABLE, first_line, join_store, master, moments, start_seconds
 
-START_SECONDS = 120.0  # unless QSR_START_SECONDS says another number
-_VARIABLE = "QSR_START_SECONDS"
 _RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_RESOLVE_SECONDS = 10.0  # a name server may be slow at the start of a job, but not longer
 _CONNECT_SECONDS = 10.0  # in which one host must take another's connection
-_GRACE_SECONDS = 5.0  # for what rank 0 has decided to reach the others, and for those that follow an error closely
-_REACHING_SECONDS = 2 * _CONNECT_SECONDS + _GRACE_SECONDS  # for doors to open, and to be tried
-_ADDRESS_IN_USE = "EADDRINUSE"
+_REACHING_SECONDS = 2 * _CONNECT_SECONDS + GRACE_SECONDS  # for doors to open, and to be tried
 _CALL = "qsr_engine/roll call"  # key under which rank 0 says the name of the call
 _LINES = 20  # that an error spells out
 
@@ -81,7 +75,7 @@ def roll_call(backend: str) -> Iterator[None]:
     problem = check_interfaces(backend)
     rank = int(os.environ["RANK"])
     try:
-        store = _join_store(rank, seconds)
+        store = join_store(rank, seconds)
     except HostError as error:
         raise HostError(f"{problem}\nand {error}") if problem else error from None
     call = _Leader(store, backend, problem, seconds) if rank == 0 else _Call(store, backend, problem, seconds)
@@ -89,148 +83,11 @@ def roll_call(backend: str) -> Iterator[None]:
         call.meet()
     except dist.DistError as error:
         raise HostError(
-            f"{call.me}: the connection to rank 0 at {_master()} broke during the roll call; if rank 0 has ended, its "
-            f"message says why ({_first_line(error)})"
+            f"{call.me}: the connection to rank 0 at {master()} broke during the roll call; if rank 0 has ended, its "
+            f"message says why ({first_line(error)})"
         ) from None
     yield
     del store, call  # held until here: on rank 0 it is the server that the process group has taken over
-
-
-_LONGEST = 86_400.0
-
-
-def start_seconds() -> float:
-    """The time limit. Raises HostError if QSR_START_SECONDS is not a number of seconds."""
-    text = os.environ.get(_VARIABLE, "")
-    try:
-        seconds = float(text) if text else START_SECONDS
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds <= _LONGEST:
-        raise HostError(
-            f"{_VARIABLE} is {text!r}; write the seconds to wait for all ranks, at most {_LONGEST:.0f} (a day), for "
-            f"example {_VARIABLE}=300"
-        )
-    return seconds
-
-
-# ------------------------------------------------------------------------------------------------- the store
-
-
-def _master() -> str:
-    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _join_store(rank: int, seconds: float) -> TCPStore:
-    """The store at MASTER_ADDR:MASTER_PORT, as torch.distributed's env:// will make it: by rank 0, or by torchrun."""
-    name = os.environ["MASTER_ADDR"]
-    if not os.environ["MASTER_PORT"].isdecimal() or not 0 < int(os.environ["MASTER_PORT"]) < 1 << 16:
-        raise HostError(f"MASTER_PORT is {os.environ['MASTER_PORT']!r}; write a port, a number from 1 to 65535")
-    port, serve = int(os.environ["MASTER_PORT"]), rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    end = time.monotonic() + seconds
-    who = f"rank {rank} on {socket.gethostname()}"
-    if serve:
-        _resolve(name, min(seconds, _RESOLVE_SECONDS), who)
-    else:
-        _reach_rank_0(name, port, seconds, who)
-    try:
-        return _make_store(name, port, serve, max(1.0, end - time.monotonic()))
-    except dist.DistError as error:
-        if _ADDRESS_IN_USE in str(error):
-            raise HostError(
-                f"{who}: port {port} (MASTER_PORT) is taken by another process on this host, perhaps by another run; "
-                "choose another: `deepspeed --master_port N`, `torchrun --rdzv_endpoint HOST:N`"
-            ) from None
-        mine = (
-            f"it listens on port {port} of this host and does not reach itself at {name} (MASTER_ADDR), which must be "
-            "an address of the host of rank 0"
-            if serve
-            else f"what answers at {name}:{port} (MASTER_ADDR:MASTER_PORT) is not rank 0 of this run, or hangs"
-        )
-        raise HostError(f"{who}: {mine} ({_first_line(error)})") from None
-
-
-def _make_store(name: str, port: int, serve: bool, seconds: float) -> TCPStore:
-    """In a thread, since torch's client waits for ever for a server that takes the connection and says nothing."""
-    made: list[TCPStore | dist.DistError] = []
-
-    def make() -> None:
-        try:
-            store = TCPStore(
-                name,
-                port,
-                is_master=serve,
-                wait_for_workers=False,
-                timeout=timedelta(seconds=seconds),
-                multi_tenant=True,
-                use_libuv=os.environ.get("USE_LIBUV", "1") == "1",
-            )
-        except dist.DistError as error:
-            made.append(error)
-        else:
-            made.append(store)
-
-    thread = threading.Thread(target=make, daemon=True)
-    thread.start()
-    thread.join(seconds + _GRACE_SECONDS)
-    if not made:
-        raise dist.DistNetworkError(f"it takes the connection and says nothing in {seconds:g} s")
-    result = made[0]
-    if isinstance(result, dist.DistError):
-        raise result
-    return result
-
-
-def _resolve(name: str, seconds: float, who: str) -> None:
-    end = time.monotonic() + seconds
-    for _ in _moments(end):
-        try:
-            socket.getaddrinfo(name, None)
-            return
-        except (OSError, UnicodeError) as error:  # UnicodeError: a label is empty or has over 63 characters
-            reason = getattr(error, "strerror", None) or str(error)
-    raise HostError(
-        f"{who}: the name {name!r} (MASTER_ADDR) does not resolve on this host ({reason}); write it into /etc/hosts, "
-        "or give the launcher an address: `deepspeed --master_addr ADDRESS`, `torchrun --rdzv_endpoint ADDRESS:PORT`"
-    )
-
-
-def _reach_rank_0(name: str, port: int, seconds: float, who: str) -> None:
-    """Wait until somebody listens there. torch's own client would print warnings all the while."""
-    started = time.monotonic()
-    end = started + seconds
-    _resolve(name, min(seconds, _RESOLVE_SECONDS), who)
-    for _ in _moments(end):
-        try:
-            socket.create_connection((name, port), timeout=max(0.1, end - time.monotonic())).close()
-            return
-        except ConnectionRefusedError:
-            reason = "that host answers, and nobody listens on the port"
-            help_ = (
-                "rank 0 was not started, has ended (its message says why), or runs on another host than MASTER_ADDR "
-                "says"
-            )
-        except OSError as error:
-            reason = "no answer" if isinstance(error, TimeoutError) else (error.strerror or str(error))
-            help_ = f"the host is down, or a firewall between it and this host stops port {port}"
-    raise HostError(
-        f"{who} did not reach rank 0 at {name}:{port} (MASTER_ADDR:MASTER_PORT) in {seconds:g} s ({_VARIABLE}): "
-        f"{reason}; {help_}"
-    )
-
-
-def _moments(end: float) -> Iterator[None]:
-    """Moments at which to try again, at first soon after one another; at least one, the last at `end` (monotonic)."""
-    pause = 0.001
-    yield
-    while (left := end - time.monotonic()) > 0:
-        time.sleep(min(pause, left))
-        pause = min(2 * pause, 0.1)
-        yield
 
 
 # ------------------------------------------------------------------------------------------------- the call
@@ -261,7 +118,7 @@ class _Call:
         if len(outcome["nodes"]) < 2:
             return
         with self._door(name, outcome["nodes"]):
-            text = self._wait(f"{name}/outcome 2", _REACHING_SECONDS + _GRACE_SECONDS)
+            text = self._wait(f"{name}/outcome 2", _REACHING_SECONDS + GRACE_SECONDS)
         if text is None:
             raise HostError(f"{self.me}: rank 0 was lost while the hosts tried to reach one another")
         self._heard(name, 2, json.loads(text))
@@ -269,7 +126,7 @@ class _Call:
     def _first_outcome(self) -> tuple[str, dict[str, Any]]:
         """The name of the call, and what rank 0 says when all have come or the time is up."""
         name = ""
-        for _ in _moments(time.monotonic() + self._seconds + _GRACE_SECONDS):
+        for _ in moments(time.monotonic() + self._seconds + GRACE_SECONDS):
             if not self._store.check([_CALL]):
                 continue
             current = self._store.get(_CALL).decode()
@@ -281,8 +138,8 @@ class _Call:
                 if outcome["tokens"].get(str(self._answer.rank)) == self._answer.token:
                     return name, outcome
         raise HostError(
-            f"{self.me} reached {_master()}, and rank 0 did not call the roll there in {self._seconds:g} s "
-            f"({_VARIABLE}); it was not started, it has ended (its message says why), or this rank came too late"
+            f"{self.me} reached {master()}, and rank 0 did not call the roll there in {self._seconds:g} s "
+            f"({VARIABLE}); it was not started, it has ended (its message says why), or this rank came too late"
         )
 
     def _say(self, name: str) -> None:
@@ -295,7 +152,7 @@ class _Call:
             raise HostError(outcome["error"])
 
     def _wait(self, key: str, seconds: float) -> str | None:
-        for _ in _moments(time.monotonic() + seconds):
+        for _ in moments(time.monotonic() + seconds):
             if self._store.check([key]):
                 return str(self._store.get(key).decode())
         return None
@@ -364,12 +221,12 @@ class _Leader(_Call):
         found: dict[int, _Answer] = {}
         end = time.monotonic() + self._seconds
         early = math.inf
-        for _ in _moments(end):
+        for _ in moments(end):
             for rank in range(self._ranks):
                 if rank not in found and self._store.check([f"{name}/rank {rank}"]):
                     found[rank] = _Answer(**json.loads(self._store.get(f"{name}/rank {rank}")))
                     if found[rank].problem:
-                        early = min(early, time.monotonic() + _GRACE_SECONDS)
+                        early = min(early, time.monotonic() + GRACE_SECONDS)
             if len(found) == self._ranks or time.monotonic() > early:
                 break
         return [found[rank] for rank in sorted(found)]
@@ -378,7 +235,7 @@ class _Leader(_Call):
         """Tell all, and stay until all have heard it, since the store ends with this process. Raises the error."""
         self._store.set(f"{name}/outcome {number}", json.dumps(outcome))
         self._store.add(f"{name}/heard {number}", 1)
-        for _ in _moments(time.monotonic() + _GRACE_SECONDS):
+        for _ in moments(time.monotonic() + GRACE_SECONDS):
             if self._store.add(f"{name}/heard {number}", 0) >= present:
                 break
         if outcome["error"]:
@@ -435,11 +292,11 @@ def _missing(answers: Sequence[_Answer], ranks: int, seconds: float) -> str | No
     lines += [f"  there: {_ranks(numbers)} of {host}" for host, numbers in present.items()]
     more = [f"  ... and {len(lines) - _LINES} more hosts"] if len(lines) > _LINES else []
     return (
-        f"{ranks - len(came)} of {ranks} ranks did not come within {seconds:g} s ({_VARIABLE}):\n"
+        f"{ranks - len(came)} of {ranks} ranks did not come within {seconds:g} s ({VARIABLE}):\n"
         + "\n".join(lines[:_LINES] + more)
         + f"\nHas the launcher reached those hosts (`qsr hosts HOSTFILE`), did those ranks end with a message of their "
-        f"own, and do those hosts reach {_master()} (MASTER_ADDR:MASTER_PORT)? If they are only slow to start, set "
-        f"{_VARIABLE} to more seconds."
+        f"own, and do those hosts reach {master()} (MASTER_ADDR:MASTER_PORT)? If they are only slow to start, set "
+        f"{VARIABLE} to more seconds."
     )
 
 

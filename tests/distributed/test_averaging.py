@@ -25,6 +25,7 @@ from qsr_engine.averaging import (
 from qsr_engine.averaging.buckets import packed_pieces
 from qsr_engine.averaging.collectives import AllReduce
 from qsr_engine.config import AveragingConfig
+from tests.distributed import training
 from tests.distributed.processes import JobError, Processes
 
 CPU = torch.device("cpu")
@@ -235,18 +236,7 @@ def memory_job(way: str) -> tuple[int, int]:
             averager.average()
             averager.sum_of_squares()
 
-    with torch.profiler.profile(profile_memory=True) as profiler:
-        average()
-    changes = [
-        (event.start_ns(), event.nbytes())
-        for event in profiler.profiler.kineto_results.events()
-        if event.name() == "[memory]"
-    ]
-    kept = most = 0
-    for _, change in sorted(changes):
-        kept += change
-        most = max(most, kept)
-    return kept, most
+    return training.memory_of(average)
 
 
 @pytest.mark.parametrize("way", ["gloo", "shared_memory", "packed"])

@@ -230,7 +230,7 @@ def test_a_server_that_says_nothing(processes: Processes) -> None:
 @pytest.mark.parametrize("text", ["soon", "0", "-1", "inf", "nan", "1e10"])
 def test_the_limit_is_a_number(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from qsr_engine.hosts import HostError
-    from qsr_engine.roll_call import start_seconds
+    from qsr_engine.rendezvous import start_seconds
 
     monkeypatch.setenv("QSR_START_SECONDS", text)
     with pytest.raises(HostError, match=f"QSR_START_SECONDS is '{text}'; write the seconds"):

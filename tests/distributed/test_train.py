@@ -33,7 +33,7 @@ from qsr_engine.data.order import seed_for
 from qsr_engine.models import create_model, sincos_positions
 from qsr_engine.monitor import TAGS
 from qsr_engine.recipe import load_recipe
-from qsr_engine.report import read_run
+from qsr_engine.runs import read_run
 from qsr_engine.sharpness import largest_eigenvalue
 from tests import reference
 from tests.distributed.processes import Processes, free_port

@@ -353,19 +353,12 @@ def memory_job(way: str) -> tuple[int, int]:
     dist.init_process_group("gloo")
     tensors = [torch.randn(1_000_000) for _ in range(10)]
     averager = Averager(flat_buckets(tensors, 4_000_000), None, AveragingConfig(bucket_mb=4, **WAYS[way]))
-    with torch.profiler.profile(profile_memory=True) as profiler:
+
+    def average() -> None:
         averager.average()
         averager.sum_of_squares()
-    changes = [
-        (event.start_ns(), event.nbytes())
-        for event in profiler.profiler.kineto_results.events()
-        if event.name() == "[memory]"
-    ]
-    kept = most = 0
-    for _, change in sorted(changes):
-        kept += change
-        most = max(most, kept)
-    return kept, most
+
+    return training.memory_of(average)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,3 +54,19 @@ def loss(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def flat(tensors: Any) -> Tensor:
     return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+
+
+def memory_of(action: Callable[[], object]) -> tuple[int, int]:
+    """Bytes that torch kept of what an action took, and the most that it had at a time."""
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        action()
+    changes = [
+        (event.start_ns(), event.nbytes())
+        for event in profiler.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    ]
+    kept = most = 0
+    for _, change in sorted(changes):
+        kept += change
+        most = max(most, kept)
+    return kept, most

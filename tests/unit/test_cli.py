@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from qsr_engine.cli import _started_by_a_launcher, main
+from qsr_engine.cli import main
 from qsr_engine.config import ConfigError
 from qsr_engine.data import Index
+from qsr_engine.launcher import started_by_a_launcher
 from tests.shard_files import write_images, write_tar
 
 
@@ -152,8 +153,8 @@ def test_half_of_a_launchers_environment_is_refused(
 ) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    assert not _started_by_a_launcher()
+    assert not started_by_a_launcher()
     for name, value in found.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=re.escape(words)):
-        _started_by_a_launcher()
+        started_by_a_launcher()

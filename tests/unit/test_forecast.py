@@ -323,7 +323,7 @@ def test_what_was_measured_is_kept_where_the_plot_fails(
         Path(command[-1]).write_text(json.dumps({**raw, "parameters": 1000, "measured": {"hosts": 1}}))
         return 0
 
-    monkeypatch.setattr("qsr_engine.cli._run_launcher", launcher)
+    monkeypatch.setattr("qsr_engine.launcher._run", launcher)
     saved = tmp_path / "m.json"
     measure = ["plan", VIT, *SHORT, "--measure", "--ranks", "2", "--save", str(saved)]
     assert main([*measure, "--plot", str(tmp_path / "m.png")]) == 2
@@ -491,7 +491,7 @@ def test_a_run_that_changed_its_workers(constant: Path, parallel: Path, capsys: 
         if counts == (2, 2):
             figures(capsys, *DIGITS, "--fit", str(constant), str(parallel))
     said = refusal(capsys, *DIGITS, "--fit", str(constant), str(parallel))
-    assert f"{parallel}: it ran on 2 and on 4 workers (workers.jsonl)" in said
+    assert f"{parallel}: it ran on 2 and on 4 workers" in said
 
 
 def test_an_unfinished_run(constant: Path, parallel: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,18 +17,9 @@ import yaml
 from PIL import Image
 
 from qsr_engine.monitor import Monitor, Record, WorkersRecord, open_run_folder
-from qsr_engine.report import (
-    ReportError,
-    figures,
-    find_runs,
-    group_table,
-    groups,
-    plots,
-    read_run,
-    report,
-    strategy_label,
-    table,
-)
+from qsr_engine.plots import plots
+from qsr_engine.report import group_table, report, table
+from qsr_engine.runs import ReportError, figures, find_runs, groups, read_run, strategy_label
 
 QSR = {"strategy": "qsr", "h_base": 4, "alpha": 0.0175, "power": 2.0}
 
