@@ -4,8 +4,10 @@
     images           Pillow: formats, limits, smaller copies; without torch
     writing/         makes and checks folders of shards
     order            which samples a rank reads in an epoch, and in which order
+    retrying         which reads are tried again, and when
+    tar_members      what is read of a tar file, and what is refused
     random_access    one sample of a local tar file
-    shards           samples from local files, or through the webdataset library (remote: URLs and their cache)
+    shards           samples from local files, or from streams (remote: URLs and their cache)
     views            which part of an image is shown
     decoding         from bytes to pixels (_jpeg.c: one region of a JPEG; gpu_decoding: the whole of it, by nvJPEG)
     ring             loader processes, and memory that they share with the rank

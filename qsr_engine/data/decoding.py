@@ -207,6 +207,7 @@ def decode_whole(sample: Sample, region: Region) -> bytes:
     check_scans(data, sample.where)
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+            check_limits(*image.size, sample.where)  # of this header: another reader may have found another
             scale = 8 // region.eighths
             image.draft(None, (image.width // scale, image.height // scale))  # of a JPEG; it does nothing to a PNG
             pixels = to_eight_bits(image).convert("RGB")
@@ -214,6 +215,8 @@ def decode_whole(sample: Sample, region: Region) -> bytes:
                 pixels = pixels.reduce(scale)
             box = (region.x, region.y, region.x + region.width, region.y + region.height)
             return pixels.crop(box).tobytes()
+    except DataError:
+        raise
     except Exception as error:
         raise _undecodable(sample, error) from error
 

@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,26 @@ from pydantic import Field, field_validator, model_validator
 from qsr_engine.config import ConfigError, Count, PositiveInt, StrictModel, digest, validate
 
 INDEX_NAME = "index.json"
+MAX_INDEX = 64 << 20  # bytes; 400,000 shards
+# Protocols of data.shards: those that read files from elsewhere. fsspec knows others that run commands, read what a
+# file of theirs points to, or reach into this machine.
+PROTOCOLS = (
+    "http",
+    "https",
+    "s3",
+    "s3a",
+    "gs",
+    "gcs",
+    "abfs",
+    "abfss",
+    "az",
+    "oss",
+    "hf",
+    "sftp",
+    "ftp",
+    "hdfs",
+    "webhdfs",
+)
 
 
 class DataError(RuntimeError):
@@ -82,6 +103,28 @@ class Index(StrictModel):
         return self.splits[name]
 
 
+def check_place(place: str) -> None:
+    """Refuse places that would run a command, or lead to another place than they seem to.
+
+    Raises:
+        DataError: it is `pipe:`, a URL of a protocol that is not read here, or a chain of URLs.
+    """
+    protocol = re.split("://|::", place, maxsplit=1)[0]
+    write = "write a folder, or a URL of " + ", ".join(f"{name}://" for name in PROTOCOLS)
+    if place.lower().lstrip().startswith("pipe:"):
+        raise DataError(f"{place}: `pipe:` would run a command, and none is run here; {write}")
+    if not is_url(place):
+        return
+    if "::" in place:
+        raise DataError(f"{place}: this is a chain of URLs, or an address of IPv6 in place of a name; {write}")
+    if protocol.lower() in ("file", "local"):
+        raise DataError(f"{place}: a folder of this machine is written without {protocol}://")
+    if protocol.lower() not in PROTOCOLS:
+        near = difflib.get_close_matches(protocol.lower(), PROTOCOLS, n=1)
+        hint = f"; did you mean {near[0]}://?" if near else ""
+        raise DataError(f"{place}: shards are not read by the protocol {protocol!r}{hint}; {write}")
+
+
 def is_url(place: str | Path) -> bool:
     """Whether a place is a URL and not a folder."""
     return isinstance(place, str) and "://" in place
@@ -94,6 +137,8 @@ def read_index(folder: str | Path) -> Index:
         DataError: it is missing, is not JSON, or is not an index of a format that is known here.
     """
     path: str | Path
+    if isinstance(folder, str):
+        check_place(folder)
     try:
         if is_url(folder):
             from qsr_engine.data.remote import read_text  # fsspec takes a while to import
@@ -102,6 +147,8 @@ def read_index(folder: str | Path) -> Index:
             raw = json.loads(read_text(path))
         else:
             path = Path(folder) / INDEX_NAME
+            if path.stat().st_size > MAX_INDEX:
+                raise DataError(f"{path}: it has more than {MAX_INDEX} bytes, the limit of an index; is it one?")
             raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(

@@ -29,15 +29,14 @@ from qsr_engine.data.gpu_decoding import GPUDecoder, in_thread
 from qsr_engine.data.index import DataError, Index, Split, is_url
 from qsr_engine.data.order import epoch_of, plan_epoch, plan_evaluation, seed_for
 from qsr_engine.data.random_access import TarShard
-from qsr_engine.data.remote import ShardCache, open_url
+from qsr_engine.data.remote import ShardCache, ShardStream
+from qsr_engine.data.retrying import Retry
 from qsr_engine.data.ring import Beside, Pixels, run_here, run_in_processes
-from qsr_engine.data.shards import Item, RandomAccess, Sample, Source, Streamed
+from qsr_engine.data.shards import Item, RandomAccess, Sample, Source, Streamed, bad_sample
 from qsr_engine.data.views import EvalView, TrainView
 
 CPU = torch.device("cpu")
 _AHEAD = 8  # batches of a loader process whose shards are fetched before they are needed
-
-SPARES = 64  # samples that come after a batch, the first good one of which stands in where all of a batch are bad
 
 
 class RawBatch(NamedTuple):
@@ -119,7 +118,10 @@ class TrainLoader:
         return iter(wds.DataPipeline(items, wds.shuffle(buffer, initial=buffer, rng=generator)))
 
     def _raw_batches(self, start: int) -> Iterator[RawBatch]:
-        items, spares = self.items(start * self.batch_size), SPARES if self.config.max_bad_samples else 0
+        items, limit = self.items(start * self.batch_size), self.config.max_bad_samples
+        # As many as may be bad in an epoch, at its end, and again at the beginning of the next: then one is good, or
+        # the limit is exceeded anyway.
+        spares = min(2 * limit + 1, self._source.most_spares) if limit else 0
         ahead: deque[Item] = deque()
         for number in count(start):
             ahead.extend(islice(items, self.batch_size + spares - len(ahead)))
@@ -159,17 +161,18 @@ def make_source(folder: str | Path, index: Index, config: DataConfig, split: str
     Raises:
         DataError: the shards are behind a URL, and the cache cannot be used.
     """
-    classes = index.class_count
+    classes, retry = index.class_count, Retry(config.retries, config.retry_seconds)
     if not is_url(folder):
-        return RandomAccess(partial(_open_local, Path(folder)), classes)
+        return RandomAccess(partial(_open_local, Path(folder)), classes, retry=retry)
     url = str(folder).rstrip("/")
-    if config.cache_gb == 0:
-        return Streamed(f"{url}/{{}}".format, partial(_open_shard, url), classes)
-    place = Path(config.cache_dir or default_cache()).expanduser() / "shards"
     shards = {shard.name: shard for shard in index.split(split).shards}
-    cache = ShardCache(url, place, round(config.cache_gb * 1e9), shards)
+    if config.cache_gb == 0:
+        sizes = {name: shard.bytes for name, shard in shards.items()}
+        return Streamed(partial(_name_of, url), partial(_open_stream, url, sizes), classes, retry)
+    place = Path(config.cache_dir or default_cache()).expanduser() / "shards"
+    cache = ShardCache(url, place, round(config.cache_gb * 1e9), shards, retry)
     _check_room(config, index.split(split))
-    return RandomAccess(cache.open, classes, cache.announce)
+    return RandomAccess(cache.open, classes, cache.announce, retry)
 
 
 def _check_room(config: DataConfig, split: Split) -> None:
@@ -194,8 +197,12 @@ def _open_local(folder: Path, name: str) -> TarShard:
     return TarShard(folder / name)
 
 
-def _open_shard(url: str, name: str) -> IO[bytes]:
-    return open_url(f"{url}/{name}")
+def _name_of(url: str, name: str) -> str:
+    return f"{url}/{name}"
+
+
+def _open_stream(url: str, sizes: dict[str, int], name: str) -> IO[bytes]:
+    return ShardStream(f"{url}/{name}", sizes[name])  # type: ignore[return-value]
 
 
 def _evaluation_batches(items: Callable[[], Iterator[Item]], batch_size: int) -> Iterator[RawBatch]:
@@ -241,14 +248,16 @@ class _Decode:
 
 def _limited(batches: Iterator[Batch], skipped: set[str], limit: int, where: str) -> Iterator[Batch]:
     """The batches, until more samples than the limit were skipped; one that is met again does not count again."""
+    known = {bad_sample(text): text for text in skipped}
     for batch in batches:
-        skipped.update(batch.skipped)
-        if len(skipped) > limit:
+        # Of a sample that is met again the first text is given, so that who collects them counts it once too.
+        texts = tuple(known.setdefault(bad_sample(text), text) for text in batch.skipped)
+        if len(known) > limit:
             raise DataError(
-                f"{batch.skipped[-1]}. It is bad sample number {len(skipped)} of {where}, and data.max_bad_samples is "
+                f"{batch.skipped[-1]}. It is bad sample number {len(known)} of {where}, and data.max_bad_samples is "
                 f"{limit}"
             )
-        yield batch
+        yield batch._replace(skipped=texts)
 
 
 def _batches(produce: _Decode, batch_size: int, config: DataConfig) -> Iterator[Batch]:

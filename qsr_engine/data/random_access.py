@@ -9,27 +9,28 @@ mapped: of a mapped file that another process truncates, the next access kills t
 from __future__ import annotations
 
 import os
-import re
 import tarfile
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from webdataset.tariterators import base_plus_ext
 
-from qsr_engine.data.index import DataError
+from qsr_engine.data.tar_members import (
+    MAX_MEMBER,
+    Member,
+    RefusedError,
+    TwiceError,
+    check_member,
+    check_not_compressed,
+    ends_early,
+    is_remark,
+    open_tar,
+    unreadable,
+)
 
 _BLOCK = 512  # bytes of a header, and what members are padded to
 _PLAIN = (ord("0"), 0)  # type flags of a regular file
 _CHECKSUM = slice(148, 156)
-_META = re.compile(r"__[^/]*__($|/)")  # names that webdataset passes over
-
-
-class Member(NamedTuple):
-    """One file in a shard: where its bytes lie."""
-
-    offset: int
-    size: int
 
 
 class TarShard:
@@ -38,7 +39,7 @@ class TarShard:
     Args:
         path: of the tar file.
     Raises:
-        DataError: the file cannot be opened.
+        DataError: the file cannot be opened; a PassingError where that may pass, here and in read().
     """
 
     def __init__(self, path: Path) -> None:
@@ -100,6 +101,7 @@ class TarShard:
 
     def _walk(self, headers: list[tuple[int, bytes]]) -> None:
         size = os.fstat(self._file).st_size
+        check_not_compressed(os.pread(self._file, _BLOCK, 0))
         offset = 0
         while len(header := os.pread(self._file, _BLOCK, offset)) == _BLOCK and header[0]:
             if header[156] not in _PLAIN or header[345]:
@@ -117,15 +119,18 @@ class TarShard:
     def _walk_by_tarfile(self, size: int) -> None:
         self.samples.clear()
         self._keys.clear()
-        with os.fdopen(os.dup(self._file), "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
+        with os.fdopen(os.dup(self._file), "rb") as stream:
+            archive = open_tar(stream, "r:")
             for info in archive:
+                check_member(info)
                 if info.isreg():
                     self._add(info.name, Member(info.offset_data, info.size), size)
+                archive.members = []  # type: ignore[attr-defined]  # tarfile keeps all of them otherwise
 
     def _add(self, name: str, member: Member, size: int) -> None:
         if "/" in name or name[:1] in "._":
             key, suffix = base_plus_ext(name)
-            if key is None or _META.match(name):
+            if key is None or is_remark(name):
                 return
         else:
             key, dot, suffix = name.partition(".")  # the same for a plain name, in a tenth of the time
@@ -139,17 +144,13 @@ class TarShard:
         if member.offset + member.size > size:
             self.samples.pop()
             raise EOFError
+        if member.size > MAX_MEMBER:  # a file may have holes, and be smaller on its disk than it says
+            self.samples.pop()
+            raise RefusedError(f"a member of {key!r} has {member.size} bytes; the limit is {MAX_MEMBER}")
         members = self.samples[-1][1]
         if suffix.lower() in members:
             raise TwiceError(key)
         members[suffix.lower()] = member
-
-
-class TwiceError(ValueError):
-    """Two samples of a shard have the same key."""
-
-    def __init__(self, key: str) -> None:
-        super().__init__(f"the key {key!r} is there twice; write this shard again")
 
 
 def _first_wrong(headers: list[tuple[int, bytes]]) -> int | None:
@@ -174,18 +175,3 @@ def _octal(field: bytes) -> int:
     if not digits.isdigit():
         raise ValueError(f"{digits!r} is not a number")
     return int(digits, 8)
-
-
-def unreadable(path: Path | str, samples: int, error: Exception) -> DataError:
-    """The error of a shard that cannot be read behind so many samples."""
-    reason = str(error) if isinstance(error, TwiceError) else getattr(error, "strerror", None)
-    reason = reason or "it is truncated or not a tar file; copy or write it again"
-    return DataError(f"{path}: this shard cannot be read past sample {samples}: {reason}")
-
-
-def ends_early(path: Path | str, samples: int) -> DataError:
-    """The error of a shard that has fewer samples than its index says."""
-    return DataError(
-        f"{path}: this shard ends after {samples} samples, and its index says that there are more; "
-        "copy or write it again"
-    )

@@ -86,7 +86,8 @@ def test_a_region_has_the_pixels_of_the_whole_image_bit_for_bit(data: st.DataObj
     w, h = data.draw(st.integers(1, across - x)), data.draw(st.integers(1, down - y))
     assert _jpeg.size(sample.image) == (width, height, True)
     pixels = _jpeg.decode(sample.image, x, y, w, h, eighths)
-    if min(width, height) >= 8 // eighths:  # smaller ones Pillow does not scale
+    # Smaller ones Pillow does not scale, and longer ones are refused before they come so far.
+    if min(width, height) >= 8 // eighths and max(width, height) <= 100 * min(width, height):
         assert pixels == decode_whole(sample, Region(x, y, w, h, (0, 0, w, h), eighths))
 
 

@@ -65,7 +65,7 @@ def shards_of(folder: Path, sizes: list[int]) -> tuple[Path, Index]:
 
 def config(**changes: Any) -> DataConfig:
     values = {"shards": "unused", "train": "all", "eval": "all", "image_size": 8, "augment": "crop_flip"}
-    return DataConfig(**{**values, "shuffle_buffer": 16, **changes})
+    return DataConfig(**{**values, "shuffle_buffer": 16, "retry_seconds": 1e-3, **changes})
 
 
 def train_loader(data: tuple[Path, Index], **changes: Any) -> TrainLoader:

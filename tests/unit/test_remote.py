@@ -80,7 +80,7 @@ def test_the_index_is_read_from_a_url(served: tuple[Path, str, list[str]]) -> No
     check_shards(url, index, "all")
     with pytest.raises(DataError, match=r"http://127\.0\.0\.1:\d+/nowhere/index\.json: there is no such file"):
         read_index(url + "/nowhere")
-    with pytest.raises(DataError, match=r"unknown://x/index\.json: "):
+    with pytest.raises(DataError, match=r"unknown://x: shards are not read by the protocol 'unknown'; write a folder"):
         read_index("unknown://x")
 
 
@@ -235,7 +235,7 @@ def test_a_shard_that_differs_from_the_index_is_refused(
     served: tuple[Path, str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, url, asked = served
-    monkeypatch.setattr("qsr_engine.data.remote.time.sleep", lambda _: None)
+    monkeypatch.setattr("qsr_engine.data.retrying.time.sleep", lambda _: None)
     index = read_index(folder)
     shard = index.split("all").shards[0]
     other = shard.model_copy(update={"sha256": "0" * 64})
@@ -243,7 +243,7 @@ def test_a_shard_that_differs_from_the_index_is_refused(
     asked.clear()
     with pytest.raises(DataError, match=r"all-000000\.tar: this shard is not that of the index: it has \d+ bytes"):
         cache.open(shard.name)
-    assert len(asked) == 3, "it could have been damaged on its way"
+    assert len(asked) == 2, "it could have been damaged on its way"
     assert not list(tmp_path.glob("*.tar"))
     missing = shard.model_copy(update={"name": "all-999999.tar"})
     with pytest.raises(DataError, match=r"http://.*/all-999999\.tar: there is no such file"):
@@ -255,12 +255,12 @@ def test_a_connection_that_breaks_is_tried_again(
 ) -> None:
     folder, url, _ = served
     waits: list[float] = []
-    monkeypatch.setattr("qsr_engine.data.remote.time.sleep", waits.append)
+    monkeypatch.setattr("qsr_engine.data.retrying.time.sleep", waits.append)
     shards = {shard.name: shard for shard in read_index(folder).split("all").shards}
     name = next(iter(shards))
     failures = [ConnectionResetError("reset"), TimeoutError()]
 
-    def flaky(path: str, copy: str) -> None:
+    def flaky(path: str, copy: str, **_: Any) -> None:
         if failures:
             raise failures.pop()
         fsspec.filesystem("http").get_file(path, copy)
@@ -276,7 +276,7 @@ def test_no_space_in_the_cache_is_said(
     """The error that a full disk gives; the disk itself is not full."""
     folder, url, _ = served
 
-    def full(_: str, path: str) -> None:
+    def full(_: str, path: str, **__: Any) -> None:
         Path(path).write_bytes(b"a part")
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -302,7 +302,7 @@ def test_a_broken_shard_is_found_out_once_and_its_samples_may_be_skipped(
     served: tuple[Path, str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, url, asked = served
-    monkeypatch.setattr("qsr_engine.data.remote.time.sleep", lambda _: None)
+    monkeypatch.setattr("qsr_engine.data.retrying.time.sleep", lambda _: None)
     index = read_index(folder)
     shards = [index.split("all").shards[0].model_copy(update={"sha256": "0" * 64}), *index.split("all").shards[1:]]
     index = Index(classes=None, splits={"all": Split(samples=sum(SIZES), shards=shards)})
@@ -311,8 +311,8 @@ def test_a_broken_shard_is_found_out_once_and_its_samples_may_be_skipped(
     found = list(islice(loader.batches(), 2))  # all 40 samples of the epoch
     assert sum(len(batch.skipped) for batch in found) == 7
     assert not set(torch.cat([batch.labels for batch in found]).tolist()) & set(range(7))
-    # Three attempts by each of two threads, where the connection itself was good, and not three for every sample.
-    assert asked.count("/all-000000.tar") < 3 * 7
+    # Two tries by each of two threads at most, and not two for every sample.
+    assert asked.count("/all-000000.tar") <= 4
     loader = TrainLoader(url, index, config(url, tmp_path, max_bad_samples=6), rank=0, ranks=1, batch_size=20, seed=3)
     with pytest.raises(DataError, match=r"It is bad sample number 7 of this rank, and data\.max_bad_samples is 6"):
         list(islice(loader.batches(), 2))

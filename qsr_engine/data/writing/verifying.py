@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from qsr_engine.data.images import IMAGE_SUFFIXES, check_image
 from qsr_engine.data.index import INDEX_NAME, DataError, Index, Shard, read_index
+from qsr_engine.data.tar_members import check_member, open_tar
 from qsr_engine.data.writing.processes import check_wanted, run_jobs
 
 MAX_PROBLEMS = 100  # named; of more, the number is said
@@ -106,7 +107,7 @@ def scan_shard(path: Path, classes: int | None, *, decode: bool = False) -> Scan
         stream = _Measured(file)
         try:
             # Names need not be UTF-8; the reader of shards decodes them so too.
-            with tarfile.open(fileobj=stream, mode="r|", encoding="utf-8", errors="surrogateescape") as tar:
+            with open_tar(stream, "r|") as tar:
                 for key, members in groupby(_members(tar), key=lambda member: member.key):
                     check_wanted()
                     where = f"{path}: sample {key!r}"
@@ -159,6 +160,7 @@ def _shard_problems(job: _Job) -> list[str]:
 def _members(tar: tarfile.TarFile) -> Iterator[Member]:
     """The files that belong to samples, in their order."""
     for member in tar:
+        check_member(member)
         # The key ends at the first dot of the name; names such as __meta__ are for remarks.
         match = re.match(r"^((?:.*/|)[^.]+)[.]([^/]*)$", member.name)
         if member.isreg() and match and not re.match(r"__[^/]*__($|/)", member.name):
