@@ -64,6 +64,10 @@ def read_run(path: str | Path) -> Run:
     if not finished:
         notes.insert(0, f"unfinished at step {records[-1]['step']}/{total_steps}")
     name, label = path.resolve().name, strategy_label(recipe["qsr"])
+    left_out = records[-1].get("left_out", 0)
+    if left_out:
+        times = "once" if left_out == 1 else f"{left_out} times"
+        notes.append(f"a worker whose parameters were not finite was left out of an average {times}")
     notes += _slow_worker(workers)
     return Run(name, path, label, recipe, records, workers, counts, finished, total_steps, notes)
 

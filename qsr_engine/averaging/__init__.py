@@ -4,7 +4,8 @@ What happens at a boundary, in this order:
 
 1. every rank reads its buckets once: their sum of squares says whether they are finite, and gives the distance;
 2. all ranks exchange a header (`agreement`); where they disagree, every rank raises and nothing is averaged;
-3. the buckets become their mean over the workers, in pieces that are in flight together;
+3. the buckets become their mean over the workers, in pieces that are in flight together; a worker that is left out adds
+   nothing to the sum, which is then divided by the number of the others, so that it too gets their mean;
 4. the sum of squares of the average gives the distance of the workers from it;
 5. an outer optimizer, if there is one, moves on from the average.
 
@@ -28,11 +29,13 @@ from qsr_engine.averaging.agreement import (
     Header,
     check_agreement,
     exchange_headers,
+    not_finite,
 )
 from qsr_engine.averaging.averager import Averager
 from qsr_engine.averaging.buckets import flat_buckets, place_in
 from qsr_engine.averaging.collectives import (
     CollectiveError,
+    LeftOut,
     all_gather_flat,
     average_in_place,
     average_packed,
@@ -46,6 +49,7 @@ __all__ = [
     "BoundaryError",
     "CollectiveError",
     "Header",
+    "LeftOut",
     "all_gather_flat",
     "average_in_place",
     "average_packed",
@@ -53,6 +57,7 @@ __all__ = [
     "check_agreement",
     "exchange_headers",
     "flat_buckets",
+    "not_finite",
     "place_in",
     "ring_bytes",
 ]

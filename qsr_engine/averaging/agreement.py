@@ -1,7 +1,7 @@
 """What ranks say to one another: the header at a boundary, and the facts with which they were started.
 
 A header travels before every averaging. Where the ranks disagree, or one of them holds parameters that are not finite,
-every rank raises the same error and nothing is averaged.
+every rank raises the same error and nothing is averaged; or the worker of such a rank is left out of the averaging.
 """
 
 from __future__ import annotations
@@ -32,18 +32,20 @@ class AgreementError(RuntimeError):
 class Header:
     """What every rank says of itself at a boundary.
 
-    The first four must be the same on all ranks, sum_of_squares finite and moved 0; skipped is for the record.
+    The first four must be the same on all ranks, and moved 0; sum_of_squares finite, or the worker is left out; skipped
+    is for the record.
     """
 
     step: int  # optimizer steps done
     period: int  # H of the round that ends here
     lr: float  # learning rate of the next round's first step, from which the next H follows
     digest: int  # of the configuration (config.digest), below 2^63
-    sum_of_squares: float  # of the parameters that this rank holds; not finite if any of them is not
+    sum_of_squares: float  # of the parameters that this rank holds; not finite if any is not, or one of its buffers
     moved: int = 0  # tensors that have left the buckets on this rank (Averager.moved)
     skipped: int = 0  # steps whose update this rank's worker skipped because its gradients overflowed
+    stop: int = 0  # 1 where this rank was asked to stop
 
-    _FORMAT = struct.Struct("<qqdqdqq")
+    _FORMAT = struct.Struct("<qqdqdqqq")
 
     def encode(self) -> Tensor:
         raw = self._FORMAT.pack(*dataclasses.astuple(self))
@@ -54,9 +56,13 @@ class Header:
         return cls(*cls._FORMAT.unpack(words.contiguous().numpy().tobytes()))
 
 
-def exchange_headers(header: Header, device: torch.device, group: Group = None) -> list[Header]:
-    """Gather the headers of all ranks of the group (56 bytes each) and check that they agree.
+def exchange_headers(
+    header: Header, device: torch.device, group: Group = None, *, leave_out: bool = False, worker_size: int = 1
+) -> list[Header]:
+    """Gather the headers of all ranks of the group (64 bytes each) and check that they agree.
 
+    Args:
+        leave_out: parameters that are not finite are an error only where all workers have some; see not_finite().
     Raises:
         BoundaryError: on every rank, if the ranks disagree, or if parameters of one of them are not finite or have
             left the buckets.
@@ -69,7 +75,15 @@ def exchange_headers(header: Header, device: torch.device, group: Group = None) 
         all_gather_flat(gathered, mine, group=group)
     headers = [Header.decode(words) for words in gathered.cpu().view(ranks, -1)]
     _check_headers(headers)
+    if not leave_out or len(not_finite(headers, worker_size)) == ranks // worker_size:
+        _check_finite(headers)
     return headers
+
+
+def not_finite(headers: Sequence[Header], worker_size: int) -> list[int]:
+    """The workers with a rank whose parameters are not finite, from the headers of all ranks."""
+    ranks = [rank for rank, header in enumerate(headers) if not math.isfinite(header.sum_of_squares)]
+    return sorted({rank // worker_size for rank in ranks})
 
 
 def _check_headers(headers: Sequence[Header]) -> None:
@@ -99,12 +113,15 @@ def _check_headers(headers: Sequence[Header]) -> None:
             f"averaged, on {_ranks(moved)}: they were given new storage (model.to(...), p.data = ...), or the "
             "optimizer was given others. Change layout, type and parameter groups before initialize()"
         )
+
+
+def _check_finite(headers: Sequence[Header]) -> None:
     bad = [rank for rank, header in enumerate(headers) if not math.isfinite(header.sum_of_squares)]
     if bad:
         raise BoundaryError(
-            f"after step {headers[0].step} the parameters are not finite (NaN or infinity) on {_ranks(bad)}, so "
-            "nothing was averaged and the parameters of the other ranks are unharmed; a lower learning rate, a longer "
-            "warm-up or gradient clipping helps against divergence"
+            f"after step {headers[0].step} the parameters are not finite (NaN or infinity) on {_ranks(bad)}, or the "
+            "buffers that are averaged with them have become so, and nothing was averaged: the parameters of the "
+            "others are unharmed. A lower learning rate, a longer warm-up or gradient clipping helps against divergence"
         )
 
 

@@ -15,6 +15,7 @@ from qsr_engine.averaging.collectives import (
     AllReduce,
     CollectiveError,
     Group,
+    LeftOut,
     Mean,
     bucket_bytes,
     collective,
@@ -77,6 +78,7 @@ class Averager:
         self._outer = Outer(outer, self.buckets) if outer and not outer.is_plain_average else None
         self._order = list(range(len(self.pieces)))
         self.step = 0  # of the boundary; errors name it
+        self._left_out: Sequence[int] = ()
         self._tensors = tensors
         self._places = [_place(tensor) for tensor in tensors()]
         self._shard_group = shard_group if shard_group and dist.get_world_size(shard_group) > 1 else None
@@ -102,8 +104,21 @@ class Averager:
 
     # ------------------------------------------------------------------------------------------- blocking
 
+    def leave_out(self, workers: Sequence[int]) -> LeftOut:
+        """The next averaging is the mean of the other workers, which these get too. Every rank says it, each time.
+
+        What a bucket holds on a worker that is left out is lost at once. Not for snapshot().
+
+        Args:
+            workers: their numbers, by rank in the group; fewer than there are.
+        """
+        self._left_out = workers
+        left_out = LeftOut(len(workers), dist.get_rank(self.group) in workers)
+        left_out.take_effect(self._mean, self.workers)
+        return left_out
+
     def average(self) -> None:
-        """Replace every bucket by its mean over the group.
+        """Replace every bucket by its mean over the group, or over those that leave_out() has left.
 
         Raises:
             CollectiveError: a collective failed or timed out; the buckets may be half averaged.
@@ -267,18 +282,21 @@ class Averager:
         A scalar on the device of the buckets, for which the host need not wait. None where the workers' average was
         rounded on the wire: it is not their exact mean, which the formula below needs.
 
-        Called when the averaging has ended, before the buckets change, with the headers exchanged before it. Uses
-        sum_k |x_k - x|^2 = sum_k |x_k|^2 - K |x|^2, so that no copy of the parameters is needed. Below about 1e-4 the
-        rounding of fp32 sums drowns it.
+        Called when the averaging has ended, before the buckets change, with the headers of all ranks, exchanged before
+        it. Over the workers that were not left out. Uses sum_k |x_k - x|^2 = sum_k |x_k|^2 - K |x|^2, so that no copy
+        of the parameters is needed. Below about 1e-4 the rounding of fp32 sums drowns it.
         """
         if isinstance(self._mean, Compressed):
             return None
         after = _total(list(self._squares.values()) or [self._squares_of(piece) for piece in self.pieces])
+        if self._left_out:
+            size = len(headers) // self.workers  # ranks of a worker, which are neighbours
+            headers = [header for rank, header in enumerate(headers) if rank // size not in self._left_out]
         copies = len(headers)
         if self._shard_group is not None:
             after = after.to(self.device)
             dist.all_reduce(after, group=self._shard_group)
-            copies = self.workers
+            copies = self.workers - len(self._left_out)
         before = sum(header.sum_of_squares for header in headers)
         return torch.where(after > 0, (before / (after * copies) - 1).clamp(min=0).sqrt(), 0.0)
 

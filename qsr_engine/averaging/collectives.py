@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import dataclasses
 from collections import deque
 from collections.abc import Iterator, Sequence
 
@@ -60,10 +61,14 @@ def ring_bytes(payload: int, ranks: int) -> int:
 
 
 class Mean(abc.ABC):
-    """Replaces pieces by their mean over a group."""
+    """Replaces pieces by their mean over a group.
+
+    Where some of its ranks are left out, `divisor` is the number of the others, and those called `add_nothing()`.
+    """
 
     pieces: list[Piece]
     bytes_sent: int  # by this rank, in one run over all pieces
+    divisor: int  # of the sum over the group; at first the ranks of the group
 
     @abc.abstractmethod
     def run(self, order: Sequence[int]) -> Iterator[tuple[int, Tensor | float | None]]:
@@ -75,8 +80,31 @@ class Mean(abc.ABC):
             CollectiveError: a collective failed.
         """
 
+    @torch.no_grad()
+    def add_nothing(self) -> None:
+        """Leave this rank out of the next run, which will put the mean of the others into its pieces.
+
+        Before that run's first collective, for which the others wait before they read this rank's memory.
+        """
+        for piece in self.pieces:
+            torch._foreach_zero_(list(piece.tensors))
+
     def moved(self, index: int) -> None:  # noqa: B027  # most have nothing to remember
         """A piece that run() has yielded was changed, alike on every rank, before the next averaging begins."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftOut:
+    """The ranks of a group that are left out of a mean, as one of its ranks sees it."""
+
+    ranks: int = 0  # how many
+    here: bool = False  # whether this rank is one of them
+
+    def take_effect(self, mean: Mean, ranks: int) -> None:
+        """Before a run of a mean over so many ranks."""
+        mean.divisor = ranks - self.ranks
+        if self.here:
+            mean.add_nothing()
 
 
 STAGING_BUCKETS = 2
@@ -85,18 +113,21 @@ STAGING_BUCKETS = 2
 class AllReduce(Mean):
     """The mean by all-reduce: every in-place piece in flight at once, packed ones through two staging buckets.
 
-    NCCL divides on the way (AVG); gloo adds up, and each piece is divided while later ones are still in flight.
+    NCCL divides on the way (AVG); gloo adds up, and each piece is divided while later ones are still in flight. So
+    does NCCL where a rank is left out.
 
     Args:
         difference: leave (mean - own value) in the pieces instead of the mean; all pieces are packed then.
+        give: leave the pieces as they are, so that only those ranks get the mean that do not say so; they are packed.
     """
 
-    def __init__(self, pieces: Sequence[Piece], group: Group, *, difference: bool = False) -> None:
+    def __init__(self, pieces: Sequence[Piece], group: Group, *, difference: bool = False, give: bool = False) -> None:
         self.pieces = list(pieces)
         self.group = group
-        self.ranks = dist.get_world_size(group)
+        self.ranks = self.divisor = dist.get_world_size(group)
         self.bytes_sent = sum(ring_bytes(piece.nbytes, self.ranks) for piece in self.pieces)
         self._difference = difference
+        self._give = give
         self._staging: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         self._views: dict[tuple[int, int], list[Tensor]] = {}  # of a piece's tensors in a staging bucket
 
@@ -129,7 +160,10 @@ class AllReduce(Mean):
             yield done, self._finish(done, flat, work)
 
     def _is_in_place(self, piece: Piece) -> bool:
-        return piece.in_place and not self._difference
+        return piece.in_place and not (self._difference or self._give)
+
+    def _divides_on_the_way(self, flat: Tensor) -> bool:
+        return flat.is_cuda and self.divisor == self.ranks
 
     def _free_staging(self, order: Sequence[int]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
         """Two buckets for each kind of tensor that is packed, made at the first run and kept."""
@@ -156,7 +190,7 @@ class AllReduce(Mean):
             buffer = free[piece.device, piece.dtype].pop()
             flat = buffer[: piece.numel]
             torch._foreach_copy_(self._views_of(index, buffer), list(piece.tensors))
-        op = dist.ReduceOp.AVG if flat.is_cuda else dist.ReduceOp.SUM
+        op = dist.ReduceOp.AVG if self._divides_on_the_way(flat) else dist.ReduceOp.SUM
         with collective(self._name(index), self.group):
             work = dist.all_reduce(flat, op=op, group=self.group, async_op=True)
         assert work is not None
@@ -168,17 +202,20 @@ class AllReduce(Mean):
         with collective(self._name(index), self.group):
             work.wait()
         flat = buffer[: piece.numel]
+        if self._give:
+            return None
+        divided = self._divides_on_the_way(flat)
         if self._is_in_place(piece):
-            if not flat.is_cuda:
-                flat.div_(self.ranks)
+            if not divided:
+                flat.div_(self.divisor)
             return None
         views, tensors = self._views_of(index, buffer), list(piece.tensors)
         if not (flat.is_cuda or self._difference) and flat.numel() > len(views) * CHUNK:
             for tensor, view in zip(tensors, views, strict=True):
-                torch.div(view, self.ranks, out=tensor)  # divided on the way back: one pass over memory less
+                torch.div(view, self.divisor, out=tensor)  # divided on the way back: one pass over memory less
             return None
-        if not flat.is_cuda:
-            flat.div_(self.ranks)
+        if not divided:
+            flat.div_(self.divisor)
         squares = sum_of_squares(flat) if self._difference else None  # of the mean, which nobody sees afterwards
         if self._difference:
             torch._foreach_sub_(views, tensors)
@@ -203,19 +240,24 @@ def piece_name(pieces: Sequence[Piece], index: int) -> str:
     return f"averaging bucket {index + 1} of {len(pieces)} ({pieces[index].nbytes / 1e6:.1f} MB)"
 
 
-def average_packed(tensors: Sequence[Tensor], group: Group, bucket_bytes: int) -> int:
+def average_packed(
+    tensors: Sequence[Tensor], group: Group, bucket_bytes: int, left_out: LeftOut | None = None, *, give: bool = False
+) -> int:
     """Replace tensors that must stay where they are by their mean over the group, through two staging buckets.
 
+    Args:
+        give: on ranks that are not left out, leave the tensors as they are; those that are get the others' mean.
     Returns:
         Bytes that this rank sent (see ring_bytes).
     """
-    mean = AllReduce(packed_pieces(tensors, bucket_bytes), group)
-    for _ in mean.run(range(len(mean.pieces))):
-        pass
-    return mean.bytes_sent
+    left_out = left_out or LeftOut()
+    mean = AllReduce(packed_pieces(tensors, bucket_bytes), group, give=give and not left_out.here)
+    return _run(mean, left_out)
 
 
-def average_in_place(tensors: Sequence[Tensor], group: Group, bucket_bytes: int) -> int:
+def average_in_place(
+    tensors: Sequence[Tensor], group: Group, bucket_bytes: int, left_out: LeftOut | None = None
+) -> int:
     """Replace tensors by their mean over the group: large contiguous ones where they are, others as average_packed().
 
     Returns:
@@ -223,7 +265,11 @@ def average_in_place(tensors: Sequence[Tensor], group: Group, bucket_bytes: int)
     """
     flat = [tensor.detach().view(-1) for tensor in tensors if tensor.is_contiguous()]
     others = packed_pieces([tensor for tensor in tensors if not tensor.is_contiguous()], bucket_bytes)
-    mean = AllReduce(pieces_in_place(flat, bucket_bytes) + others, group)
+    return _run(AllReduce(pieces_in_place(flat, bucket_bytes) + others, group), left_out or LeftOut())
+
+
+def _run(mean: AllReduce, left_out: LeftOut) -> int:
+    left_out.take_effect(mean, mean.ranks)
     for _ in mean.run(range(len(mean.pieces))):
         pass
     return mean.bytes_sent

@@ -36,16 +36,19 @@ class Captured(Mean):
             )
         self.pieces = mean.pieces
         self.bytes_sent = mean.bytes_sent
+        self._whole = self.divisor = mean.divisor
         self._mean = mean
         self._graph: torch.cuda.CUDAGraph | None = None
         self._warm = False
         atexit.register(self.close)  # a graph that outlives its process group crashes the process at its end
 
     def run(self, order: Sequence[int]) -> Iterator[tuple[int, Tensor | float | None]]:
-        """As Mean.run; `order` is that of the capture."""
-        if not self._warm:
+        """As Mean.run; `order` is that of the capture. Eager where a rank is left out: the graph's divisor is fixed."""
+        if not self._warm or self.divisor != self._whole:
             self._warm = True
+            self._mean.divisor = self.divisor
             yield from self._mean.run(order)
+            self._mean.divisor = self._whole
             return
         if self._graph is None:
             self._graph = self._capture(order)

@@ -48,6 +48,7 @@ class SharedMemory(Mean):
         self.group = group
         self._everywhere = everywhere
         self._rank, self._ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.divisor = self._ranks
         # What it reads from the others' memory and writes into it, which is as much as a ring all-reduce would send.
         self.bytes_sent = ring_bytes(sum(piece.nbytes for piece in self.pieces), self._ranks)
 
@@ -76,7 +77,7 @@ class SharedMemory(Mean):
             total = first if first.dtype in (torch.float32, torch.float64) else first.float()
             for other in others:
                 total.add_(other)
-            total.div_(self._ranks)
+            total.div_(self.divisor)
             squares.append(chunk_of_squares(total, exact))
             for copy in others if total is first else (first, *others):
                 copy.copy_(total)

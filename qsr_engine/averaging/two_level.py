@@ -4,7 +4,7 @@ For N hosts with L ranks of the group on each, every piece is cut into L parts, 
 
     inside     rank i adds up part i of the L ranks of its host
     between    the L ranks with the same part, one from each host, all-reduce it: L groups at once, each with 1/L of all
-    inside     rank i divides by the number of workers, once, and gives its part to the others of its host
+    inside     rank i divides by the number of workers (that are not left out), once, and gives its part to its host
 
 A host's port sends 2 (N - 1) / N of the payload. A ring over all ranks, numbered host by host, has it send
 2 (N L - 1) / (N L): for 2 hosts of 2 ranks 1.5 of the payload instead of 1, of 8 ranks 1.875 instead of 1. What one
@@ -139,6 +139,7 @@ class TwoLevelSharedMemory(Mean):
         self.pieces = list(pieces)
         self._levels = levels
         self._workers, self._place, self._parts = levels.workers, levels.place, levels.parts
+        self.divisor = self._workers
         self._everywhere = everywhere
         # To the others of the host through memory, and to other hosts; together as much as in a ring over all.
         self.bytes_sent = ring_bytes(sum(piece.nbytes for piece in self.pieces), self._workers)
@@ -198,7 +199,7 @@ class TwoLevelSharedMemory(Mean):
         first, *others = self._part(index)
         exact, squares = self.pieces[index].numel <= EXACT, []
         for at in range(0, first.numel(), CHUNK):
-            mean = first[at : at + CHUNK].div_(self._workers)
+            mean = first[at : at + CHUNK].div_(self.divisor)
             squares.append(chunk_of_squares(mean, exact))
             for other in others:
                 other[at : at + CHUNK].copy_(mean)
@@ -224,6 +225,7 @@ class TwoLevelCollectives(Mean):
         self.pieces = list(pieces)
         self._levels = levels
         self._workers, self._place, self._parts = levels.workers, levels.place, levels.parts
+        self.divisor = self._workers
         self.bytes_sent = ring_bytes(sum(piece.nbytes for piece in self.pieces), self._workers)
 
     @torch.no_grad()
@@ -240,7 +242,7 @@ class TwoLevelCollectives(Mean):
                 if number < len(stages):
                     queues[number + 1].append(_Stage(done.index, stages[number](done.index)))
                 else:
-                    self._tail(done.index).div_(self._workers)
+                    self._tail(done.index).div_(self.divisor)
                     yield done.index, None
 
     def _wait(self, stage: _Stage) -> None:
@@ -280,6 +282,6 @@ class TwoLevelCollectives(Mean):
         body = self._body(index)
         if not body.numel():
             return []
-        mine = body[self._place].div_(self._workers)
+        mine = body[self._place].div_(self.divisor)
         with collective(piece_name(self.pieces, index), self._levels.inside):
             return [all_gather_flat(body.view(-1), mine, group=self._levels.inside, async_op=True)]

@@ -90,6 +90,7 @@ class Compressed(Mean):
         self.group = group
         self._format = Format(wire)
         self._ranks, self._rank = dist.get_world_size(group), dist.get_rank(group)
+        self.divisor = self._ranks
         self._parts = [-(-piece.numel // (self._ranks * BLOCK)) * BLOCK for piece in self.pieces]  # elements
         exchanged = sum(self._format.nbytes(part) for part in self._parts)
         self.bytes_sent = 2 * (self._ranks - 1) * exchanged
@@ -156,7 +157,7 @@ class Compressed(Mean):
             mean = self._scratch(index, stop - start).zero_()
             for rank in range(self._ranks):
                 self._format.add(mean, *self._views(exchange.incoming[rank], index, start, stop))
-            mean /= self._ranks
+            mean /= self.divisor
             self._encode(mean, part, index, start, None if residual is None else residual[start:stop])
         gathered = exchange.outgoing.view(-1)  # its content has arrived everywhere that it was sent to
         with self._naming(index):
@@ -220,6 +221,14 @@ class Compressed(Mean):
 
     def _naming(self, index: int) -> contextlib.AbstractContextManager[None]:
         return collective(piece_name(self.pieces, index), self.group)
+
+    @torch.no_grad()
+    def add_nothing(self) -> None:
+        """As Mean.add_nothing: no difference. What the rounding of earlier ones has left is forgotten too."""
+        for piece, anchor in zip(self.pieces, self._anchors, strict=True):
+            piece.tensors[0].copy_(anchor)
+        for of_differences, _ in self._residuals:
+            of_differences.zero_()
 
     @torch.no_grad()
     def moved(self, index: int) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from qsr_engine.averaging import Averager, bucket_bytes, flat_buckets, place_in
+from qsr_engine.averaging import Averager, LeftOut, average_packed, bucket_bytes, flat_buckets, place_in
 from qsr_engine.config import ConfigError, QSRConfig
 
 
@@ -174,6 +174,31 @@ def _overlap(averager: Averager, masters: Masters, worker_size: int) -> None:
             copies[bucket][start:stop].copy_(part)
 
     averager.overlap_with(masters.module, places, refresh)
+
+
+@torch.no_grad()
+def replace_state(masters: Masters, qsr: QSRConfig, across: dist.ProcessGroup, left_out: LeftOut) -> int:
+    """Give the workers that are left out of an averaging the mean of the others' optimizer state.
+
+    What is not finite in their parameters has been in their moments first, and has made others huge. Zeros would not
+    do: Adam corrects its moments by a count of steps, and with zeros late in a run its steps are six times too large.
+    Every rank must call it. The others' state stays as it is, and so do counts and averaging.state, which are averaged
+    by themselves. What has not a master's shape (Adafactor's) becomes zero where it is not finite.
+
+    Returns:
+        Bytes that this rank sent.
+    """
+    names: list[set[str]] = [set()] * dist.get_world_size(across)
+    dist.all_gather_object(names, {name for _, name, _ in masters.state_tensors()}, group=across)
+    capacity, sent = bucket_bytes(qsr.averaging.bucket_mb, across), 0
+    for name in sorted(set().union(*names) - set(qsr.averaging.state)):
+        sent += average_packed(masters.state_to_average(name), across, capacity, left_out, give=True)
+    if left_out.here:
+        for name in dict.fromkeys(name for state in masters.base_optimizer.state.values() for name in state):
+            for value in masters.state(name):
+                if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
+                    value.zero_()
+    return sent
 
 
 def dense_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
