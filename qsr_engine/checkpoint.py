@@ -6,8 +6,9 @@
     DIR/latest                       the tag that was written last, for people and tools; loading does not trust it
 
 A folder is written as DIR/.TAG.tmp and gets its name when all ranks have written and every file has been read back for
-its digest. A process that dies before leaves a temporary folder, which nobody loads and the next save removes. Where
-hosts do not share DIR, each has its own copy of this with the files of its ranks.
+its digest. A process that dies before leaves a temporary folder, which nobody loads and the next save removes. A folder
+that is to be deleted gets a hidden name first. Where hosts do not share DIR, each has its own copy of this with the
+files of its ranks. A checkpoint with a link inside is refused; one that is a link itself is taken by its tag only.
 
 This file knows process groups and folders, and no engine.
 """
@@ -15,133 +16,25 @@ This file knows process groups and folders, and no engine.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import re
 import shutil
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-MANIFEST = "manifest.json"
-MODEL_FILE = "model.safetensors"
+from qsr_engine.manifest import MANIFEST, sha256
+from qsr_engine.manifest import MODEL_FILE as MODEL_FILE
+from qsr_engine.manifest import CheckpointError as CheckpointError
+from qsr_engine.manifest import Manifest as Manifest
+
 LATEST = "latest"
-FORMAT = 1
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or loaded; the message names the folder, what is wrong, and what to do."""
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a checkpoint says of itself.
-
-    layout: what must be the same for an exact resume, and what may differ (see the engine).
-    files: for each path relative to the folder, (size in bytes, SHA-256 in hex); those of the ranks that share this
-        file system.
-    ranks: the ranks whose files are here.
-    saved_at: seconds since 1970, by the clock of rank 0.
-    """
-
-    tag: str
-    step: int
-    saved_at: float
-    layout: dict[str, Any]
-    config: dict[str, Any]
-    ranks: list[int]
-    files: dict[str, tuple[int, str]]
-
-    def write(self, folder: Path) -> None:
-        body = {**self.__dict__, "format": FORMAT, "files": {k: list(v) for k, v in sorted(self.files.items())}}
-        body["sha256_of_the_rest"] = _digest_of(body)
-        with open(folder / MANIFEST, "w", encoding="utf-8") as file:
-            json.dump(body, file, indent=1, default=str)
-            file.flush()
-            os.fsync(file.fileno())
-
-    @classmethod
-    def read(cls, folder: Path) -> Manifest:
-        """Read and check the manifest itself, not yet the files.
-
-        Raises:
-            CheckpointError: there is none, or it is torn or altered.
-        """
-        path = folder / MANIFEST
-        try:
-            body = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise CheckpointError(
-                f"{folder}: there is no {MANIFEST}, so this is not a checkpoint of qsr_engine, or not a whole one"
-            ) from None
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: cannot be read, so the checkpoint is torn: {error}") from None
-        if not isinstance(body, dict) or body.get("format") != FORMAT:
-            found = body.get("format") if isinstance(body, dict) else type(body).__name__
-            raise CheckpointError(f"{path}: the format is {found!r}, and this version reads {FORMAT}")
-        said = body.pop("sha256_of_the_rest", None)
-        if said != _digest_of(body):
-            raise CheckpointError(f"{path}: it was altered after it was written (its own SHA-256 does not match)")
-        del body["format"]
-        wrong = [
-            name
-            for name, kind in {
-                "tag": str,
-                "step": int,
-                "saved_at": float,
-                "layout": dict,
-                "config": dict,
-                "ranks": list,
-                "files": dict,
-            }.items()
-            if not isinstance(body.get(name), kind)
-        ]
-        if wrong:
-            raise CheckpointError(f"{path}: missing or of a wrong type: {', '.join(wrong)}")
-        try:
-            files = {str(name): (int(size), str(digest)) for name, (size, digest) in body.pop("files").items()}
-            return cls(**body, files=files)
-        except (TypeError, ValueError, AttributeError, KeyError) as error:
-            raise CheckpointError(f"{path}: unknown keys, or files of a wrong type: {error}") from None
-
-    def check_sizes(self, folder: Path) -> None:
-        """Raises CheckpointError, naming a file that is missing or of another size."""
-        for name, (size, _) in self.files.items():
-            found = _size(folder / name)
-            if found != size:
-                what = "is missing" if found is None else f"has {found} bytes, and {size} were written"
-                raise CheckpointError(f"{folder}: {name} {what}, so the checkpoint is torn")
-
-    def check_digests(self, folder: Path, names: Sequence[str]) -> None:
-        """Raises CheckpointError, naming a file whose content is not what was written."""
-        for name in names:
-            if _sha256(folder / name) != self.files[name][1]:
-                raise CheckpointError(f"{folder}: {name} was altered after it was written (SHA-256)")
-
-
-def _digest_of(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return None
-
-
-def _sha256(path: Path, *, sync: bool = False) -> str:
-    with open(path, "rb") as file:
-        if sync:
-            os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
+_REMOVED = ".removed-by-qsr"  # end of the hidden name of a folder whose deletion has begun
 
 
 # ---------------------------------------------------------------------------------------------------- writing
@@ -157,17 +50,59 @@ def save(
     config: dict[str, Any],
     latest: bool = True,
     folders: Sequence[str] = (),
+    keep: int | None = None,
 ) -> Path:
     """Write DIR/TAG. Every rank calls it with the same arguments; `write` writes this rank's files into a folder, in
     which `folders` exist already. It must not wait for other ranks, since one of them may have failed.
 
     An error of any rank is raised on every rank, and DIR/TAG is then as it was before.
 
+    Args:
+        keep: once the new one is whole, delete older whole ones, so that so many are left; None keeps all.
     Returns:
         The folder.
     Raises:
         CheckpointError: a rank could not write; the message names it.
     """
+    _check_tag(tag)
+    if keep is not None and keep < 1:
+        raise CheckpointError(f"keep is {keep}; write how many checkpoints to keep, at least 1, or None for all")
+    directory = Path(directory)
+    folder, temporary = directory / tag, directory / f".{tag}.tmp"
+    together = Together(f"writing the checkpoint {folder}")
+    here = _ranks_that_share(directory, together)
+    lead = here[0] == dist.get_rank()
+    try:
+        with together.step():
+            if lead:
+                _make_folders(temporary, folders)
+        together.agree()
+        with together.step():
+            write(temporary)
+        together.agree()
+        files = _digests_together(temporary, here, together)
+        saved_at = max(gathered(_now(directory)))
+        with together.step():
+            if lead:
+                Manifest(tag, step, saved_at, layout, config, here, files).write(temporary)
+                for inside, _, _ in os.walk(temporary):
+                    _sync(Path(inside))
+        together.agree()
+        _put_in_place_together(temporary, folder, lead, together)
+    except CheckpointError:
+        if lead:
+            _discard(temporary)
+        raise
+    if lead:
+        _discard(_aside(folder))
+        if latest:
+            _write_latest(directory / LATEST, tag)
+    if keep is not None:
+        _delete_older(directory, keep, lead)
+    return folder
+
+
+def _check_tag(tag: str) -> None:
     tags = gathered(tag)
     if len(set(tags)) > 1:
         raise CheckpointError(f"the ranks save under different tags, {sorted(set(tags))}; give all of them the same")
@@ -175,67 +110,118 @@ def save(
         raise CheckpointError(
             f"the tag is {tag!r}; write a name of a folder, without /, not beginning with a dot, and not {LATEST!r}"
         )
-    directory = Path(directory)
-    folder, temporary = directory / tag, directory / f".{tag}.tmp"
-    together = Together(f"writing the checkpoint {folder}")
-    here = _ranks_that_share(directory, together)
-    rank, lead = dist.get_rank(), here[0] == dist.get_rank()
 
+
+def _make_folders(temporary: Path, inside: Sequence[str]) -> None:
+    _remove_leftovers(temporary.parent)
+    _discard(temporary)
+    unmade = _removed(temporary)  # where this is interrupted, it is known by its name to be a leftover of ours
+    for name in (".", *inside):
+        (unmade / name).mkdir(parents=True)
+    unmade.rename(temporary)
+
+
+def _digests_together(folder: Path, here: Sequence[int], together: Together) -> dict[str, tuple[int, str]]:
+    """Sizes and SHA-256 of the files in it, which are then on the disk. The ranks that share it read a part each."""
+    found: list[str] = []
     with together.step():
-        if lead:
-            _remove_leftovers(directory)
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            for name in folders:
-                (temporary / name).mkdir(parents=True)
+        if here[0] == dist.get_rank():
+            found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     together.agree()
-    try:
-        with together.step():
-            write(temporary)
-        together.agree()
-        found: list[str] = []
-        if lead:
-            found = sorted(str(path.relative_to(temporary)) for path in temporary.rglob("*") if path.is_file())
-        listed = dict(zip(range(dist.get_world_size()), gathered(found), strict=True))[here[0]]
-        digests: dict[str, tuple[int, str]] = {}
-        with together.step():
-            for name in listed[here.index(rank) :: len(here)]:
-                path = temporary / name
-                digests[name] = (path.stat().st_size, _sha256(path, sync=True))
-        together.agree()
-        everywhere = gathered(digests)
-        saved_at = max(gathered(_now(directory)))
-        with together.step():
-            if lead:
-                files = {name: value for number in here for name, value in everywhere[number].items()}
-                Manifest(tag, step, saved_at, layout, config, here, files).write(temporary)
-                for inner in (path for path in temporary.rglob("*") if path.is_dir()):
-                    _sync(inner)
-                _sync(temporary)
-        together.agree()
-    except CheckpointError:
-        if lead:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    listed: list[str] = gathered(found)[here[0]]
+    digests: dict[str, tuple[int, str]] = {}
     with together.step():
-        if lead:
-            _put_in_place(temporary, folder)
+        for name in listed[here.index(dist.get_rank()) :: len(here)]:
+            digests[name] = (folder / name).stat().st_size, sha256(folder / name, sync=True)
     together.agree()
-    if lead and latest:
-        try:
-            _write_atomically(directory / LATEST, tag)
-        except OSError as error:
-            warnings.warn(f"{directory / LATEST}: cannot be written ({error}); loading does not need it", stacklevel=2)
-    return folder
+    everywhere = gathered(digests)
+    return {name: value for rank in here for name, value in everywhere[rank].items()}
 
 
 def _remove_leftovers(directory: Path) -> None:
-    """What saves that died have left: temporary folders with a worker's folder inside, and marks of ranks."""
+    """What saves that died have left: folders that were being written, replaced or deleted, and marks of ranks."""
     for path in directory.iterdir():
-        if path.name.startswith(".") and path.name.endswith(".tmp") and any(path.glob("worker-*/")):
-            shutil.rmtree(path, ignore_errors=True)
+        begun = path.name.startswith(".") and path.name.endswith(".tmp") and any(path.glob("worker-*/"))
+        deleted = path.name.startswith(".") and path.name.endswith(_REMOVED)
+        replaced = _is_old(path) and (path.parent / path.name[1 : -len(".old")] / MANIFEST).exists()
+        if begun or replaced:
+            _discard(path)
+        elif deleted:
+            _delete(path)
         elif re.fullmatch(r"\.[0-9a-f]{32}-\d+", path.name):
             path.unlink(missing_ok=True)
+
+
+def _is_old(path: Path) -> bool:
+    """A checkpoint that was moved aside, see _put_in_place()."""
+    name = path.name
+    return name.startswith(".") and name.endswith(".old") and any((path / mark).exists() for mark in _MARKS)
+
+
+_MARKS = (MANIFEST, "worker-00000")
+
+
+def _discard(path: Path | None) -> None:
+    """Delete a folder, or a link to one, that is not seen as a checkpoint; what cannot be deleted is left.
+
+    It gets another name first: what is left where this is interrupted is known by that to be a leftover of ours.
+    """
+    if path is None or not os.path.lexists(path):
+        return
+    removed = _removed(path)
+    with contextlib.suppress(OSError):
+        _delete(removed)
+        path.rename(removed)
+        path = removed
+    _delete(path)
+
+
+def _delete(path: Path) -> None:
+    """What it cannot delete it leaves. A link is deleted, and not what it points to."""
+    if path.is_symlink():
+        with contextlib.suppress(OSError):
+            path.unlink()
+    elif path.exists():
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _delete_older(directory: Path, keep: int, lead: bool) -> None:
+    """Delete the older whole checkpoints; what is torn or somebody else's is neither counted nor touched.
+
+    All hosts delete the same ones: those that are whole wherever they are, and older than the newest `keep` that every
+    host has.
+    """
+    views = gathered(_view(directory, None))
+    whole = {name for view in views for name in view if all(v[name][1] is None for v in views if name in v)}
+    newest_first = sorted(whole, key=lambda name: (max(v[name][0] for v in views if name in v), name), reverse=True)
+    everywhere = [name for name in newest_first if all(name in view for view in views)]
+    older = newest_first[newest_first.index(everywhere[keep - 1]) + 1 :] if len(everywhere) > keep else []
+    removed = [_hidden(directory / name) for name in older if lead and os.path.lexists(directory / name)]
+    gathered(None)  # all are out of sight on every host
+    for path in removed:
+        if path is not None:
+            _delete(path)
+
+
+def _hidden(folder: Path) -> Path | None:
+    """Give it a name under which it is no checkpoint, so that none is ever seen half deleted. None: it cannot be."""
+    removed = _removed(folder)
+    try:
+        _delete(removed)
+        folder.rename(removed)
+        _sync(folder.parent)
+    except OSError as error:
+        warnings.warn(
+            f"{folder}: this old checkpoint cannot be deleted ({error.strerror or error}), and takes up room; the next "
+            "save tries again",
+            stacklevel=4,
+        )
+        return removed if removed.exists() and not folder.exists() else None
+    return removed
+
+
+def _removed(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name.lstrip('.')}{_REMOVED}")
 
 
 def _now(directory: Path) -> float:
@@ -244,21 +230,64 @@ def _now(directory: Path) -> float:
     return max([time.time(), *(saved_at + 1e-3 for saved_at in found)])
 
 
+def _aside(folder: Path) -> Path:
+    """Where a checkpoint is kept while another takes its name."""
+    return folder.with_name(f".{folder.name}.old")
+
+
 def _put_in_place(temporary: Path, folder: Path) -> None:
-    """Give the folder its name. One that has it already is whole until the new one is, under the name .TAG.old."""
-    old = folder.with_name(f".{folder.name}.old")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    temporary.rename(folder)
-    _sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    """Give the folder its name. One that has it already is moved aside, and is there until the caller discards it.
+
+    Raises:
+        OSError: all is as it was before.
+    """
+    if os.path.lexists(folder):
+        _discard(_aside(folder))
+        folder.rename(_aside(folder))
+    try:
+        temporary.rename(folder)
+        _sync(folder.parent)
+    except OSError:
+        _take_back(temporary, folder)
+        raise
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def _put_in_place_together(temporary: Path, folder: Path, lead: bool, together: Together) -> None:
+    """On every host, or on none."""
+    with together.step():
+        if lead:
+            _put_in_place(temporary, folder)
+    try:
+        together.agree()
+    except CheckpointError:
+        if lead and not temporary.exists():  # it has its name here already, and could not get it on another host
+            _take_back(temporary, folder)
+        raise
+
+
+def _take_back(temporary: Path, folder: Path) -> None:
+    """Undo _put_in_place() as far as the disk lets it; under the name there is a whole checkpoint or none."""
+    with contextlib.suppress(OSError):
+        if not temporary.exists():
+            folder.rename(temporary)
+        if os.path.lexists(_aside(folder)):
+            _aside(folder).rename(folder)
+        _sync(folder.parent)
+
+
+def _write_latest(path: Path, tag: str) -> None:
+    """A failure is a warning."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(tag)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        warnings.warn(f"{path}: cannot be written ({error}); loading does not need it", stacklevel=3)
 
 
 def _sync(folder: Path) -> None:
@@ -274,14 +303,19 @@ def _ranks_that_share(directory: Path, together: Together) -> list[int]:
     run = gathered(uuid.uuid4().hex)[0]
     marks = [directory / f".{run}-{number}" for number in range(dist.get_world_size())]
     mine = marks[dist.get_rank()]
-    with together.step():
-        directory.mkdir(parents=True, exist_ok=True)
-        mine.touch()
-    together.agree()
-    here = [number for number, mark in enumerate(marks) if mark.exists()]
-    together.agree()
-    mine.unlink(missing_ok=True)
-    together.agree()
+    here: list[int] = []
+    try:
+        with together.step():
+            directory.mkdir(parents=True, exist_ok=True)
+            mine.touch()
+        together.agree()
+        with together.step():
+            here = [number for number, mark in enumerate(marks) if mark.exists()]
+        together.agree()
+    finally:
+        with contextlib.suppress(OSError):  # else the next save deletes it
+            mine.unlink(missing_ok=True)
+    gathered(None)  # no mark is there when the next step looks at the folder
     return here
 
 
@@ -327,6 +361,8 @@ def find(directory: str | os.PathLike[str], tag: str | None = None) -> tuple[Pat
         CheckpointError: there is none; or the one with this tag is not whole, and which one is.
     """
     directory = Path(directory)
+    if tag is not None and Path(tag).name != tag:
+        raise CheckpointError(f"the tag is {tag!r}; write the name of a folder in {directory}")
     if tag is not None and all(gathered(not (directory / tag).exists() and (directory / f".{tag}.old").is_dir())):
         tag = f".{tag}.old"  # a save of this tag died after it had moved the one before aside
     views = gathered(_view(directory, [tag] if tag else None))
@@ -378,7 +414,7 @@ def _view(directory: Path, tags: list[str] | None) -> dict[str, tuple[float, str
                 raise CheckpointError(f"{directory}: there is no checkpoint with the tag {tag!r} here")
             manifest = Manifest.read(folder)
             seen[tag] = manifest.saved_at, None
-            manifest.check_sizes(folder)
+            manifest.check_files(folder)
         except CheckpointError as error:
             seen[tag] = seen[tag][0] if tag in seen else _changed_at(folder), str(error)
     return seen
@@ -392,12 +428,15 @@ def _changed_at(folder: Path) -> float:
 
 
 def _may_be_a_checkpoint(path: Path) -> bool:
-    """A folder that a save has finished, or that was replaced by one that is not there (see _put_in_place)."""
+    """A folder that a save has finished, or that was replaced by one that is not there (see _put_in_place).
+
+    A link to one is taken where its name is asked for, and otherwise left alone.
+    """
     try:
-        if not path.is_dir() or path.name.endswith(".tmp"):
+        if not path.is_dir() or path.is_symlink() or path.name.endswith(".tmp"):
             return False
         if path.name.startswith("."):
-            return path.name.endswith(".old") and not (path.parent / path.name[1 : -len(".old")]).exists()
+            return _is_old(path) and not (path.parent / path.name[1 : -len(".old")]).exists()
         return (path / MANIFEST).exists() or any(path.glob("worker-*"))
     except OSError:  # a folder of somebody else's, such as lost+found
         return False
@@ -431,7 +470,7 @@ def find_alone(path: str | os.PathLike[str]) -> tuple[Path, Manifest]:
     path = Path(path)
     if (path / MANIFEST).exists():
         manifest = Manifest.read(path)
-        manifest.check_sizes(path)
+        manifest.check_files(path)
         return path, manifest
     view = _view(path, None)
     whole = sorted((saved_at, name) for name, (saved_at, error) in view.items() if error is None)

@@ -5,7 +5,8 @@ A run's folder holds `recipe.yaml` (the resolved recipe), `metrics.jsonl` (one `
 finished. `qsr_engine.runs` reads them back. Rank 0 alone writes: what it says of other workers, they told it at a
 boundary.
 
-torch is imported only where TensorBoard is asked for, so that the command line starts quickly.
+torch is never imported, so that the command line starts quickly. Where the disk is full, training goes on without
+records, which are written when there is room again (see appending.py).
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Self, TextIO
 
 from tqdm import tqdm
 
+from qsr_engine.appending import AppendedFile, EventFile
 from qsr_engine.config import ConfigError
 
 RECIPE, METRICS, SUMMARY = "recipe.yaml", "metrics.jsonl", "summary.json"
@@ -108,7 +110,8 @@ def leave_unfinished_run(path: Path) -> None:
     if not path.exists():
         return
     found = {entry.name for entry in path.iterdir()}
-    ours = {RECIPE, METRICS, WORKERS, CHECKPOINTS, LOCK}
+    ours = {RECIPE, METRICS, WORKERS, CHECKPOINTS, LOCK, "model.safetensors", "model.tmp"}
+    ours |= {f"{name}.tmp" for name in (METRICS, WORKERS, SUMMARY)}  # of a process that died while it wrote
     strange = sorted(name for name in found - ours if not name.startswith(_EVENTS))
     if strange:
         raise ConfigError(f"{path}: this folder holds {', '.join(strange[:3])}, which no run writes; {_ANOTHER_PLACE}")
@@ -119,6 +122,16 @@ def leave_unfinished_run(path: Path) -> None:
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
         with suppress(OSError):
             (path / CHECKPOINTS).rmdir()
+
+
+def cannot_finish(path: Path, error: Exception) -> ConfigError:
+    """That the last files of a run, which is trained, cannot be written."""
+    reason = getattr(error, "strerror", None) or error
+    return ConfigError(
+        f"{path}: cannot be written: {reason}. Training is done, and the run is not finished without this file: make "
+        "room on this disk, then run the same command with `--resume`, which goes on from the last checkpoint "
+        f"({path.parent / CHECKPOINTS}), or from the beginning where there is none"
+    )
 
 
 def _cannot_write(path: Path, error: OSError) -> ConfigError:
@@ -154,7 +167,9 @@ class Record:
     sharpness: float | None = None  # largest eigenvalue of the loss's Hessian at the average; None likewise
     data_percent: float | None = None  # of the time since the last record: rank 0 waited for data
     skipped_samples: int = 0  # bad samples that rank 0 has skipped so far
+    checkpoints_failed: int = 0  # that could not be written, so far
     skipped_steps: int = 0  # updates skipped after an overflow, over all workers, as of the last boundary
+    left_out: int = 0  # times so far that a worker's parameters were not finite and it was left out of an average
 
 
 TAGS = {
@@ -164,6 +179,8 @@ TAGS = {
     "local_steps/round": "round",
     "local_steps/relative_distance": "relative_distance",
     "local_steps/skipped_steps": "skipped_steps",
+    "checkpoints/failed": "checkpoints_failed",
+    "local_steps/left_out": "left_out",
     "communication/averagings": "averagings",
     "communication/bytes_sent": "bytes_sent",
     "communication/percent_of_parallel": "communication_percent",
@@ -246,22 +263,16 @@ class Monitor:
         self._stream = stream or sys.stdout
         self._open = ExitStack()
         self._bar: tqdm[Any] | None = None
-        self._writer: Any = None
+        self._events: EventFile | None = None
         if not enabled:
             return
         if from_step:
             _drop_later_records(run_dir / METRICS, from_step)
             _drop_later_records(run_dir / WORKERS, from_step)
-        mode = "a" if from_step else "x"
-        self._metrics = self._open.enter_context((run_dir / METRICS).open(mode, encoding="utf-8"))
-        self._workers = self._open.enter_context((run_dir / WORKERS).open(mode, encoding="utf-8"))
+        self._metrics = self._open.enter_context(closing(AppendedFile(run_dir / METRICS, new=not from_step)))
+        self._workers = self._open.enter_context(closing(AppendedFile(run_dir / WORKERS, new=not from_step)))
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # A killed run loses the events of the last 10 s at most; TensorBoard's own default is 120 s.
-            purge = from_step + 1 if from_step else None
-            writer = SummaryWriter(log_dir=str(run_dir), flush_secs=10, purge_step=purge)
-            self._writer = self._open.enter_context(writer)
+            self._events = self._open.enter_context(closing(EventFile(run_dir, from_step=from_step)))
         if _is_terminal(self._stream):
             bar = tqdm(total=total_steps, initial=from_step, file=self._stream, dynamic_ncols=True, bar_format=_BAR)
             self._bar = self._open.enter_context(bar)
@@ -277,35 +288,35 @@ class Monitor:
         self._open.close()
 
     def log(self, record: Record) -> None:
-        """Write one record everywhere; its line of JSON is on its way to disk when this returns."""
+        """Write one record everywhere; its line of JSON is on its way to disk when this returns, if there is room."""
         if not self._enabled:
             return
         row = asdict(record)
-        self._metrics.write(_json(row) + "\n")
-        self._metrics.flush()
-        if self._writer:
-            for tag, field in TAGS.items():
-                if row[field] is not None:
-                    self._writer.add_scalar(tag, row[field], record.step)
+        self._metrics.write(_line(row))
+        if self._events:
+            self._events.add([(tag, row[name]) for tag, name in TAGS.items() if row[name] is not None], record.step)
         self._show(record)
 
     def log_workers(self, record: WorkersRecord) -> None:
         """Write what the workers told at a boundary, to workers.jsonl and TensorBoard."""
         if not self._enabled:
             return
-        self._workers.write(_json(asdict(record)) + "\n")
-        self._workers.flush()
-        if self._writer:
-            for tag, value in _worker_scalars(record):
-                self._writer.add_scalar(tag, value, record.step)
+        self._workers.write(_line(asdict(record)))
+        if self._events:
+            self._events.add(_worker_scalars(record), record.step)
 
     def summary(self, **values: Any) -> None:
-        """Write the run's last figures to summary.json, whole or not at all; the run is then finished."""
+        """Write the run's last figures to summary.json, whole or not at all; the run is then finished.
+
+        Raises:
+            ConfigError: it cannot be written; no part of it is left.
+        """
         if not self._enabled:
             return
-        unfinished = self._run_dir / f"{SUMMARY}.tmp"
-        unfinished.write_text(_json(values, indent=2) + "\n", encoding="utf-8")
-        unfinished.replace(self._run_dir / SUMMARY)
+        try:
+            _write_whole(self._run_dir / SUMMARY, _json(values, indent=2) + "\n")
+        except OSError as error:
+            raise cannot_finish(self._run_dir / SUMMARY, error) from error
 
     def _show(self, record: Record) -> None:
         accuracy = "" if record.eval_accuracy is None else f"  accuracy {record.eval_accuracy:.1f} %"
@@ -322,15 +333,39 @@ class Monitor:
 
 
 def _drop_later_records(path: Path, step: int) -> None:
-    """Keep the records up to this step; a line that a killed run left half written goes too."""
+    """Keep the records up to this step; a line that a killed run left half written goes too.
+
+    Raises:
+        ConfigError: it cannot be written; the file is as it was.
+    """
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
-    path.write_text("".join(kept), encoding="utf-8")
+    if "".join(kept) != text:
+        try:
+            _write_whole(path, "".join(kept))
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be written: {error.strerror or error}; make room, and resume") from error
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Replace a file, which is as it was where this raises OSError."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 _BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # fits into 80 columns
@@ -342,6 +377,10 @@ def _is_terminal(stream: TextIO) -> bool:
         return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
     except OSError:
         return False
+
+
+def _line(values: dict[str, Any]) -> bytes:
+    return (_json(values) + "\n").encode()
 
 
 def _json(values: dict[str, Any], indent: int | None = None) -> str:

@@ -10,7 +10,9 @@ another size reads its own parts out of the same files.
 
 from __future__ import annotations
 
+import io
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,10 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -58,7 +62,7 @@ def read(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup |
         CheckpointError: a tensor is missing, or of another size, or the files cannot be read.
     """
     try:
-        load(dict(tensors), storage_reader=_Reader(folder), process_group=group)
+        load(dict(tensors), storage_reader=_Reader(folder), planner=_TensorsOnly(), process_group=group)
     except CheckpointException as error:
         raise CheckpointError(f"{folder}: {_reasons(error)}") from error
 
@@ -75,13 +79,33 @@ class _Reader(FileSystemReader):
         try:
             with path.open("rb") as file:
                 metadata = _Unpickler(file).load()
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError, ValueError, TypeError) as error:
+        except Exception as error:  # a pickle of any bytes raises anything
             raise CheckpointError(f"{path}: cannot be read: {error}") from error
         if not isinstance(metadata, Metadata):
             raise CheckpointError(f"{path}: holds a {type(metadata).__name__}, and not what torch writes there")
+        _check_places(path, metadata)
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+
+def _check_places(path: Path, metadata: Metadata) -> None:
+    """Raises CheckpointError where a part is to be read from elsewhere than a file of this folder."""
+    try:
+        names = {place.relative_path for place in metadata.storage_data.values()}
+        strange = [name for name in names if not (isinstance(name, str) and re.fullmatch(r"\w+\.distcp", name))]
+        listed = isinstance(metadata.state_dict_metadata, dict)
+    except (AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path}: is not what torch writes there: {error}") from error
+    if strange or not listed:
+        raise CheckpointError(f"{path}: {strange[:1]!r:.200} is no file of this folder, so nothing of it is read")
+
+
+class _TensorsOnly(DefaultLoadPlanner):
+    """torch's plan of what is read; of what is no tensor it would make any object, and write() writes none."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        raise CheckpointError(f"{read_item.dest_index.fqn}: it is no tensor, and nothing else is read")
 
 
 class _Unpickler(pickle.Unpickler):

@@ -13,7 +13,6 @@ from __future__ import annotations
 import abc
 import contextlib
 import io
-import json
 import logging
 import os
 import random
@@ -34,6 +33,7 @@ from qsr_engine.config import digest, flatten
 from qsr_engine.engines.learning_rate import LearningRate
 from qsr_engine.engines.masters import Masters
 from qsr_engine.local_steps import LocalSteps
+from qsr_engine.manifest import plain
 
 log = logging.getLogger(__name__)
 
@@ -69,12 +69,14 @@ class Resumable(abc.ABC):
         client_state: Mapping[str, Any] | None = None,
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
+        keep: int | None = None,
     ) -> bool:
         """Save a checkpoint, one folder a worker, whole or not there; on a boundary only.
 
         Every rank must call it. Arguments as DeepSpeed's. client_state is kept for every rank: the position in the data
         belongs there. Random states, the local steps and the averaged model are saved too; the files are listed in
-        qsr_engine/checkpoint.py.
+        qsr_engine/checkpoint.py. With `keep`, the older whole ones in save_dir are deleted when this one is whole, so
+        that so many are left.
 
         Raises:
             RuntimeError: inside a round, where every worker has parameters of its own, or inside gradient accumulation.
@@ -95,6 +97,7 @@ class Resumable(abc.ABC):
             config={**self._given_config, "qsr": self.local_steps.qsr.model_dump()},
             latest=save_latest,
             folders=[str(worker_folder(Path(), worker) / self._own_folder) for worker in range(self._workers)],
+            keep=keep,
         )
         return True
 
@@ -169,15 +172,18 @@ class Resumable(abc.ABC):
             self._say_what_differs(folder, manifest)
         together = checkpoint.Together(f"loading the checkpoint {folder}")
         with together.step():
-            if found and not without_state:
-                state = self._load_other_layout(folder, manifest, found)
+            rank, worker = (0, 0) if found else (dist.get_rank(), self._worker)
+            state = read_rank(rank_file(folder, worker, rank))
+            if not without_state:
+                self._check_workers(folder, manifest, found)
+        together.agree()  # before the first collective, in which the others would wait for a rank that cannot read
+        with together.step():
+            if without_state:
+                self._load_parameters(folder, 0 if alone else manifest.step)
+            elif found:
+                self._load_other_layout(folder, manifest, found, state)
             else:
-                rank, worker = (0, 0) if found else (dist.get_rank(), self._worker)
-                state = read_rank(rank_file(folder, worker, rank))
-                if without_state:
-                    self._load_parameters(folder, 0 if alone else manifest.step)
-                else:
-                    self._load_all(folder, state, kwargs)
+                self._load_all(folder, state, kwargs)
             if alone:
                 state["local_steps"] = self.local_steps.state_dict()
             elif self.lr_scheduler is not None and state["scheduler"] and kwargs.get("load_lr_scheduler_states", True):
@@ -195,7 +201,7 @@ class Resumable(abc.ABC):
 
     def _say_what_differs(self, folder: Path, manifest: Manifest) -> None:
         """On rank 0: a run may go on with another configuration, but not in silence."""
-        now = json.loads(json.dumps({**self._given_config, "qsr": self.local_steps.qsr.model_dump()}, default=str))
+        now = plain({**self._given_config, "qsr": self.local_steps.qsr.model_dump()})
         then, here = dict(flatten(manifest.config)), dict(flatten(now))
         found = [
             f"{key} was {then.get(key)!r} and is {here.get(key)!r}"
@@ -204,6 +210,15 @@ class Resumable(abc.ABC):
         ]
         if found and dist.get_rank() == 0:
             log.warning("%s: the run goes on with another configuration: %s", folder, "; ".join(found))
+
+    def _check_workers(self, folder: Path, manifest: Manifest, found: Mapping[str, tuple[Any, Any]]) -> None:
+        """Whether the states of the workers that this rank will load can be read, in a run of this layout at all."""
+        workers = [self._worker]
+        if found:
+            chosen = policy(folder, found, self.local_steps.qsr.on_other_workers, self._may_differ)
+            workers = list(range(int(manifest.layout["workers"]))) if chosen == "mean" else []
+        for worker in workers:
+            self._check_worker(worker_folder(folder, worker))
 
     def _load_all(self, folder: Path, state: Mapping[str, Any], kwargs: dict[str, Any]) -> None:
         """Everything of a run with the same layout."""
@@ -231,12 +246,11 @@ class Resumable(abc.ABC):
         self.global_samples = step * self.train_batch_size()
 
     def _load_other_layout(
-        self, folder: Path, manifest: Manifest, found: Mapping[str, tuple[Any, Any]]
-    ) -> dict[str, Any]:
-        """Parameters and step of a run with other workers. Returns the state of its rank 0."""
+        self, folder: Path, manifest: Manifest, found: Mapping[str, tuple[Any, Any]], state: Mapping[str, Any]
+    ) -> None:
+        """Parameters and step of a run with other workers, whose rank 0 had this state."""
         chosen = policy(folder, found, self.local_steps.qsr.on_other_workers, self._may_differ)
         say(folder, found, chosen)
-        state = read_rank(rank_file(folder, 0, 0))
         if chosen == "mean":
             workers = int(manifest.layout["workers"])
             mean_of_states(self._masters, lambda worker: self._load_worker(folder, worker, state), workers)
@@ -245,7 +259,6 @@ class Resumable(abc.ABC):
                 self._read_frozen(folder)
         else:
             self._load_parameters(folder, manifest.step)
-        return state
 
     def averaged_state_dict(self) -> dict[str, Tensor]:
         """The averaged model: fp32 parameters and the buffers, on the CPU, under the names of the module's own.
@@ -288,6 +301,10 @@ class Resumable(abc.ABC):
 
         One rank may fail, so none may wait for another that does not come.
         """
+
+    @abc.abstractmethod
+    def _check_worker(self, folder: Path) -> None:
+        """Raises CheckpointError where _load_worker() could not read a worker's folder, or would run code of it."""
 
     @abc.abstractmethod
     def _load_worker(self, folder: Path, worker: int, state: Mapping[str, Any], **kwargs: Any) -> None:
@@ -378,7 +395,13 @@ def read_rank(path: Path) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    missing = [name for name in _OF_A_RANK if not isinstance(state, dict) or name not in state]
+    if missing:
+        raise CheckpointError(f"{path}: it does not hold {', '.join(missing)}, so it is not the file of a rank")
     return state
+
+
+_OF_A_RANK = ("local_steps", "averager", "scheduler", "rates", "random", "client", "buffers", "without_frozen", "own")
 
 
 # --------------------------------------------------------------------------------------------------- the model

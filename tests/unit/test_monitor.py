@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -230,3 +231,110 @@ def test_of_two_runs_at_once_one_is_refused(tmp_path: Path, monkeypatch: pytest.
 def test_importing_monitor_and_report_leaves_torch_out() -> None:
     code = "import sys, qsr_engine.monitor, qsr_engine.report; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+# ---------------------------------------------------------------------------------------------- a disk that is full
+
+
+class FullDisk:
+    """A file of AppendedFile's on a disk with so much room, and one that cannot even shorten it, if so said. A stub."""
+
+    def __init__(self, file: Any, room: int, frozen: bool = False) -> None:
+        self._file, self.room, self.frozen = file, room, frozen
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, content: Any) -> int:
+        part = bytes(content)[: self.room]
+        if not part:
+            raise OSError(28, "No space left on device")
+        self.room -= len(part)
+        return int(self._file.write(part))
+
+    def truncate(self, size: int) -> int:
+        if self.frozen:
+            raise OSError(30, "Read-only file system")
+        return int(self._file.truncate(size))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("room", [*range(0, 40, 7), 700, 2000])
+def test_records_wait_while_the_disk_is_full(tmp_path: Path, room: int, frozen: bool) -> None:
+    """At no time is there a part of a record, unless the file cannot be shortened; then it goes before the next one."""
+    monitor = Monitor(tmp_path, 660, stream=io.StringIO())
+    assert monitor._events is not None
+    files = [monitor._metrics, monitor._workers, monitor._events._file]
+    told = WorkersRecord(8, [4.0, 5.0], [0.5, 0.25], [1.0, 0.0], None, [0, 3])
+    disks = [FullDisk(file._file, room, frozen) for file in files]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for file, disk in zip(files, disks, strict=True):
+            file._file = disk  # type: ignore[assignment]
+        for step in range(10, 50, 10):
+            monitor.log(dataclasses.replace(EVALUATED, step=step))
+            monitor.log_workers(dataclasses.replace(told, step=step))
+            if not frozen:
+                assert [row["step"] for row in rows(tmp_path)] == list(range(10, 50, 10))[: len(rows(tmp_path))]
+        failed = [text for text in map(str, (warning.message for warning in said)) if "training goes on" in text]
+        assert len(failed) == len(set(failed)) == sum(disk.room == 0 for disk in disks), "each file says it once"
+        said.clear()
+        for disk in disks:
+            disk.room, disk.frozen = 10**9, False
+        monitor.log(dataclasses.replace(EVALUATED, step=50))
+        monitor.log_workers(dataclasses.replace(told, step=50))
+        monitor.close()
+        assert len([warning for warning in said if "is written again" in str(warning.message)]) == len(failed)
+    assert [row["step"] for row in rows(tmp_path)] == [10, 20, 30, 40, 50]
+    assert len((tmp_path / "workers.jsonl").read_text().splitlines()) == 5
+    assert [event.step for event in events_of(tmp_path).Scalars("eval/accuracy")] == [10, 20, 30, 40, 50]
+
+
+def test_records_that_never_find_room_are_said_to_be_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real limit of the kernel on the size of a file; the oldest go where too many wait."""
+    import resource
+
+    monkeypatch.setattr("qsr_engine.appending.MOST_WAITING", 2000)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with warnings.catch_warnings(record=True) as said, Monitor(tmp_path, 660, stream=io.StringIO()) as monitor:
+        warnings.simplefilter("always")
+        monitor.log(RECORD)
+        try:
+            limit = (tmp_path / "metrics.jsonl").stat().st_size + 100  # a part of the next record
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+            for step in range(20, 120, 10):
+                monitor.log(dataclasses.replace(RECORD, step=step))
+            monitor.close()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [row["step"] for row in rows(tmp_path)] == [10]
+    assert any("metrics.jsonl: 10 records are lost" in str(warning.message) for warning in said)
+    assert [event.step for event in events_of(tmp_path).Scalars("train/loss")][:1] == [10]
+
+
+def test_a_resumed_run_goes_on_after_a_torn_line(tmp_path: Path) -> None:
+    log(tmp_path, RECORD, EVALUATED)
+    for name in ("metrics.jsonl", "workers.jsonl"):
+        with (tmp_path / name).open("ab") as file:
+            file.write(b'{"step": 20, "torn\xff')
+    log(tmp_path, dataclasses.replace(RECORD, step=20), from_step=10)
+    assert [row["step"] for row in rows(tmp_path)] == [10, 20]
+    assert not (tmp_path / "workers.jsonl").read_bytes()
+    assert [event.step for event in events_of(tmp_path).Scalars("train/loss")] == [10, 20]
+
+
+def test_what_cannot_be_replaced_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropping records used to empty the file first. The failure of fsync is a stub."""
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    log(tmp_path, RECORD, EVALUATED, tensorboard=False)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ConfigError, match=r"metrics.jsonl: cannot be written: No space .*make room, and resume"):
+        log(tmp_path, from_step=10, tensorboard=False)
+    assert [row["step"] for row in rows(tmp_path)] == [10, 20]
+    log(tmp_path, from_step=20, tensorboard=False)  # nothing is to be dropped, so nothing is written
+    with pytest.raises(ConfigError, match="room on this disk, then run the same command with `--resume`"):
+        Monitor(tmp_path, 660, tensorboard=False, stream=io.StringIO(), from_step=20).summary(accuracy=1.0)
+    assert not [path.name for path in tmp_path.iterdir() if "summary" in path.name or "tmp" in path.name]
