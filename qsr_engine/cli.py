@@ -32,13 +32,14 @@ from qsr_engine.data.writing.data_sets import CIFAR10_ROOT, QUALITY, SHARD_BYTES
 from qsr_engine.data.writing.processes import usable_cores
 from qsr_engine.forecast import LIMIT_PERCENT, bytes_of, check_place, check_plot, make_forecast, print_plan
 from qsr_engine.hosts import HostError, check_hosts
-from qsr_engine.launcher import launch, started_by_a_launcher
-from qsr_engine.monitor import SUMMARY, check_run_folder, check_unfinished
+from qsr_engine.launcher import hopeless, launch, no_restart, restarted, started_by_a_launcher
+from qsr_engine.monitor import CHECKPOINTS, SUMMARY, check_run_folder, check_unfinished
 from qsr_engine.plan import Plan, make_plan, write_header
 from qsr_engine.quantities import parse_count, parse_rate, parse_seconds
 from qsr_engine.recipe import load_recipe, resolve_recipe
 from qsr_engine.report import report
 from qsr_engine.runs import ReportError
+from qsr_engine.stopping import STOPPED
 
 MB = 1_000_000
 USER_ERROR = 2  # exit code, as argparse's own
@@ -79,6 +80,13 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", help="go on from the run's newest checkpoint; begin if there is none"
     )
     train.add_argument("--ranks", type=whole_number, help="processes on this host (default: one a GPU)")
+    train.add_argument(
+        "--restarts",
+        type=whole_number,
+        default=0,
+        metavar="N",
+        help="times that the run goes on from its newest checkpoint by itself when a rank has died (with torchrun)",
+    )
     train.set_defaults(run=_train)
 
     _add_plan(commands.add_parser("plan", help="what a run's schedule will be: rounds, periods, communication"))
@@ -273,13 +281,33 @@ def _say(folder: str, index: Index) -> int:
 def _train(args: argparse.Namespace) -> int:
     recipe, index = _prepare(args)
     if started_by_a_launcher():
-        return _train_rank(recipe, index, resume=args.resume)
+        if restarted() and (recipe.run_dir / SUMMARY).exists():  # a rank died when everything was done
+            return 0
+        return _train_rank(recipe, index, resume=args.resume or restarted())
+    if args.restarts and recipe.logging.checkpoint_every is None:
+        raise ConfigError(
+            f"--restarts is {args.restarts}, and logging.checkpoint_every is not given, so that a restarted run would "
+            "begin anew; write it, in steps"
+        )
     check = check_unfinished if args.resume else check_run_folder
     check(recipe.run_dir)
-    code = launch(recipe, args.ranks, ["train", args.recipe, *_overrides(args), *(["--resume"] if args.resume else [])])
+    words = ["train", args.recipe, *_overrides(args), *(["--resume"] if args.resume else [])]
+    code = launch(recipe, args.ranks, words, resume=args.resume, restarts=args.restarts)
     if code == 0 and not (recipe.run_dir / SUMMARY).exists():  # the launcher hides some deaths of its children
         raise ConfigError(f"{recipe.run_dir}: the launcher ended without an error, and the run is not finished")
+    if args.restarts and 0 < code < 128 and code != STOPPED:  # from 128 on: ended by a signal
+        _say_what_is_left(recipe, args.restarts)
     return code
+
+
+def _say_what_is_left(recipe: Recipe, restarts: int) -> None:
+    from qsr_engine.checkpoint import CheckpointError, find_alone
+
+    try:
+        left = f"its last checkpoint is {find_alone(recipe.run_dir / CHECKPOINTS)[0]}; mend it, then add --resume"
+    except CheckpointError:
+        left = "it has no whole checkpoint"
+    print(f"qsr: error: the run failed with --restarts {restarts}, and {left}", file=sys.stderr, flush=True)
 
 
 def _overrides(args: argparse.Namespace) -> list[str]:
@@ -437,21 +465,25 @@ def _export(args: argparse.Namespace) -> int:
 def _train_rank(recipe: Recipe, index: Index, *, resume: bool) -> int:
     from torch.distributed import DistError
 
-    from qsr_engine.averaging import AgreementError, BoundaryError
+    from qsr_engine.averaging import AgreementError, BoundaryError, CollectiveError
     from qsr_engine.checkpoint import CheckpointError
+    from qsr_engine.stopping import StoppedError, exit_code
     from qsr_engine.train import DivergenceError, train
 
+    rank = int(os.environ["RANK"])
+    earlier = hopeless()
+    if earlier is not None:
+        return _fail(RuntimeError(f"not started again, since the same would happen: {earlier}"))
     try:
         train(recipe, index, resume=resume)
-    except (
-        AgreementError,
-        BoundaryError,
-        CheckpointError,
-        DivergenceError,
-        ConfigError,
-        DataError,
-        HostError,
-    ) as error:
+    except StoppedError as stopped:
+        if rank == 0:
+            print(f"qsr: {stopped}", file=sys.stderr, flush=True)
+        return exit_code(rank)
+    except (AgreementError, BoundaryError, ConfigError, DataError, DivergenceError) as error:
+        no_restart(error)
+        return _fail(error)
+    except (CheckpointError, CollectiveError, HostError) as error:
         return _fail(error)
     except OSError as error:
         return _fail(RuntimeError(f"{error.strerror or error}: {error.filename or recipe.run_dir}"))

@@ -130,6 +130,21 @@ class OuterConfig(StrictModel):
         return self
 
 
+class FaultsConfig(StrictModel):
+    """What a run does when something goes wrong."""
+
+    # After so many seconds without a sign of life, or without progress while others wait for it, a rank is lost, and
+    # every other rank ends with an error that names it; None: never.
+    timeout_seconds: Annotated[float, Field(ge=1, le=604_800, allow_inf_nan=False)] | None = 600.0
+    # A worker whose parameters, or buffers that are averaged, are not finite at a boundary ends the run; or it is left
+    # out of this average, and gets that of the others with the mean of their optimizer states. Where gradients are
+    # averaged at every step (`post_local` before its switch) a NaN reaches all workers, and the run ends either way.
+    not_finite: Literal["stop", "leave_out"] = "stop"
+    # On SIGTERM or SIGUSR1: train to the end of the round, or end the round at the step that the foremost worker has
+    # reached; then save and exit.
+    on_signal: Literal["finish_round", "cut_round"] = "finish_round"
+
+
 class QSRConfig(StrictModel):
     """The `"qsr"` block of a DeepSpeed configuration.
 
@@ -151,6 +166,7 @@ class QSRConfig(StrictModel):
     outer: OuterConfig | None = None  # None: the plain average, as in the paper
     # From a checkpoint of another number of workers: every optimizer starts from the mean of their states, or anew.
     on_other_workers: Literal["mean", "fresh"] = "mean"
+    faults: FaultsConfig = FaultsConfig()
 
     @property
     def period_warmup_steps(self) -> int:
@@ -166,9 +182,23 @@ class QSRConfig(StrictModel):
                 "outer is set and averaging.overlap is 'delayed', which leaves the workers at different parameters; "
                 "write outer null, or the overlap 'none' or 'next_forward'"
             )
+        _check_faults(self)
         _check_strategy(self)
         _check_steps(self)
         return self
+
+
+def _check_faults(qsr: QSRConfig) -> None:
+    if qsr.faults.not_finite == "leave_out" and qsr.strategy == "parallel":
+        raise ValueError(
+            "faults.not_finite is 'leave_out', and strategy 'parallel' averages gradients at every step, so that a NaN "
+            "of one worker is in all of them; write 'stop', or a strategy of local steps such as 'qsr'"
+        )
+    if qsr.faults.not_finite == "leave_out" and qsr.averaging.overlap == "delayed":
+        raise ValueError(
+            "faults.not_finite is 'leave_out' and averaging.overlap is 'delayed', where a worker goes on from its own "
+            "parameters until the average comes; write not_finite 'stop', or the overlap 'none' or 'next_forward'"
+        )
 
 
 def _check_strategy(qsr: QSRConfig) -> None:
@@ -340,6 +370,8 @@ class DataConfig(StrictModel):
     shuffle_buffer: PositiveInt = 4096  # samples
     loader_processes: Count = 0
     max_bad_samples: Count = 0  # that each rank may skip in a run; with 0 the first one ends the run
+    retries: Count = 3  # of a read that failed in a way that may pass (network, file server), before the sample is bad
+    retry_seconds: Positive = 1.0  # before the first retry; doubled for each further one, to 60 at most
     decoder: Literal["cpu", "gpu"] = "cpu"  # "gpu": JPEGs by the GPU's decoder, through torchvision
     cache_dir: str | None = None  # of shards from a URL; None: qsr_engine in the user's cache folder
     cache_gb: Annotated[float, Field(ge=0, le=1e9)] = (
@@ -362,6 +394,9 @@ class BatchConfig(StrictModel):
     train_batch_size: PositiveInt
     train_micro_batch_size_per_gpu: PositiveInt | None = None
     gradient_accumulation_steps: PositiveInt | None = None  # follows from the other two
+    # Where a run goes on with another number of ranks: "keep" train_batch_size and divide it among them, or let every
+    # rank keep its part ("per_rank"), so that a step has other samples in all. The learning rate and H do not change.
+    on_other_ranks: Literal["keep", "per_rank"] = "keep"
 
 
 class OptimizerConfig(StrictModel):
@@ -405,6 +440,7 @@ class LoggingConfig(StrictModel):
     every: PositiveInt = 10
     eval_every: PositiveInt | None = None  # None: at the end of the run only
     checkpoint_every: PositiveInt | None = None  # each at the next boundary; None: no checkpoints
+    keep_checkpoints: PositiveInt | None = None  # the newest so many; older ones are deleted. None: all are kept
     sharpness_samples: Count = 0  # training pictures for the sharpness that each evaluation measures; 0: it does not
     tensorboard: bool = True
 
@@ -493,7 +529,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
     except OSError as error:
         raise ConfigError(f"{path}: cannot read this configuration: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not a JSON file that can be read: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a DeepSpeed configuration is a JSON object; found {type(raw).__name__}")

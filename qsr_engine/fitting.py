@@ -25,6 +25,8 @@ _MAY_DIFFER = (
     "data.cache_",
     "data.shuffle_buffer",
     "data.max_bad_samples",
+    "data.retries",
+    "data.retry_seconds",
     "data.mixup",
     "logging.",
     "seed",

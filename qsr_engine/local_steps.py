@@ -24,23 +24,32 @@ last boundary of the run does it itself.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from qsr_engine.averaging import (
     Averager,
     CollectiveError,
     Header,
+    LeftOut,
     average_in_place,
     average_packed,
     bucket_bytes,
     exchange_headers,
+    not_finite,
 )
 from qsr_engine.config import QSRConfig
+from qsr_engine.liveness import Liveness, LostRankError
 from qsr_engine.schedule import Mode, Round, learning_rate, mode, period
+
+log = logging.getLogger(__name__)
 
 
 class LocalSteps:
@@ -54,8 +63,11 @@ class LocalSteps:
         buffers: gives the floating-point tensors averaged beside the parameters (batch-norm statistics); a module may
             hold others at every boundary.
         optimizer_state: gives the state tensors that are averaged with the parameters; empty if the state is local.
+        replace_state: called on every rank where workers are left out of an averaging; gives these the mean of the
+            others' optimizer state, beside `optimizer_state`, and returns the bytes that this rank sent.
         after_averaging: called once the parameters are averaged; refreshes what derives from them.
         parallel_bytes: bytes that a rank sends at one step of `parallel`.
+        liveness: tells lost ranks and requests to stop; without one, this process is by itself.
     """
 
     def __init__(
@@ -67,8 +79,10 @@ class LocalSteps:
         optimizer_lr: Callable[[], float],
         buffers: Callable[[], list[torch.Tensor]] = lambda: [],
         optimizer_state: Callable[[], list[torch.Tensor]] = lambda: [],
+        replace_state: Callable[[LeftOut], int] = lambda left_out: 0,
         after_averaging: Callable[[], None] = lambda: None,
         parallel_bytes: int = 0,
+        liveness: Liveness | None = None,
     ) -> None:
         self.qsr = qsr
         self.averager = averager
@@ -76,8 +90,11 @@ class LocalSteps:
         self._digest = digest
         self._buffers = buffers
         self._optimizer_state = optimizer_state
+        self._replace_state = replace_state
         self._after_averaging = after_averaging
         self._parallel_bytes = parallel_bytes
+        self.liveness = liveness or Liveness(None, 0, 1, None)
+        self.stopping = False  # at a boundary: some rank was asked to stop, and all know it; save and exit
         self.step = 0
         self.round = 0
         self.averagings = 0
@@ -87,8 +104,10 @@ class LocalSteps:
         self.parallel_bytes_so_far = 0  # that a rank would have sent by now under `parallel`
         self.skipped_steps = 0  # of this worker, because its gradients overflowed; they count as steps
         self.skipped_steps_of_all_workers = 0  # as told at the last boundary
+        self.left_out: dict[int, int] = {}  # how often a worker was left out of an averaging, by its number
         self._distance: torch.Tensor | None = None
         self._buffers_differ = False
+        self._not_finite = _count_not_finite(buffers())  # elements when the buffers were the same everywhere (a mask)
         self._headers: list[Header] = []  # of the averaging that is due or under way
         self._due = False  # a delayed averaging that begins with the next forward
         self._apply_at: int | None = None  # the step after which a delayed averaging takes effect
@@ -140,6 +159,7 @@ class LocalSteps:
             "averagings": self.averagings,
             "bytes_sent": self.bytes_sent,
             "skipped_steps": self.skipped_steps_of_all_workers,
+            "left_out": sum(self.left_out.values()),
         }
         if self.relative_distance is not None:
             figures["relative_distance"] = self.relative_distance
@@ -150,16 +170,17 @@ class LocalSteps:
 
         Raises:
             BoundaryError: on every rank, as exchange_headers() says; nothing was averaged.
-            CollectiveError: a collective failed or timed out.
+            CollectiveError: a collective failed or timed out; LostRankError, which is one, where ranks are lost.
             RuntimeError: the run has ended already.
         """
         self.check_unfinished()
         self.step += 1
+        self.liveness.done(self.step, self.round, finished=self.finished)
         self.parallel_bytes_so_far += self._parallel_bytes
         self._buffers_differ = True
         if self.mode == "parallel":
             self.bytes_sent += self._parallel_bytes
-        at_the_end = self.step == self._round.start + self._round.length
+        at_the_end = self._is_cut() or self.step == self._round.start + self._round.length
         if self._apply_at is not None and (self.step == self._apply_at or at_the_end):
             self._apply()
         if not at_the_end:
@@ -175,6 +196,29 @@ class LocalSteps:
                 self.averager.begin_local()
         return True
 
+    def request_stop(self) -> None:
+        """Ask all ranks to stop, as qsr.faults.on_signal says; `stopping` is then True at a boundary, on every rank.
+
+        A handler of a signal may call it.
+        """
+        self.liveness.request_stop()
+
+    def _is_cut(self) -> bool:
+        """Whether the round ends here because the run is to stop, the same on every rank.
+
+        Ranks that meet at every step cannot tell one another in a header. Where local steps end by themselves, the
+        header of the boundary tells it.
+        """
+        local = self.mode == "local"
+        by_itself = self.step == self._round.start + self._round.length
+        if not self.liveness.stop_requested or self.finished or (local and by_itself):
+            return False
+        if (local and self.qsr.faults.on_signal == "finish_round") or not self.liveness.halt(self.step):
+            return False
+        self._round = dataclasses.replace(self._round, length=self.step - self._round.start)
+        self.stopping = True
+        return True
+
     def _begin(self) -> Round:
         return Round(self.step, period(self.qsr, self.step, self.learning_rate), mode(self.qsr, self.step))
 
@@ -184,10 +228,15 @@ class LocalSteps:
         with self._timed():
             self.averager.step = self.step
             header, arrived = self._header(), time.perf_counter()
-            self._headers = exchange_headers(header, self.averager.device)
+            size, leave_out = self.qsr.worker_size, self.qsr.faults.not_finite == "leave_out"
+            self._headers = exchange_headers(header, self.averager.device, leave_out=leave_out, worker_size=size)
             self.seconds_waiting += time.perf_counter() - arrived
-            self.skipped_steps_of_all_workers = sum(h.skipped for h in self._headers) // self.qsr.worker_size
-            self.bytes_sent += self.averager.bytes_per_averaging + self.average_buffers() + self._average_state()
+            self.stopping = any(header.stop for header in self._headers)
+            self.skipped_steps_of_all_workers = sum(h.skipped for h in self._headers) // size
+            left_out = self._leave_out(not_finite(self._headers, size))
+            self.bytes_sent += self.averager.bytes_per_averaging
+            self.bytes_sent += self.average_buffers(left_out) + self._average_state(left_out)
+            self._not_finite = _count_not_finite(self._buffers())
             overlap = "none" if self.finished else self.qsr.averaging.overlap
             if overlap == "delayed":
                 self._due = True
@@ -197,19 +246,43 @@ class LocalSteps:
 
     def _header(self) -> Header:
         squares, moved = self.averager.sum_of_squares(), self.averager.moved()
-        return Header(self.step, self.period, self.learning_rate, self._digest, squares, moved, self.skipped_steps)
+        if _count_not_finite(self._buffers()) > self._not_finite:  # they would spread, though the parameters are finite
+            squares = math.nan
+        asked = int(self.liveness.stop_requested)
+        rate, skipped = self.learning_rate, self.skipped_steps
+        return Header(self.step, self.period, rate, self._digest, squares, moved, skipped, asked)
 
-    def _average_state(self) -> int:
+    def _leave_out(self, workers: list[int]) -> LeftOut:
+        """Leave workers out of the averaging that begins; it gives them the mean of the others."""
+        left_out = self.averager.leave_out(workers)
+        if not workers:
+            return left_out
+        self.left_out = {**self.left_out, **{worker: self.left_out.get(worker, 0) + 1 for worker in workers}}
+        if dist.get_rank() == 0:
+            log.warning(
+                "after step %d (round %d) the parameters of worker %s, or its buffers, are not finite: left out of the "
+                "average, and given that of the other %d, with the mean of their optimizer states",
+                self.step,
+                self.round,
+                ", ".join(map(str, workers)),
+                self.averager.workers - len(workers),
+            )
+        return left_out
+
+    def _average_state(self, left_out: LeftOut) -> int:
         """Average the optimizer's state that averaging.state names. Returns the bytes that this rank sent."""
         tensors, group = self._optimizer_state(), self.averager.group
-        return average_in_place(tensors, group, bucket_bytes(self.qsr.averaging.bucket_mb, group)) if tensors else 0
+        capacity = bucket_bytes(self.qsr.averaging.bucket_mb, group)
+        sent = average_in_place(tensors, group, capacity, left_out) if tensors else 0
+        return sent + self._replace_state(left_out) if left_out.ranks else sent
 
     def _averaged(self) -> None:
         self._distance = self.averager.relative_distance(self._headers)
         self._after_averaging()
 
     def begin_forward(self) -> None:
-        """A forward in training begins."""
+        """A forward in training begins. Raises LostRankError."""
+        self.liveness.begin(self.step, self.round)
         if self._due:
             with self._timed():
                 self._due = False
@@ -238,6 +311,7 @@ class LocalSteps:
         Raises:
             CollectiveError: the averaging failed.
         """
+        self.liveness.moved()
         if self.averager.in_background and self._apply_at is None:
             with self._timed():
                 self.averager.finish()
@@ -276,19 +350,24 @@ class LocalSteps:
         """Seconds that the steps wait for averaging; a failure says at which step."""
         started = time.perf_counter()
         try:
-            yield
+            with self.liveness.explained():
+                yield
+        except LostRankError:
+            raise
         except CollectiveError as error:
             if str(error).startswith("after step"):
                 raise
             raise CollectiveError(f"after step {self.step}: {error}") from error
         self.seconds_averaging += time.perf_counter() - started
 
-    def average_buffers(self) -> int:
+    def average_buffers(self, left_out: LeftOut | None = None) -> int:
         """Average the buffers over all ranks; after a `parallel` round, an evaluation asks for it.
 
         Also inside a worker: its ranks average gradients, and each has seen batches of its own. In fp64, so that a
         buffer that is the same everywhere keeps its bits, also one that holds the largest number of its type (a mask).
 
+        Args:
+            left_out: the workers that are left out, of the averager's group; their ranks get the mean of the others'.
         Returns:
             Bytes that this rank sent.
         """
@@ -297,7 +376,9 @@ class LocalSteps:
         if not buffers:
             return 0
         exact = [buffer.to(torch.float64, copy=True) for buffer in buffers]
-        sent = average_packed(exact, None, _BUFFER_BUCKET_BYTES)
+        if left_out is not None:
+            left_out = LeftOut(left_out.ranks * self.qsr.worker_size, left_out.here)
+        sent = average_packed(exact, None, _BUFFER_BUCKET_BYTES, left_out)
         for buffer, mean in zip(buffers, exact, strict=True):
             buffer.copy_(mean)
         return sent
@@ -329,6 +410,7 @@ class LocalSteps:
         Raises:
             ValueError: keys are missing or unknown, or the state lies outside this run.
         """
+        state = {"left_out": {}, **state}  # a checkpoint of an older version has none
         expected = {*_STATE, "round_start", "period", "mode"}
         if set(state) != expected:
             raise ValueError(f"a local-step state has the keys {sorted(expected)}; found {sorted(state)}")
@@ -347,6 +429,7 @@ class LocalSteps:
         self._due, self._apply_at = False, None  # what was under way belongs to the run that is left
         for key in _COUNTS:
             setattr(self, key, state[key])
+        self._not_finite = _count_not_finite(self._buffers())
         distance = state["relative_distance"]
         self._distance = None if distance is None else torch.tensor(distance, dtype=torch.float64)
         if state["step"] in (state["round_start"], end) and not self.finished:
@@ -364,6 +447,16 @@ _COUNTS = (
     "parallel_bytes_so_far",
     "skipped_steps",
     "skipped_steps_of_all_workers",
+    "left_out",
 )
 _STATE = (*_COUNTS, "relative_distance")
 _BUFFER_BUCKET_BYTES = 16_000_000
+
+
+def _count_not_finite(tensors: list[torch.Tensor]) -> int:
+    """Elements that are NaN or infinite; the host waits once for each device."""
+    found: dict[torch.device, torch.Tensor] = {}
+    for tensor in tensors:
+        count = (~tensor.detach().isfinite()).sum()
+        found[tensor.device] = found[tensor.device] + count if tensor.device in found else count
+    return sum(int(count) for count in found.values())

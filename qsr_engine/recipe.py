@@ -71,14 +71,22 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def _read_with_base(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in chain:
-        names = " -> ".join(str(step) for step in (*chain, path.resolve()))
-        raise ConfigError(f"{path}: recipes extend one another in a circle: {names}")
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_RecipeLoader)
+        resolved = path.resolve()
+        if resolved in chain:
+            names = " -> ".join(str(step) for step in (*chain, resolved))
+            raise ConfigError(f"{path}: recipes extend one another in a circle: {names}")
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"{path}: cannot read this recipe: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RuntimeError) as error:  # a name with a NUL, or links in a circle
+        raise ConfigError(f"{str(path)!r}: cannot read this recipe: {error}") from error
+    if len(content) > _MOST_BYTES:
+        raise ConfigError(f"{path}: more than {_MOST_BYTES} bytes, and no recipe has so many")
+    try:
+        raw = _load_yaml(content.decode())
+    except ValueError as error:
         raise ConfigError(f"{path}: not a YAML file that can be read: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of blocks (model, data, ...); found {type(raw).__name__}")
@@ -88,6 +96,41 @@ def _read_with_base(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(base, str):
         raise ConfigError(f"{path}: extends: found {base!r}; write the path of one recipe, relative to this file")
     return _merge(_read_with_base(path.parent / base, (*chain, path.resolve())), raw)
+
+
+_MOST_BYTES = 2**22  # of a recipe
+
+
+def _load_yaml(text: str) -> Any:
+    """Raises ValueError for all that is no YAML, or has values that no recipe has."""
+    try:
+        value = yaml.load(text, Loader=_RecipeLoader)
+    except (
+        Exception
+    ) as error:  # PyYAML's constructors raise anything for `!!int x`, 2001-99-99 or thousands of brackets
+        raise ValueError(str(error) or type(error).__name__) from error
+    _check_values(value)
+    return value
+
+
+def _check_values(value: Any, depth: int = 0) -> None:
+    """Raises ValueError for what Python cannot print or read again, and what is nested too deep to be a recipe."""
+    if depth > _DEEPEST:
+        raise ValueError(f"more than {_DEEPEST} blocks are inside one another, and no recipe has so many")
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"the key {key!r:.60} is no word; write it in quotes")
+            _check_values(inner, depth + 1)
+    elif isinstance(value, list | tuple | set):
+        for inner in value:
+            _check_values(inner, depth + 1)
+    elif isinstance(value, int) and abs(value) >= _LARGEST:
+        raise ValueError("a whole number has more than 100 digits")
+
+
+_DEEPEST = 64
+_LARGEST = 10**100
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -104,8 +147,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise ConfigError(f"--set {override}: write key.path=value, for example --set qsr.h_base=4")
     try:
-        value = yaml.load(text, Loader=_RecipeLoader)
-    except yaml.YAMLError as error:
+        value = _load_yaml(text)
+    except ValueError as error:
         raise ConfigError(f"--set {override}: the value is not YAML: {error}") from error
     target = raw
     for depth, key in enumerate(keys[:-1]):
@@ -142,7 +185,7 @@ def resolve_recipe(recipe: Recipe, samples: int) -> Recipe:
     epochs = raw.pop("epochs", None)
     qsr = raw["qsr"]
     if epochs is not None:
-        qsr["total_steps"] = max(1, round(epochs * steps_per_epoch))
+        qsr["total_steps"] = max(1, _steps(epochs, steps_per_epoch, "epochs"))
     _epochs_to_steps(qsr, "switch_epoch", "switch_step", steps_per_epoch, "qsr")
     _epochs_to_steps(qsr["lr"], "warmup_epochs", "warmup_steps", steps_per_epoch, "qsr.lr")
     _epochs_to_steps(qsr["lr"], "decay_epochs", "decay_steps", steps_per_epoch, "qsr.lr")
@@ -171,14 +214,49 @@ def resolve_recipe_batch(recipe: Recipe, ranks: int) -> Batch:
     )
 
 
+def batch_on_other_ranks(recipe: Recipe, ranks: int, then: Batch) -> Batch:
+    """Batch sizes of a run that goes on from a checkpoint, perhaps with another number of ranks.
+
+    As batch.on_other_ranks says. A rank has as many samples in a micro-batch as the recipe says, or, where it says
+    nothing, as at the checkpoint; fewer, and more of them, where that does not divide the rank's share of a step.
+
+    Args:
+        then: those of the checkpoint. A run may have changed its ranks before it, so the recipe does not tell them.
+    Raises:
+        ConfigError: train_batch_size is to be kept, and cannot be divided among the ranks.
+    """
+    total = recipe.batch.train_batch_size
+    if recipe.batch.on_other_ranks == "per_rank":
+        total = then.micro * then.accumulation * ranks
+    if total % ranks:
+        multiples = range(recipe.qsr.worker_size, total + 1, recipe.qsr.worker_size)
+        near = [number for number in multiples if total % number == 0]
+        nearest = sorted(sorted(near, key=lambda number: abs(number - ranks))[:3])
+        fitting = f"go on with {', '.join(map(str, nearest))} ranks, or write" if nearest else "write"
+        raise ConfigError(
+            f"batch.train_batch_size is {total}, which {ranks} ranks cannot divide among them, and "
+            f"batch.on_other_ranks is 'keep'; {fitting} on_other_ranks: per_rank"
+        )
+    share, accumulation = total // ranks, recipe.batch.gradient_accumulation_steps
+    given = recipe.batch.train_micro_batch_size_per_gpu or (share // accumulation if accumulation else then.micro)
+    micro = max(size for size in range(1, max(1, min(given, share)) + 1) if share % size == 0)
+    return Batch(total, micro, share // micro)
+
+
 def _epochs_to_steps(block: dict[str, Any], epochs_key: str, steps_key: str, per_epoch: int, path: str) -> None:
     epochs = block.pop(epochs_key, None)
     if epochs is None:
         return
     if block.get(steps_key):
         raise ConfigError(f"{path}.{epochs_key} and {path}.{steps_key} are both given; write one of them")
-    many = isinstance(epochs, list)
-    block[steps_key] = [round(e * per_epoch) for e in epochs] if many else round(epochs * per_epoch)
+    name, many = f"{path}.{epochs_key}", isinstance(epochs, list)
+    block[steps_key] = [_steps(e, per_epoch, name) for e in epochs] if many else _steps(epochs, per_epoch, name)
+
+
+def _steps(epochs: float, per_epoch: int, name: str) -> int:
+    if epochs * per_epoch >= 2**63:
+        raise ConfigError(f"{name} is {epochs:g}, more steps than can be counted; write fewer")
+    return round(epochs * per_epoch)
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -15,19 +15,20 @@ import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qsr_engine.averaging import all_gather_flat, check_agreement
-from qsr_engine.checkpoint import any_here, gathered
+from qsr_engine.checkpoint import CheckpointError, any_here, find_alone, gathered
 from qsr_engine.config import ConfigError, Recipe, check_world_size, flatten
 from qsr_engine.data import Index
 from qsr_engine.data.decoding import REGIONS
@@ -43,14 +44,16 @@ from qsr_engine.monitor import (
     Monitor,
     Record,
     WorkersRecord,
+    cannot_finish,
     check_run_folder,
     check_unfinished,
     leave_unfinished_run,
     lock_run_folder,
     open_run_folder,
 )
-from qsr_engine.recipe import Batch, dump_recipe, load_recipe, resolve_recipe_batch
+from qsr_engine.recipe import Batch, batch_on_other_ranks, dump_recipe, load_recipe, resolve_recipe_batch
 from qsr_engine.sharpness import largest_eigenvalue
+from qsr_engine.stopping import StoppedError, stops_on_signals
 
 MODEL_FILE = "model.safetensors"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -70,12 +73,13 @@ def train(recipe: Recipe, index: Index, *, resume: bool = False) -> dict[str, An
     Returns:
         The final figures, as in the run's `summary.json`.
     Raises:
-        ConfigError, AgreementError, BoundaryError, CheckpointError, DataError, DivergenceError, HostError: the message
-            is for the user.
+        ConfigError, AgreementError, BoundaryError, CheckpointError, CollectiveError, DataError, DivergenceError,
+            HostError: the message is for the user.
+        StoppedError: the run was asked to stop, and did so.
     """
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     check_world_size(ranks, recipe.qsr.worker_size)
-    batch = resolve_recipe_batch(recipe, ranks)
+    batch = _batch(recipe, ranks, resume=resume)
     lock = None
     if resume:
         check_unfinished(recipe.run_dir)
@@ -120,7 +124,8 @@ def train(recipe: Recipe, index: Index, *, resume: bool = False) -> dict[str, An
             client,
             index,
         )
-        run.loop()
+        with stops_on_signals(engine.local_steps.request_stop), engine.local_steps.liveness.explained():
+            run.loop()
         summary = run.summary()
         averaged = engine.averaged_state_dict()
         if rank == 0:
@@ -128,7 +133,31 @@ def train(recipe: Recipe, index: Index, *, resume: bool = False) -> dict[str, An
             monitor.summary(**summary)
     if lock is not None:
         lock.close()
+    engine.destroy()
+    dist.destroy_process_group()
     return summary
+
+
+def _batch(recipe: Recipe, ranks: int, *, resume: bool) -> Batch:
+    """Batch sizes for so many ranks. Raises ConfigError as resolve_recipe_batch() and batch_on_other_ranks()."""
+    try:
+        _, manifest = find_alone(recipe.run_dir / CHECKPOINTS)
+    except CheckpointError:  # of this host; engine.load_checkpoint() says what is wrong, and on which
+        return resolve_recipe_batch(recipe, ranks)
+    if not resume:
+        return resolve_recipe_batch(recipe, ranks)
+    then = int(manifest.layout["workers"]) * int(manifest.layout["worker_size"])
+    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    old = Batch(*(int(manifest.config[key]) for key in sizes))
+    batch = batch_on_other_ranks(recipe, ranks, old)
+    if then != ranks and os.environ["RANK"] == "0":
+        warnings.warn(
+            f"the run goes on with {ranks} ranks instead of {then}: a step has {batch.train} samples "
+            f"({old.train} before), {batch.micro} in a micro-batch and {batch.accumulation} micro-batches on every "
+            "rank; the learning rate and H are functions of the step, and stay",
+            stacklevel=2,
+        )
+    return batch
 
 
 def _make_model(recipe: Recipe, index: Index) -> tuple[nn.Module, Index]:
@@ -185,12 +214,17 @@ _MAY_DIFFER = (
     "data.shards",
     "data.loader_processes",
     "data.max_bad_samples",
+    "data.retries",
+    "data.retry_seconds",
     "data.cache_",
     "logging.",
     "qsr.worker_size",
     "qsr.on_other_workers",
     "batch.train_micro_batch_size_per_gpu",
     "batch.gradient_accumulation_steps",
+    "batch.on_other_ranks",
+    "qsr.faults.",
+    "data.retr",
     "precision.",
     "fsdp.",
 )
@@ -212,10 +246,22 @@ def _load(engine: Engine, recipe: Recipe, data: str) -> dict[str, Any]:
 
 
 def _save_model(state: dict[str, Tensor], recipe: Recipe) -> None:
-    """The averaged model as safetensors; timm's and torchvision's models load it with load_state_dict()."""
+    """The averaged model as safetensors; timm's and torchvision's models load it with load_state_dict().
+
+    Raises:
+        ConfigError: there is no room, or nothing can be written any more; no part of it is left.
+    """
     path = recipe.run_dir / MODEL_FILE
-    save_file(state, path.with_suffix(".tmp"), metadata={"format": "pt"})
-    path.with_suffix(".tmp").replace(path)
+    temporary = path.with_suffix(".tmp")
+    try:
+        save_file(state, temporary, metadata={"format": "pt"})
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise cannot_finish(path, error) from error
 
 
 @dataclass
@@ -266,7 +312,12 @@ class _Run:
         self.recipe = recipe
         self.engine = engine
         self.skipped_samples: set[str] = set(client.get("skipped_samples", ()))
-        self.batches = train.batches(engine.local_steps.step * batch.accumulation, self.skipped_samples, engine.device)
+        self._started_at = engine.local_steps.step
+        self._images_before = int(client.get("images_seen", self._started_at * batch.train))
+        # A rank's stream goes on where the samples seen so far would end if this many ranks had seen them: with the
+        # same ranks exactly where it was. With others an epoch is whole again from the next one on.
+        position = self._images_before // (batch.micro * dist.get_world_size())
+        self.batches = train.batches(position, self.skipped_samples, engine.device)
         self._index = index
         self.evaluation = evaluation
         self.monitor = monitor
@@ -278,6 +329,7 @@ class _Run:
         self._losses: list[Tensor] = []
         self._round_losses: list[Tensor] = []  # since the workers last told theirs
         self._told: tuple[float, ...] = (0.0, 0.0, 0.0)  # what _seconds() was then
+        self.checkpoints_failed = 0  # that could not be written, so far
         self._logged = (0, 0.0, 0.0)  # step, training seconds and seconds of waiting for data at the last record
         if recipe.batch_norm is not None:
             engine.averaged_model = self._reestimated
@@ -299,8 +351,13 @@ class _Run:
                 evaluated = self._evaluate()
             if evaluated or state.step % logging.every == 0:
                 self._log(before, evaluated)
-            if boundary and checkpoint.now(state.step) and not state.finished:
+            if boundary and (checkpoint.now(state.step) or state.stopping) and not state.finished:
                 self._save()
+            if state.stopping and not state.finished:
+                raise StoppedError(
+                    f"{self.recipe.run_dir}: the run was asked to stop, and has stopped after step {state.step} of "
+                    f"{state.qsr.total_steps}, on a boundary; it goes on with `--resume`"
+                )
 
     def _save(self) -> None:
         """A checkpoint; the position in the data is the step, and what has not been logged yet goes with it."""
@@ -310,16 +367,40 @@ class _Run:
             "logged": list(self._logged),
             "data": str(self._index.digest()),
             "ranks": dist.get_world_size(),
+            "images_seen": self._images_seen,
             "losses": [loss.item() for loss in self._losses],
             "since_told": [value - told for value, told in zip(self._seconds(), self._told, strict=True)],
             "round_losses": [loss.item() for loss in self._round_losses],
             "skipped_samples": sorted(self.skipped_samples),
+            "checkpoints_failed": self.checkpoints_failed,
         }
+        folder, keep = self.recipe.run_dir / CHECKPOINTS, self.recipe.logging.keep_checkpoints
         tag = f"step-{self.engine.local_steps.step:08d}"
-        self.engine.save_checkpoint(self.recipe.run_dir / CHECKPOINTS, tag=tag, client_state=client)
+        try:
+            self.engine.save_checkpoint(folder, tag=tag, client_state=client, keep=keep)
+        except CheckpointError as error:  # on all ranks alike
+            self._note_failed_checkpoint(error)
         self.clock.elsewhere += time.perf_counter() - started
 
+    def _note_failed_checkpoint(self, error: CheckpointError) -> None:
+        """Training goes on without it, and a run that was asked to stop ends with the error; both say what is left."""
+        self.checkpoints_failed += 1
+        try:
+            there = f"the last whole one is {find_alone(self.recipe.run_dir / CHECKPOINTS)[0].name}"
+        except CheckpointError:
+            there = "there is no whole one yet"
+        state = self.engine.local_steps
+        if state.stopping:
+            raise CheckpointError(f"the run was asked to stop, and its checkpoint failed; {there}. {error}") from error
+        if dist.get_rank() == 0:
+            warnings.warn(
+                f"step {state.step}: the checkpoint could not be written, and {there}; training goes on, and the next "
+                f"one is tried at its own time. {error}",
+                stacklevel=3,
+            )
+
     def _resume(self, client: dict[str, Any]) -> None:
+        self.checkpoints_failed = client.get("checkpoints_failed", 0)
         training, self.clock.data = client["seconds"]
         self.clock.started -= training
         self._logged = (client["logged"][0], client["logged"][1], client["logged"][2])
@@ -451,7 +532,7 @@ class _Run:
         step, seconds, waited = self._logged
         figures = self._figures()
         self._logged = (state.step, self.clock.training(), self.clock.data)
-        images = (state.step - step) * self.batch.train
+        images = (state.step - max(step, self._started_at)) * self.batch.train
         elapsed = max(1e-9, self._logged[1] - seconds)
         self.monitor.log(
             Record(
@@ -465,13 +546,23 @@ class _Run:
                 skipped_samples=len(self.skipped_samples),
                 relative_distance=state.relative_distance,
                 skipped_steps=state.skipped_steps_of_all_workers,
+                checkpoints_failed=self.checkpoints_failed,
+                left_out=sum(state.left_out.values()),
             )
         )
-        if not math.isfinite(loss):
+        # Local steps may leave a worker out at the boundary, which may just have been; where gradients are averaged at
+        # every step, and with "stop", nothing mends it.
+        mended = state.qsr.faults.not_finite == "leave_out" and state.mode == "local"
+        if not (math.isfinite(loss) or mended):
             raise DivergenceError(
                 f"the loss is {loss} at step {state.step}; a lower qsr.lr.peak, a longer warm-up or "
                 "optimizer.gradient_clipping helps against divergence"
             )
+
+    @property
+    def _images_seen(self) -> int:
+        """Training samples that all ranks have seen, also other ranks before a resumption."""
+        return self._images_before + (self.engine.local_steps.step - self._started_at) * self.batch.train
 
     def _seconds(self) -> tuple[float, float, float]:
         """Of training, of waiting for data, and of waiting for others at boundaries."""
@@ -507,7 +598,7 @@ class _Run:
         state, training = self.engine.local_steps, self.clock.training()
         averaging = self.engine.seconds_averaging
         return {
-            "images_seen": state.step * self.batch.train,
+            "images_seen": self._images_seen,
             "averagings": state.averagings,
             "bytes_sent": state.bytes_sent,
             "communication_percent": 100 * state.bytes_sent / max(1, state.parallel_bytes_so_far),
@@ -524,7 +615,8 @@ class _Run:
             "eval_accuracy": self.accuracy,
             "eval_loss": self.loss,
             "seconds_training": training,
-            "images_per_second": state.step * self.batch.train / training,
+            "images_per_second": self._images_seen / training,
+            "checkpoints_failed": self.checkpoints_failed,
             "ranks": dist.get_world_size(),
             "worker_size": self.recipe.qsr.worker_size,
             "engine": self.recipe.engine,

@@ -30,11 +30,14 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.constants import ROUTE_TRAIN
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero import partitioned_param_coordinator
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
@@ -46,7 +49,7 @@ from qsr_engine.engines.deepspeed_config import check_supported, offloads, resol
 from qsr_engine.engines.deepspeed_masters import Stage3, masters_of
 from qsr_engine.engines.deepspeed_version import check_internals, check_version
 from qsr_engine.engines.learning_rate import LearningRate, largest_rate
-from qsr_engine.engines.masters import Masters, check_state_names, make_averager
+from qsr_engine.engines.masters import Masters, check_state_names, make_averager, replace_state
 from qsr_engine.engines.one_rank import leave_out_reduction
 from qsr_engine.engines.resumable import (
     Resumable,
@@ -59,6 +62,7 @@ from qsr_engine.engines.resumable import (
 )
 from qsr_engine.engines.worker_groups import WorkerGroups
 from qsr_engine.hosts import versions
+from qsr_engine.liveness import Liveness
 from qsr_engine.local_steps import LocalSteps
 from qsr_engine.roll_call import roll_call
 
@@ -92,6 +96,8 @@ check_internals(
 )
 
 log = logging.getLogger(__name__)
+# Beside tensors and plain values these are in the files of DeepSpeed, which keep no code of their own.
+_IN_CHECKPOINTS: list[type] = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 _deepspeed_initialize = deepspeed.initialize  # itself, also while replace_deepspeed_initialize() has another one there
 
 
@@ -318,7 +324,7 @@ class LocalStepEngine(DeepSpeedEngine, Resumable):  # type: ignore[misc]  # deep
 
     def _write_worker(self, folder: Path, without_frozen: bool) -> None:
         writer = self.checkpoint_engine
-        errors = self.checkpoint_engine = deepspeed_checkpoint.RecordedErrors(writer)
+        files = self.checkpoint_engine = deepspeed_checkpoint.GuardedFiles(writer, _IN_CHECKPOINTS)
         try:
             with _deepspeed_uses(self.worker_groups), _without_barriers():
                 DeepSpeedEngine.save_checkpoint(
@@ -331,15 +337,29 @@ class LocalStepEngine(DeepSpeedEngine, Resumable):  # type: ignore[misc]  # deep
                 )
         finally:
             self.checkpoint_engine = writer
-        if errors.error is not None:
-            raise errors.error
+        if files.error is not None:
+            raise files.error
         (folder / "latest").write_text(deepspeed_checkpoint.DEEPSPEED_TAG, encoding="utf-8")
 
-    def _load_worker(self, folder: Path, worker: int, state: Mapping[str, Any], **kwargs: Any) -> None:
-        with _deepspeed_uses(self.worker_groups):
-            path, _ = DeepSpeedEngine.load_checkpoint(
-                self, str(worker_folder(folder, worker)), tag=deepspeed_checkpoint.DEEPSPEED_TAG, **kwargs
+    def _check_worker(self, folder: Path) -> None:
+        if self.load_universal_checkpoint():
+            raise CheckpointError(
+                "checkpoint.load_universal is true, and DeepSpeed then runs code that it finds in files; write false"
             )
+        files = deepspeed_checkpoint.GuardedFiles(self.checkpoint_engine, _IN_CHECKPOINTS)
+        for path in sorted((folder / self._own_folder).glob("*.pt")):
+            files.check(path)
+
+    def _load_worker(self, folder: Path, worker: int, state: Mapping[str, Any], **kwargs: Any) -> None:
+        reader = self.checkpoint_engine
+        self.checkpoint_engine = deepspeed_checkpoint.GuardedFiles(reader, _IN_CHECKPOINTS)
+        try:
+            with _deepspeed_uses(self.worker_groups):
+                path, _ = DeepSpeedEngine.load_checkpoint(
+                    self, str(worker_folder(folder, worker)), tag=deepspeed_checkpoint.DEEPSPEED_TAG, **kwargs
+                )
+        finally:
+            self.checkpoint_engine = reader
         if path is None:
             raise CheckpointError(f"{folder}: DeepSpeed found nothing to load for worker {worker}")
 
@@ -401,6 +421,7 @@ class LocalStepEngine(DeepSpeedEngine, Resumable):  # type: ignore[misc]  # deep
 
     def destroy(self) -> None:
         """As DeepSpeed's destroy(); call it before the process group is destroyed."""
+        self.local_steps.liveness.close()
         self.local_steps.averager.close()
         super().destroy()
 
@@ -622,6 +643,7 @@ def _take_local_steps(engine: DeepSpeedEngine, qsr: QSRConfig, groups: WorkerGro
         (getattr(engine.optimizer, name) for name in attributes if hasattr(engine.optimizer, name)), []
     )
     engine._trained = frozenset(parameter for group in trained_groups for parameter in group)
+    liveness = Liveness.of_this_run(qsr.faults.timeout_seconds, groups.across if groups else None)
     engine.local_steps = LocalSteps(
         qsr,
         _averager(masters, qsr, groups, engine.device),
@@ -629,8 +651,10 @@ def _take_local_steps(engine: DeepSpeedEngine, qsr: QSRConfig, groups: WorkerGro
         optimizer_lr=lambda: largest_rate(engine.optimizer.param_groups),
         buffers=lambda: averaged_buffers(engine.module) if average_buffers else [],
         optimizer_state=lambda: [tensor for name in state_names for tensor in masters.state_to_average(name)],
+        replace_state=lambda left_out: replace_state(masters, qsr, groups.across, left_out) if groups else 0,
         after_averaging=masters.refresh,
         parallel_bytes=ring_bytes(trained, dist.get_world_size()),
+        liveness=liveness,
     )
     engine._learning_rate = LearningRate(engine.optimizer, engine.local_steps)
 

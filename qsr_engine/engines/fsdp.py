@@ -37,7 +37,7 @@ from qsr_engine.engines.blocks import Wrap, find_blocks
 from qsr_engine.engines.fresh_model import Init, give_values_of_rank_0
 from qsr_engine.engines.learning_rate import LearningRate, largest_rate
 from qsr_engine.engines.low_precision import Copies
-from qsr_engine.engines.masters import Parameters, check_state_names, make_averager
+from qsr_engine.engines.masters import Parameters, check_state_names, make_averager, replace_state
 from qsr_engine.engines.resumable import (
     Resumable,
     averaged_buffers,
@@ -48,6 +48,7 @@ from qsr_engine.engines.resumable import (
     worker_folder,
 )
 from qsr_engine.hosts import versions
+from qsr_engine.liveness import Liveness
 from qsr_engine.local_steps import LocalSteps
 from qsr_engine.roll_call import roll_call
 
@@ -167,6 +168,7 @@ class FSDPEngine(Resumable):
         average_buffers = qsr.averaging.buffers == "average"
         state_names = check_state_names(qsr.averaging.state, masters)
         sent = sum(shard.numel() * shard.element_size() for shard in masters.held())
+        liveness = Liveness.of_this_run(qsr.faults.timeout_seconds, across)
         averager = Averager([], None)
         if not self._parallel:
             averager = make_averager(masters, qsr, across, self.mesh.get_group("shard"), self.device)
@@ -177,8 +179,10 @@ class FSDPEngine(Resumable):
             optimizer_lr=lambda: largest_rate(self.optimizer.param_groups),
             buffers=lambda: averaged_buffers(self.module) if average_buffers else [],
             optimizer_state=lambda: [tensor for name in state_names for tensor in masters.state_to_average(name)],
+            replace_state=lambda left_out: replace_state(masters, qsr, across, left_out),
             after_averaging=masters.refresh,
             parallel_bytes=ring_bytes(sent, dist.get_world_size(across)),
+            liveness=liveness,
         )
 
     # ---------------------------------------------------------------------------------------------- a step
@@ -321,6 +325,7 @@ class FSDPEngine(Resumable):
 
     def destroy(self) -> None:
         """Call it before the process group is destroyed."""
+        self.local_steps.liveness.close()
         self.local_steps.averager.close()
         if self._writer is not None:
             self._writer.close()
@@ -373,6 +378,9 @@ class FSDPEngine(Resumable):
             "plain": {name: values for name, values in plain.items() if values},
             "groups": groups,
         }
+
+    def _check_worker(self, folder: Path) -> None:
+        fsdp_checkpoint.names(folder / self._own_folder)
 
     @torch.no_grad()
     def _load_worker(self, folder: Path, worker: int, state: Mapping[str, Any], **kwargs: Any) -> None:

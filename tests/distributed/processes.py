@@ -56,7 +56,7 @@ class Processes:
         port = free_port()
         pipes = [pipe for _, pipe in self._children[:ranks]]
         for rank, pipe in enumerate(pipes):
-            pipe.send((job, kwargs, _environment(rank, ranks, port)))
+            pipe.send((job, kwargs, rank_environment(rank, ranks, port)))
         deadline = time.monotonic() + seconds
         outcomes = []
         for rank, pipe in enumerate(pipes):
@@ -84,7 +84,7 @@ class Processes:
         self._crowded = False
 
 
-def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

@@ -512,8 +512,8 @@ while not engine.local_steps.finished:
     engine.step()
 print("averagings", engine.local_steps.averagings)
 """
-    from tests.distributed.processes import _environment, free_port
+    from tests.distributed.processes import free_port, rank_environment
 
-    environment = {**os.environ, **_environment(0, 1, free_port()), "DS_ACCELERATOR": "cpu"}
+    environment = {**os.environ, **rank_environment(0, 1, free_port()), "DS_ACCELERATOR": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert "averagings 2" in done.stdout, done.stderr

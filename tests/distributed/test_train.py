@@ -468,24 +468,54 @@ def test_torchrun_on_two_hosts(recipe: Path) -> None:
     assert (summary["ranks"], summary["engine"]) == (2, "fsdp")
 
 
-def test_slurm(recipe: Path, tmp_path: Path) -> None:
-    """With stand-ins for SLURM's programs, as there is no SLURM here: srun starts the command once for every node."""
+@pytest.fixture
+def slurm(tmp_path: Path) -> dict[str, str]:
+    """The environment of a job on two nodes. Its programs are stand-ins, as there is no SLURM here: srun starts the
+    command once for every node, and scontrol notes what it is asked to requeue."""
     stand_ins = tmp_path / "bin"
     stand_ins.mkdir()
     srun = '#!/usr/bin/env bash\nshift\nfor node in $(seq $SLURM_NNODES); do "$@" & all+=($!); done\n'
     (stand_ins / "srun").write_text(srun + "for one in ${all[@]}; do wait $one || exit 1; done\n")
-    (stand_ins / "scontrol").write_text("#!/usr/bin/env bash\nprintf '127.0.0.1\\nother\\n'\n")
+    requeue = f'[ "$1" = requeue ] && exec echo "$2" >>{tmp_path}/requeued'
+    (stand_ins / "scontrol").write_text(f"#!/usr/bin/env bash\n{requeue}\nprintf '127.0.0.1\\nother\\n'\n")
     for program in stand_ins.iterdir():
         program.chmod(0o755)
     job = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "RANKS_PER_NODE": "1"}
-    job |= {"PORT": str(free_port()), "PATH": os.pathsep.join([str(stand_ins), str(bin_folder()), os.environ["PATH"]])}
+    path = os.pathsep.join([str(stand_ins), str(bin_folder()), os.environ["PATH"]])
+    return job | {"PORT": str(free_port()), "PATH": path}
+
+
+def test_slurm(recipe: Path, slurm: dict[str, str]) -> None:
     words = [str(LAUNCH / "slurm.sh"), str(recipe), "--engine", "fsdp", "--set", "logging.checkpoint_every=4"]
-    process = start_script(*words, **job)
+    process = start_script(*words, **slurm)
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 0, said
     run = recipe.parent / "runs" / "small"
     assert json.loads((run / "summary.json").read_text())["ranks"] == 2
     assert list((run / "checkpoints").glob("step-*")), "so that a requeued job goes on"
+    assert not (recipe.parent / "requeued").exists()
+
+
+def test_a_preempted_slurm_job_is_requeued(recipe: Path, slurm: dict[str, str]) -> None:
+    """SLURM sends SIGUSR1 to the step's tasks, which are torchrun's agents, some time before it kills them."""
+    words = [str(LAUNCH / "slurm.sh"), str(recipe), "--engine", "fsdp", "--set", "qsr.total_steps=1000000"]
+    run = recipe.parent / "runs" / "small"
+    process = start_script(*words, **slurm)
+    end = time.monotonic() + 120
+    while not ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text()):
+        assert time.monotonic() < end, "no step in time"
+        time.sleep(0.05)  # between looks at a file, which nobody announces
+    tasks = [
+        child for child in psutil.Process(process.pid).children(recursive=True) if "torchrun" in child.cmdline()[1]
+    ]
+    assert len(tasks) == 2
+    for task in tasks:
+        task.send_signal(signal.SIGUSR1)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, said
+    assert (recipe.parent / "requeued").read_text() == "7\n"
+    assert "the run was asked to stop, and has stopped after step" in said
+    assert len(list((run / "checkpoints").glob("step-*"))) == 1
 
 
 def test_qsr_train_starts_the_launcher_and_passes_on_its_exit_code(recipe: Path, tmp_path: Path) -> None:
@@ -524,9 +554,19 @@ def endless_training(
 def test_a_terminated_qsr_train_leaves_no_process_behind(recipe: Path, engine: str) -> None:
     with endless_training(recipe, engine) as (process, below):
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+        assert process.wait(timeout=60) == 75, "it has saved"
         _, alive = psutil.wait_procs(below, timeout=10)
         assert alive == []
+    assert len(list((recipe.parent / "runs" / "small" / "checkpoints").glob("step-*"))) == 1
+
+
+def test_an_interrupted_qsr_train_ends_at_once(recipe: Path) -> None:
+    with endless_training(recipe) as (process, below):
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 128 + signal.SIGINT
+        _, alive = psutil.wait_procs(below, timeout=10)
+        assert alive == []
+    assert not (recipe.parent / "runs" / "small" / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(

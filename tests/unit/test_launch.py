@@ -64,6 +64,32 @@ def said_for(prefix: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([LAUNCH / "cluster.sh"], env=known, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, "--standalone --max-restarts 0 --nproc_per_node 2 RECIPE --set a=b"),
+        ({"RESTARTS": "5"}, "--standalone --max-restarts 5 --nproc_per_node 2 RECIPE --resume --set a=b"),
+        ({"HOSTS": "2"}, "--nnodes 2 MEET --max-restarts 0 --nproc_per_node 2 RECIPE --set a=b"),
+        ({"HOSTS": "2:4"}, "--nnodes 2:4 MEET --max-restarts 3 --nproc_per_node 2 RECIPE --resume --set a=b"),
+        (
+            {"HOSTS": "2:4", "RESTARTS": "7"},
+            "--nnodes 2:4 MEET --max-restarts 7 --nproc_per_node 2 RECIPE --resume --set a=b",
+        ),
+    ],
+    ids=lambda value: " ".join(f"{name}={text}" for name, text in value.items()) if isinstance(value, dict) else "",
+)
+def test_torchrun_is_told_of_restarts_and_hosts(tmp_path: Path, variables: dict[str, str], expected: str) -> None:
+    """What goes on by itself must resume: torchrun counts a host that joins as no restart, so a rank cannot tell."""
+    stand_in = tmp_path / "torchrun"
+    stand_in.write_text('#!/usr/bin/env bash\necho "$TORCH_DISABLE_SHARE_RDZV_TCP_STORE $*"\n')
+    stand_in.chmod(0o755)
+    known = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "RENDEZVOUS": "first:1", **variables}
+    words = [str(LAUNCH / "torchrun.sh"), "2", "RECIPE", "--set", "a=b"]
+    done = subprocess.run(words, env=known, capture_output=True, text=True, check=True)
+    expected = expected.replace("MEET", "--rdzv_backend c10d --rdzv_endpoint first:1")
+    assert done.stdout == f"1 {expected.replace('RECIPE', '--module qsr_engine train RECIPE')}\n"
+
+
 def test_the_readme_lists_every_script() -> None:
     readme = (LAUNCH / "README.md").read_text()
     assert set(re.findall(r"^\| `(?:sbatch )?(\w+\.sh)", readme, re.MULTILINE)) == {path.name for path in SCRIPTS}

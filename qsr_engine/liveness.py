@@ -1,0 +1,445 @@
+"""Which ranks are alive, and whether all are to stop: every rank has threads that talk through the run's store.
+
+Between boundaries no worker waits for another, so nobody would notice that one is gone; and who waits for it at the
+boundary would wait for the time-out of the process group and learn only that it ran out.
+
+    every rank      a beat once an interval: a number that grows, whether its main thread gets on, waits for others or
+                    neither, its step and round, and whether it has been asked to stop
+    rank 0          reads all beats and judges: silent, stalled or ended ranks are lost; the verdict goes to everybody
+    every rank      raises the verdict at the next step. A main thread that is stuck in a collective cannot, so after a
+                    moment its process is ended, as NCCL's own watchdog does
+    without rank 0  whose store does not answer any more, every rank judges by itself
+
+Nothing here is a collective of a process group: the store belongs to rank 0 or to torchrun's agent.
+
+To stop (SIGTERM, SIGUSR1), a rank says so in its beat. A worker's round ends at its own time, so ranks that take local
+steps agree in the boundary's header; those that meet at every step, or are to cut the round, agree here (`halt`).
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+import torch.distributed as dist
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  # there at run time
+
+from qsr_engine.averaging import CollectiveError
+
+_SHORTEST, _LONGEST = 0.1, 1.0  # seconds between beats
+_RANKS_A_SECOND = 1000  # that rank 0 reads at most; with more ranks beats are rarer
+_GRACE = 5.0  # for a main thread to raise the verdict, and for rank 0 to see that everybody has it
+_SUSPECT = 10.0  # silence that is too long once a rank was asked to stop, perhaps by a launcher that saw another die
+_PATIENCE = timedelta(days=7)
+_set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # the name in torch 2.11
+_MISSED = 4  # beats; whoever misses them after a collective has failed is taken to be gone
+_WAITS = (str(Path(dist.__file__).parent), str(Path(__file__).parent / "averaging"), __file__)  # sources of waiting
+
+
+State = Literal["starting", "running", "failed", "finished", "closed", "ended"]
+
+
+class LostRankError(CollectiveError):
+    """Ranks are lost: they have died, hang, or cannot be reached. The message names them, the step and the round."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Beat:
+    """What a rank says of itself."""
+
+    number: int = 0
+    moves: int = 0  # grows while the main thread gets on
+    state: State = "starting"
+    waiting: bool = False  # the main thread is in a collective, or in halt()
+    stop: bool = False
+    heard: bool = False  # it has the verdict
+    step: int = 0
+    begun: int = 0  # the step under way
+    halted: int = -1  # the step after which it stands in halt(); -1 where it does not
+    round: int = 0
+    host: str = ""
+    place: str = ""  # where the main thread is
+
+    def encode(self) -> str:
+        return json.dumps(dataclasses.astuple(self))
+
+    @classmethod
+    def decode(cls, text: bytes) -> Beat:
+        return cls(*json.loads(text))
+
+
+class Liveness:
+    """This rank's part; what is called `main` must be called by the main thread.
+
+    Args:
+        store: where the ranks meet, for this alone; None for one rank by itself.
+        seconds: after which a rank is lost; None for never, where ranks are only asked to stop.
+    """
+
+    def __init__(self, store: Store | None, rank: int, ranks: int, seconds: float | None) -> None:
+        self._rank, self._ranks, self._seconds = rank, ranks, seconds
+        shortest = _SHORTEST if seconds is None else max(_SHORTEST, seconds / 20)
+        self._interval = max(min(_LONGEST, shortest), ranks / _RANKS_A_SECOND)
+        self._host = socket.gethostname()
+        self._main = threading.get_ident()
+        # Written by the main thread alone:
+        self._state: State = "starting"
+        self._moves = self._step = self._begun = self._round = 0
+        self._halted = -1
+        self._stop = False  # this rank was asked to stop; also by a handler of a signal
+        # Written by the threads:
+        self._told: State | None = None  # the state that the others know
+        self._beats = 0
+        self._place = ""
+        self._asked = False  # some rank was asked to stop
+        self._verdict: str | None = None
+        self._target: tuple[int, bool] | None = None  # step to halt at, and whether everybody stands there
+        self._heard = False  # rank 0: everybody has the verdict
+        self._news = threading.Condition()
+        self._answered = time.monotonic()  # when the store last did
+        self._broken = False  # the store is not there any more
+        if store is not None:
+            judge = Judge(ranks, seconds, self._interval) if rank == 0 else None
+            for target, arguments in ((_talk, (weakref.ref(self), store, judge)), (_watch, (weakref.ref(self),))):
+                threading.Thread(target=target, args=arguments, name="qsr liveness", daemon=True).start()
+            atexit.register(_say_the_end, weakref.ref(self))
+
+    @classmethod
+    def of_this_run(cls, seconds: float | None, across: dist.ProcessGroup | None = None) -> Liveness:
+        """Every rank must call it; the process group of all ranks is there already.
+
+        Args:
+            across: the group that averages over workers. Where lost ranks are found here, its time-out and that of the
+                group of all ranks are lifted: a worker that is slow and gets on may come to a boundary much later.
+        """
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        if seconds is not None:
+            for group in dict.fromkeys((dist.group.WORLD, across)):
+                if group is not None:
+                    _set_timeout(_PATIENCE, group)
+        if ranks == 1:
+            return cls(None, rank, ranks, seconds)
+        name = [uuid.uuid4().hex]  # torchrun's store outlives restarts, and with it what was said in it
+        dist.broadcast_object_list(name, 0)
+        store = dist.distributed_c10d._get_default_store().clone()  # own connection
+        return cls(PrefixStore(f"qsr_engine/liveness/{name[0]}", store), rank, ranks, seconds)
+
+    # ------------------------------------------------------------------------------------------------- main
+
+    def begin(self, step: int, round_: int) -> None:
+        """The step after `step` begins. Raises LostRankError."""
+        self._moves, self._step, self._begun, self._round = self._moves + 1, step, step + 1, round_
+        self.check()
+
+    def moved(self) -> None:
+        """The main thread gets on, in something that takes its time. Raises LostRankError."""
+        self._moves += 1
+        self.check()
+
+    def done(self, step: int, round_: int, *, finished: bool = False) -> None:
+        """A step has been taken. From the first one on a main thread that does not get on is stalled."""
+        self._moves, self._step, self._round = self._moves + 1, step, round_
+        self._state = "finished" if finished else "running"
+
+    def check(self) -> None:
+        """Raises LostRankError if there is a verdict."""
+        if self._verdict is not None:
+            self._linger()
+            raise LostRankError(self._text())
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Turn the failure of a collective into a LostRankError where a rank is lost; this takes some beats.
+
+        Raises:
+            LostRankError: a collective failed in the block, and ranks are lost.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, LostRankError) or not _of_a_collective(error):
+                raise
+            if not self._is_lost():
+                raise
+            self._linger()
+            raise LostRankError(f"{self._text()} ({error})") from error
+
+    def request_stop(self) -> None:
+        """Ask all ranks to stop. May be called by a signal's handler or another thread."""
+        self._stop = True
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether this rank knows that a rank was asked to stop."""
+        return self._asked or self._stop
+
+    def halt(self, step: int) -> bool:
+        """Wait until all ranks stand after the same step, that of the foremost one.
+
+        Returns:
+            True if that is this step; False if this rank must go on to get there.
+        Raises:
+            LostRankError
+        """
+        if self._ranks == 1:
+            return True
+        self._halted = step
+        try:
+            with self._news:
+                while self._verdict is None:
+                    if self._target is not None and self._target[0] > step:
+                        return False
+                    if self._target == (step, True):
+                        return True
+                    self._news.wait(self._interval)
+        finally:
+            if self._target != (step, True):
+                self._halted = -1
+        self.check()
+        return False
+
+    def close(self) -> None:
+        """Say and judge nothing any more, and do not be judged."""
+        if self._state != "ended":
+            self._state = "closed"
+
+    # ----------------------------------------------------------------------------------------------- inside
+
+    @property
+    def _over(self) -> bool:
+        return self._state in ("closed", "ended")
+
+    def _is_lost(self) -> bool:
+        """After a collective has failed: wait until somebody has judged."""
+        if self._ranks == 1 or self._over or self._seconds is None:
+            return False
+        before, self._state = self._state, "failed"
+        with self._news:
+            self._news.wait_for(lambda: self._verdict is not None, 2 * max(1.0, _MISSED * self._interval) + 2)
+        if self._verdict is None:
+            self._state = before
+        return self._verdict is not None
+
+    def _linger(self) -> None:
+        """Rank 0 may hold the store: the others must hear the verdict before it ends."""
+        if self._rank == 0:
+            with self._news:
+                self._news.wait_for(lambda: self._heard or self._broken, _GRACE)
+
+    def _text(self) -> str:
+        where = f"Rank {self._rank} on {self._host} was in round {self._round}, after step {self._step}"
+        return f"{self._verdict}\n{where}."
+
+    def _learn(self, verdict: str | None = None, target: tuple[int, bool] | None = None) -> None:
+        with self._news:
+            if verdict is not None and self._verdict is None:
+                self._verdict = verdict
+            if target is not None:
+                self._target = target
+            self._news.notify_all()
+
+    def _next_beat(self) -> Beat:
+        waiting, self._place = _standing(sys._current_frames().get(self._main))
+        self._beats += 1
+        return Beat(
+            self._beats,
+            self._moves,
+            self._state,
+            waiting,
+            self._stop,
+            self._verdict is not None,
+            self._step,
+            self._begun,
+            self._halted,
+            self._round,
+            self._host,
+            self._place,
+        )
+
+
+def _standing(frame: FrameType | None) -> tuple[bool, str]:
+    """Whether a thread waits for other ranks, and the place that a message names."""
+    place = ""
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name.startswith(_WAITS):
+            return True, f"{Path(name).name}, line {frame.f_lineno}, {frame.f_code.co_name}()"
+        if not place and not name.startswith("<"):
+            place = f"{Path(name).name}, line {frame.f_lineno}, {frame.f_code.co_name}()"
+        frame = frame.f_back
+    return False, place
+
+
+def _of_a_collective(error: BaseException) -> bool:
+    text = str(error)
+    return isinstance(error, (CollectiveError, dist.DistError)) or "gloo" in text or "NCCL" in text or "c10d" in text
+
+
+# ---------------------------------------------------------------------------------------------------- threads
+
+
+def _talk(reference: weakref.ref[Liveness], store: Store, judge: Judge | None) -> None:
+    """Beats, and what the others say. A store that hangs keeps this thread, which _watch() sees."""
+    while (me := reference()) is not None and me._told not in ("closed", "ended"):
+        interval = me._interval
+        try:
+            beat = me._next_beat()
+            store.set(f"beat {me._rank}", beat.encode())
+            me._told = beat.state
+            if judge is not None:
+                _say_and_judge(me, store, judge)
+            elif store.check(["word"]):
+                word = json.loads(store.get("word"))
+                me._asked = me._asked or word["stop"]
+                me._learn(word["verdict"], word["target"] and tuple(word["target"]))
+            me._answered, me._broken = time.monotonic(), False
+        except (dist.DistError, RuntimeError, ValueError):
+            me._broken = True
+        hurry = me._verdict is not None or me._state in ("failed", "ended") or me.stop_requested
+        del me
+        time.sleep(interval / 4 if hurry else interval)
+
+
+def _say_and_judge(me: Liveness, store: Store, judge: Judge) -> None:
+    keys = [f"beat {rank}" for rank in range(me._ranks)]
+    if not store.check(keys):
+        keys = [key for key in keys if store.check([key])]
+    beats = {int(key.split()[1]): Beat.decode(text) for key, text in zip(keys, store.multi_get(keys), strict=True)}
+    me._asked = me._asked or any(beat.stop for beat in beats.values())
+    lost = judge.lost(beats)
+    if lost:
+        me._learn(verdict_of(lost, beats))
+    target = judge.target(beats)
+    store.set("word", json.dumps({"stop": me._asked, "verdict": me._verdict, "target": target}))
+    me._learn(target=target)
+    me._heard = me._verdict is not None and judge.all_heard(beats)
+
+
+def _watch(reference: weakref.ref[Liveness]) -> None:
+    """Judge rank 0 where its store does not answer, and end a process whose main thread does not raise the verdict."""
+    known_since = None
+    while (me := reference()) is not None and (not me._over or me._verdict is not None):
+        silence = time.monotonic() - me._answered
+        limit = me._seconds if me._seconds is not None else float("inf")
+        if me._broken and me._state == "failed":
+            limit = min(limit, _MISSED * me._interval)
+        if me._verdict is None and silence > limit and me._state != "finished":
+            me._learn(
+                f"rank 0, or torchrun's agent that holds the store, has not answered for {silence:.1f} s "
+                f"(qsr.faults.timeout_seconds): it has ended, hangs, or the network between is cut"
+            )
+        known_since = known_since or (time.monotonic() if me._verdict is not None else None)
+        if known_since is not None and time.monotonic() - known_since > _GRACE:
+            _end(f"{me._text()} Its main thread is stuck at {me._place}; this process ends.")
+        interval = me._interval
+        del me
+        time.sleep(interval)
+
+
+def _end(text: str) -> None:
+    """End the process from a thread, whatever its main thread does."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"error: {text}\n".encode())
+    os._exit(1)
+
+
+def _say_the_end(reference: weakref.ref[Liveness]) -> None:
+    """The process ends by itself, before the run does: whoever waits for this rank waits for nothing."""
+    me = reference()
+    if me is None or me._over or me._broken or me._state == "finished":
+        return
+    me._state = "ended"
+    end = time.monotonic() + 2 * me._interval  # a store that hangs holds nobody up
+    while me._told != "ended" and time.monotonic() < end:
+        time.sleep(me._interval / 10)
+
+
+# --------------------------------------------------------------------------------------------------- judging
+
+
+class Judge:
+    """Who is lost, from one reading of the beats to the next; rank 0's own clock counts."""
+
+    def __init__(self, ranks: int, seconds: float | None, interval: float) -> None:
+        self._ranks, self._seconds = ranks, seconds
+        self._soon = max(1.0, _MISSED * interval)
+        self._beats: dict[int, tuple[int, float]] = {}  # of each rank: last number, and when it changed
+        self._moves: dict[int, tuple[int, float]] = {}
+
+    def lost(self, beats: Mapping[int, Beat], now: float | None = None) -> dict[int, str]:
+        """The lost ranks, and why each is."""
+        now = time.monotonic() if now is None else now
+        for rank, beat in beats.items():
+            for seen, value in ((self._beats, beat.number), (self._moves, beat.moves)):
+                if rank not in seen or seen[rank][0] != value:
+                    seen[rank] = value, now
+        if self._seconds is None:
+            return {}
+        failed = any(beat.state == "failed" for beat in beats.values())
+        waited = any(beat.waiting and now - self._moves[rank][1] > self._soon for rank, beat in beats.items())
+        limit = self._seconds
+        if any(beat.stop for beat in beats.values()):
+            limit = min(limit, _SUSPECT)
+        if failed:
+            limit = min(limit, self._soon)
+        found = {}
+        for rank, beat in beats.items():
+            silent, still = now - self._beats[rank][1], now - self._moves[rank][1]
+            if beat.state == "ended":
+                if failed or waited:
+                    found[rank] = "its process has ended; its own message says why"
+            elif silent > limit and beat.state not in ("failed", "closed"):
+                found[rank] = f"no sign of life for {silent:.1f} s: it has died, is stopped, or cannot be reached"
+            elif beat.state == "running" and not beat.waiting and still > self._seconds:
+                found[rank] = f"no progress for {still:.1f} s, at {beat.place}"
+        return found
+
+    def target(self, beats: Mapping[int, Beat]) -> tuple[int, bool] | None:
+        """For ranks in halt(): the step of the foremost rank, and whether all stand after it; None where none halts.
+
+        A rank that had passed this step before it heard of the stop may be in a collective of the boundary (records, an
+        evaluation), which needs those that halt: then all take one step more.
+        """
+        if all(beat.halted < 0 for beat in beats.values()):
+            return None
+        furthest = max(max(beat.halted, beat.begun) for beat in beats.values())
+        if any(beat.halted < 0 and beat.waiting and beat.begun == beat.step == furthest for beat in beats.values()):
+            furthest += 1
+        return furthest, len(beats) == self._ranks and all(beat.halted == furthest for beat in beats.values())
+
+    def all_heard(self, beats: Mapping[int, Beat]) -> bool:
+        """Whether everybody that still speaks has the verdict."""
+        return all(beat.heard or rank == 0 for rank, beat in beats.items() if not self._is_silent(rank))
+
+    def _is_silent(self, rank: int) -> bool:
+        return time.monotonic() - self._beats[rank][1] > self._soon
+
+
+def verdict_of(lost: Mapping[int, str], beats: Mapping[int, Beat]) -> str:
+    """The verdict in words."""
+    lines = [
+        f"  rank {rank} on {beats[rank].host}: {why}; it was last heard of in round {beats[rank].round}, after step "
+        f"{beats[rank].step}"
+        for rank, why in sorted(lost.items())
+    ]
+    more = [f"  ... and {len(lines) - 20} more"] if len(lines) > 20 else []
+    name = f"rank {next(iter(lost))} is" if len(lost) == 1 else f"ranks {_list(sorted(lost))} are"
+    return f"{name} lost (qsr.faults.timeout_seconds):\n" + "\n".join(lines[:20] + more)
+
+
+def _list(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks[:20])) + (", ..." if len(ranks) > 20 else "")

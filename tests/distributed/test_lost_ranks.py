@@ -1,0 +1,369 @@
+"""Ranks that die, stop or hang: every other rank ends in time, and says which is missing, at which step and round.
+
+The ranks are processes of their own, without a launcher, which would end all of them when it sees one die: so it is on
+other hosts. They come from a fork server that has imported what they need, so that each starts in a moment.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qsr_engine.checkpoint import find_alone
+from qsr_engine.liveness import Beat, Judge, verdict_of
+from tests.distributed.processes import free_port, rank_environment
+from tests.distributed.test_roll_call import PREFIX, SCRIPT, cluster
+
+SECONDS = 2.0  # qsr.faults.timeout_seconds
+LIMIT = 60.0  # for a test's processes, starting them included; a rank that waits for ever is killed then
+__all__ = ["cluster"]  # a fixture
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["qsr_engine.train", "qsr_engine.engines.deepspeed", "qsr_engine.cli"])
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, digits: Path) -> Path:
+    """Three workers, rounds of 4 steps, a checkpoint at each boundary."""
+    path = tmp_path / "small.yaml"
+    path.write_text(f"""
+model:
+  name: timm/vit_tiny_patch16_224
+  kwargs: {{img_size: 8, patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2}}
+data: {{shards: "{digits}", image_size: 8}}
+batch: {{train_batch_size: 24}}
+optimizer: {{type: AdamW, gradient_clipping: 1.0}}
+qsr:
+  strategy: constant
+  h_base: 4
+  total_steps: 20
+  lr: {{schedule: constant, peak: 1e-3}}
+  faults: {{timeout_seconds: {SECONDS}}}
+logging: {{dir: "{tmp_path / "runs"}", name: run, every: 1, checkpoint_every: 1, tensorboard: false}}
+""")
+    return path
+
+
+def never_ends() -> None:
+    threading.Event().wait()
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def freeze() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def leave() -> None:
+    raise SystemExit(7)
+
+
+def spoil(place: str, step: int, fault: Callable[[], None]) -> None:
+    """Let the fault happen to this process at a place, where `step` steps have been taken."""
+    from qsr_engine import train
+    from qsr_engine.averaging import Averager
+    from qsr_engine.engines.resumable import Resumable
+
+    def before(owner: Any, name: str, taken: Callable[[Any], int]) -> None:
+        original = getattr(owner, name)
+
+        def spoiled(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if taken(self) == step:
+                fault()
+            return original(self, *args, **kwargs)
+
+        setattr(owner, name, spoiled)
+
+    run: Any = train._Run  # type: ignore[attr-defined,unused-ignore]
+    if place == "a local step":
+        before(run, "_step", lambda self: self.engine.local_steps.step)
+    elif place == "the data":
+        before(run, "_next_batch", lambda self: self.engine.local_steps.step)
+    elif place == "an averaging":
+        before(Averager, "average", lambda self: self.step)
+    elif place == "an evaluation":
+        before(run, "_evaluation_batches", lambda self: self.engine.local_steps.step)
+    else:
+        assert place == "a checkpoint"
+        before(Resumable, "_write_checkpoint", lambda self: self.local_steps.step)
+
+
+def rank_main(argv: list[str], environment: dict[str, str], log: str, fault: tuple[Any, ...] | None) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update({**environment, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"})
+    import torch
+
+    torch.set_num_threads(1)
+    if fault is not None:
+        spoil(*fault)
+    from qsr_engine.cli import main
+
+    try:
+        code = main(argv)
+    finally:
+        atexit._run_exitfuncs()  # which a process of multiprocessing leaves out
+    raise SystemExit(code)
+
+
+class Ranks:
+    """The ranks of one run."""
+
+    def __init__(self, recipe: Path, words: list[str], faults: dict[int, tuple[Any, ...]], ranks: int = 3) -> None:
+        port = free_port()
+        self.logs = [recipe.parent / f"rank-{rank}.log" for rank in range(ranks)]
+        self.processes = [
+            CONTEXT.Process(
+                target=rank_main,
+                args=(["train", str(recipe), *words], rank_environment(rank, ranks, port), str(log), faults.get(rank)),
+            )
+            for rank, log in enumerate(self.logs)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def ended(self, rank: int, seconds: float = LIMIT) -> int:
+        """Exit code, waited for."""
+        self.processes[rank].join(seconds)
+        code = self.processes[rank].exitcode
+        assert code is not None, f"rank {rank} still runs:\n{self.said(rank)}"
+        return code
+
+    def said(self, rank: int) -> str:
+        return self.logs[rank].read_text()
+
+    def clear(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+@pytest.fixture
+def start(recipe: Path) -> Iterator[Callable[..., Ranks]]:
+    started: list[Ranks] = []
+
+    def make(*words: str, **faults: tuple[Any, ...]) -> Ranks:
+        started.append(Ranks(recipe, list(words), {int(name[-1]): fault for name, fault in faults.items()}))
+        return started[-1]
+
+    yield make
+    for ranks in started:
+        ranks.clear()
+
+
+GONE = "no sign of life for"
+
+
+@pytest.mark.parametrize(
+    ("engine", "place", "step", "victim", "fault", "why"),
+    [
+        ("deepspeed", "a local step", 9, 2, kill, GONE),
+        ("fsdp", "a local step", 9, 2, freeze, GONE),
+        ("fsdp", "the data", 6, 1, never_ends, "no progress for"),
+        ("deepspeed", "the data", 6, 1, leave, "its process has ended"),
+        ("deepspeed", "an averaging", 8, 1, freeze, GONE),
+        ("fsdp", "an averaging", 8, 2, kill, GONE),
+        ("fsdp", "a checkpoint", 8, 1, kill, GONE),
+        ("deepspeed", "a checkpoint", 8, 2, freeze, GONE),
+        ("fsdp", "an evaluation", 20, 1, freeze, GONE),
+    ],
+)
+def test_the_others_name_the_lost_rank(
+    start: Callable[..., Ranks],
+    recipe: Path,
+    engine: str,
+    place: str,
+    step: int,
+    victim: int,
+    fault: Callable[[], None],
+    why: str,
+) -> None:
+    ranks = start("--engine", engine, **{f"rank_{victim}": (place, step, fault)})
+    for other in {0, 1, 2} - {victim}:
+        assert ranks.ended(other) in (1, 2)
+        said = ranks.said(other)
+        assert f"rank {victim} is lost (qsr.faults.timeout_seconds):\n  rank {victim} on " in said, said
+        assert f": {why}" in said, said
+        heard = re.search(r"it was last heard of in round (\d+), after step (\d+)\n", said)
+        assert heard is not None, said
+        assert step // 4 - 2 <= int(heard[1]) <= step // 4, "steps are faster than beats here"
+        assert int(heard[2]) <= step
+        mine = re.search(rf"Rank {other} on \S+ was in round (\d+), after step (\d+)\.", said)
+        assert mine is not None, said
+        assert step <= int(mine[2]) <= step + 4, "nobody passes a boundary without the lost rank"
+    _, manifest = find_alone(recipe.parent / "runs" / "run" / "checkpoints")
+    assert manifest.step == (step - 1) // 4 * 4, "the last boundary before the fault"
+
+
+@pytest.mark.parametrize(("fault", "engine"), [(kill, "fsdp"), (freeze, "deepspeed")])
+def test_rank_0_that_holds_the_store(start: Callable[..., Ranks], fault: Callable[[], None], engine: str) -> None:
+    ranks = start("--engine", engine, rank_0=("a local step", 9, fault))
+    for other in (1, 2):
+        assert ranks.ended(other) in (1, 2)
+        assert "rank 0, or torchrun's agent that holds the store, has not answered for " in ranks.said(other)
+        assert f"Rank {other} on " in ranks.said(other)
+        assert "was in round 2, after step " in ranks.said(other)
+
+
+def test_a_slow_worker_is_not_lost(start: Callable[..., Ranks]) -> None:
+    """It comes to the boundary much later than the time limit, and gets on all the while."""
+    words = ["--set", "qsr.h_base=10", "--set", "qsr.total_steps=10", "--set", "qsr.faults.timeout_seconds=1"]
+    ranks = start(*words, "--engine", "fsdp", rank_1=("a local step", 0, slow_from_here))
+    assert [ranks.ended(rank) for rank in range(3)] == [0, 0, 0], ranks.said(0)
+
+
+def slow_from_here() -> None:
+    """Every step of this worker takes 0.4 s more: slowness itself, and not a wait for something."""
+    from qsr_engine import train
+
+    run: Any = train._Run  # type: ignore[attr-defined,unused-ignore]
+    original = run._next_batch
+    run._next_batch = lambda self: (time.sleep(0.4), original(self))[1]  # type: ignore[func-returns-value]
+
+
+# --------------------------------------------------------------------------------------------------- judging
+
+
+def beats(**changes: Any) -> dict[int, Beat]:
+    return {rank: Beat(**{"state": "running", **changes.get(f"rank_{rank}", {})}) for rank in range(3)}
+
+
+def test_a_judge_goes_by_its_own_clock() -> None:
+    judge = Judge(3, 10.0, 0.5)
+    assert judge.lost(beats(), now=0.0) == {}
+    moving = {f"rank_{rank}": {"number": 1, "moves": 1} for rank in (0, 1)}
+    assert judge.lost(beats(**moving), now=9.0) == {}
+    found = judge.lost(beats(**moving), now=10.5)
+    assert list(found) == [2]
+    assert found[2].startswith("no sign of life for 10.5 s")
+
+
+@pytest.mark.parametrize(
+    ("changes", "lost"),
+    [
+        ({"number": 1}, True),  # lives, does not get on
+        ({"number": 1, "waiting": True}, False),  # for others
+        ({"number": 1, "state": "starting"}, False),  # compiles
+        ({"number": 1, "state": "finished"}, False),
+        ({"state": "closed"}, False),
+        ({"state": "ended"}, False),  # and nobody waits for it
+    ],
+)
+def test_who_is_stalled(changes: dict[str, Any], lost: bool) -> None:
+    judge = Judge(3, 10.0, 0.5)
+    moving = {f"rank_{rank}": {"number": 1, "moves": 1} for rank in (0, 1)}
+    judge.lost(beats(rank_2={**changes, "number": 0}), now=0.0)
+    assert (2 in judge.lost(beats(**moving, rank_2=changes), now=10.5)) is lost
+
+
+def test_whoever_waits_for_an_ended_rank_learns_it_soon() -> None:
+    judge = Judge(3, 600.0, 0.5)
+    waits = {"rank_0": {"waiting": True}, "rank_2": {"state": "ended"}}
+    assert judge.lost(beats(**waits), now=0.0) == {}
+    assert list(judge.lost(beats(**waits), now=3.0)) == [2]
+
+
+def test_the_step_at_which_all_halt() -> None:
+    judge = Judge(3, None, 0.5)
+    assert judge.target(beats()) is None
+    assert judge.target(beats(rank_0={"halted": 5}, rank_1={"begun": 8}, rank_2={"begun": 3})) == (8, False)
+    assert judge.target(beats(**{f"rank_{r}": {"halted": 8, "begun": 8} for r in range(3)})) == (8, True)
+    logs = {"step": 8, "begun": 8, "waiting": True}
+    assert judge.target(beats(**{f"rank_{r}": {"halted": 8, "begun": 8} for r in (0, 1)}, rank_2=logs)) == (9, False)
+
+
+def test_many_lost_ranks_are_counted() -> None:
+    text = verdict_of(dict.fromkeys(range(50), "gone"), {rank: Beat(host="h") for rank in range(50)})
+    assert text.startswith("ranks 0, 1, 2")
+    assert text.endswith("... and 30 more")
+    assert len(text.splitlines()) == 22
+
+
+# --------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize(
+    ("policy", "strategy", "number"),
+    [
+        ("finish_round", "constant", signal.SIGTERM),
+        ("cut_round", "constant", signal.SIGUSR1),
+        ("finish_round", "parallel", signal.SIGUSR1),
+    ],
+)
+def test_a_signal_to_one_rank_stops_all_at_a_boundary(
+    start: Callable[..., Ranks], recipe: Path, policy: str, strategy: str, number: signal.Signals
+) -> None:
+    """And the run goes on from there. Only rank 1 gets the signal; under "cut_round" the round would last minutes."""
+    h_base, steps = (50, 100) if policy == "finish_round" else (99_999, 100_000)
+    rounds = ["--set", f"qsr.strategy={strategy}", "--set", f"qsr.h_base={h_base}", "--set", f"qsr.total_steps={steps}"]
+    words = [*rounds, "--set", f"qsr.faults.on_signal={policy}", "--set", "logging.checkpoint_every=1000000"]
+    words += ["--engine", "fsdp", "--set", "qsr.faults.timeout_seconds=30"]
+    send = {signal.SIGTERM: ask_by_sigterm, signal.SIGUSR1: ask_by_sigusr1}[number]
+    ranks = start(*words, rank_1=("a local step", 5, send))
+    assert [ranks.ended(rank) for rank in range(3)] == [75, 75, 75], ranks.said(0)
+    folder = recipe.parent / "runs" / "run" / "checkpoints"
+    _, manifest = find_alone(folder)
+    assert f"has stopped after step {manifest.step} of {steps}" in ranks.said(0)
+    assert manifest.step == 50 if h_base == 50 and strategy == "constant" else 6 <= manifest.step < steps
+    again = start(*words, "--resume", rank_2=("a local step", manifest.step + 1, send))
+    ended = [again.ended(rank) for rank in range(3)]
+    if strategy == "constant" and h_base == 50:
+        assert ended == [0, 0, 0], "it was asked to stop in its last round"
+    else:
+        assert ended == [75, 75, 75], again.said(0)
+        assert find_alone(folder)[1].step > manifest.step
+
+
+def ask_by_sigterm() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def ask_by_sigusr1() -> None:
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+
+# ------------------------------------------------------------------------------------------------- the network
+
+
+def test_a_host_whose_network_is_cut(cluster: dict[str, str], recipe: Path) -> None:
+    """Host 2 of 3, in a run that would take hours: it ends too, since it does not reach rank 0."""
+    words = [sys.executable, "-m", "qsr_engine", "train", str(recipe), "--engine", "fsdp"]
+    words += ["--set", "qsr.total_steps=1000000", "--set", "logging.checkpoint_every=1000000"]
+    started = []
+    for rank in range(3):
+        on_host = {**cluster, "QSR_HOST": str(rank + 1), **rank_environment(rank, 3, 29500)}
+        environment = {**os.environ, **on_host, "MASTER_ADDR": f"{PREFIX}1", "DS_ACCELERATOR": "cpu"}
+        log = (recipe.parent / f"host-{rank}.log").open("w+")
+        started.append((subprocess.Popen([str(SCRIPT), "run", *words], env=environment, stdout=log, stderr=log), log))
+    try:
+        metrics, end = recipe.parent / "runs" / "run" / "metrics.jsonl", time.monotonic() + LIMIT
+        while not metrics.exists() or metrics.read_text().count("\n") < 5:
+            assert time.monotonic() < end, "no step in time"
+            time.sleep(0.05)  # between looks at a file, which nobody announces
+        subprocess.run(["ip", "-n", f"{PREFIX}2", "link", "set", "eth0", "down"], check=True)
+        said = []
+        for process, log in started:
+            assert process.wait(LIMIT) != 0
+            log.seek(0)
+            said.append(log.read())
+    finally:
+        for process, log in started:
+            process.kill()
+            log.close()
+    for rank in (0, 2):
+        assert f"rank 1 is lost (qsr.faults.timeout_seconds):\n  rank 1 on {PREFIX}2: no sign of life for" in said[rank]
+    assert "rank 0, or torchrun's agent that holds the store, has not answered for " in said[1]
