@@ -133,8 +133,7 @@ def train(recipe: Recipe, index: Index, *, resume: bool = False) -> dict[str, An
             monitor.summary(**summary)
     if lock is not None:
         lock.close()
-    engine.destroy()
-    dist.destroy_process_group()
+    engine.local_steps.liveness.close()
     return summary
 
 

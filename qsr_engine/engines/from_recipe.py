@@ -44,8 +44,6 @@ class Engine(Protocol):
 
     def averaged_state_dict(self) -> dict[str, Tensor]: ...
 
-    def destroy(self) -> None: ...
-
 
 def make_engine(recipe: Recipe, batch: Batch, model: nn.Module) -> Engine:
     """Start the engine of a recipe, `recipe.engine`.
