@@ -3,7 +3,7 @@ import sys
 from qsr_engine.cli import main
 
 code = main()
-if code == 0 and "torch.distributed" in sys.modules:  # of a rank: an open group may abort its end
+if code == 0 and "torch.distributed" in sys.modules:  # of a rank: NCCL complains of a group that is left open
     import torch.distributed as dist
 
     if dist.is_initialized():

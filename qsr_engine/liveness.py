@@ -43,6 +43,7 @@ from qsr_engine.averaging import CollectiveError
 _SHORTEST, _LONGEST = 0.1, 1.0  # seconds between beats
 _RANKS_A_SECOND = 1000  # that rank 0 reads at most; with more ranks beats are rarer
 _GRACE = 5.0  # for a main thread to raise the verdict, and for rank 0 to see that everybody has it
+_LEAVE = 2.0  # for the thread that talks, at the end of the process
 _SUSPECT = 10.0  # silence that is too long once a rank was asked to stop, perhaps by a launcher that saw another die
 _PATIENCE = timedelta(days=7)
 _set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # the name in torch 2.11
@@ -114,9 +115,11 @@ class Liveness:
         self._broken = False  # the store is not there any more
         if store is not None:
             judge = Judge(ranks, seconds, self._interval) if rank == 0 else None
-            for target, arguments in ((_talk, (weakref.ref(self), store, judge)), (_watch, (weakref.ref(self),))):
-                threading.Thread(target=target, args=arguments, name="qsr liveness", daemon=True).start()
-            atexit.register(_say_the_end, weakref.ref(self))
+            me, leave = weakref.ref(self), threading.Event()
+            talk = threading.Thread(target=_talk, args=(me, store, judge, leave), name="qsr liveness", daemon=True)
+            talk.start()
+            threading.Thread(target=_watch, args=(me,), name="qsr liveness", daemon=True).start()
+            atexit.register(_end_talk, me, talk, leave)
 
     @classmethod
     def of_this_run(cls, seconds: float | None, across: dist.ProcessGroup | None = None) -> Liveness:
@@ -292,9 +295,9 @@ def _of_a_collective(error: BaseException) -> bool:
 # ---------------------------------------------------------------------------------------------------- threads
 
 
-def _talk(reference: weakref.ref[Liveness], store: Store, judge: Judge | None) -> None:
+def _talk(reference: weakref.ref[Liveness], store: Store, judge: Judge | None, leave: threading.Event) -> None:
     """Beats, and what the others say. A store that hangs keeps this thread, which _watch() sees."""
-    while (me := reference()) is not None and me._told not in ("closed", "ended"):
+    while not leave.is_set() and (me := reference()) is not None and me._told not in ("closed", "ended"):
         interval = me._interval
         try:
             beat = me._next_beat()
@@ -311,7 +314,7 @@ def _talk(reference: weakref.ref[Liveness], store: Store, judge: Judge | None) -
             me._broken = True
         hurry = me._verdict is not None or me._state in ("failed", "ended") or me.stop_requested
         del me
-        time.sleep(interval / 4 if hurry else interval)
+        leave.wait(interval / 4 if hurry else interval)
 
 
 def _say_and_judge(me: Liveness, store: Store, judge: Judge) -> None:
@@ -357,15 +360,19 @@ def _end(text: str) -> None:
     os._exit(1)
 
 
-def _say_the_end(reference: weakref.ref[Liveness]) -> None:
-    """The process ends by itself, before the run does: whoever waits for this rank waits for nothing."""
+def _end_talk(reference: weakref.ref[Liveness], talk: threading.Thread, leave: threading.Event) -> None:
+    """The process ends by itself. Before the run does, whoever waits for this rank must hear that it waits for nothing.
+
+    A thread that comes back from the store to an interpreter that is gone would abort the process: it ends before.
+    """
     me = reference()
-    if me is None or me._over or me._broken or me._state == "finished":
-        return
-    me._state = "ended"
-    end = time.monotonic() + 2 * me._interval  # a store that hangs holds nobody up
-    while me._told != "ended" and time.monotonic() < end:
-        time.sleep(me._interval / 10)
+    if me is not None and not (me._over or me._broken or me._state == "finished"):
+        me._state = "ended"
+        end = time.monotonic() + 2 * me._interval  # a store that hangs holds nobody up
+        while me._told != "ended" and time.monotonic() < end:
+            time.sleep(me._interval / 10)
+    leave.set()
+    talk.join(_LEAVE)
 
 
 # --------------------------------------------------------------------------------------------------- judging

@@ -7,6 +7,7 @@ decoded on the CPU. Evaluation is always decoded there.
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,6 +26,7 @@ from qsr_engine.data.shards import Sample
 from qsr_engine.data.views import View
 
 _AHEAD = 4  # batches that are read before they are decoded
+_LEAVE = 5.0  # seconds for the thread that reads, at the end of the process
 Item = TypeVar("Item")
 
 
@@ -142,7 +144,13 @@ def in_thread(items: Iterable[Item]) -> Iterator[Item]:
         except Exception as error:
             put(True, error)
 
-    threading.Thread(target=run, daemon=True).start()
+    def end() -> None:
+        stopped.set()
+        thread.join(_LEAVE)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    atexit.register(end)  # a thread that comes back from torch to an interpreter that is gone aborts the process
     try:
         while True:
             last, item = ahead.get()
@@ -153,3 +161,4 @@ def in_thread(items: Iterable[Item]) -> Iterator[Item]:
             yield item  # type: ignore[misc]
     finally:
         stopped.set()
+        atexit.unregister(end)

@@ -367,3 +367,33 @@ def test_a_host_whose_network_is_cut(cluster: dict[str, str], recipe: Path) -> N
     for rank in (0, 2):
         assert f"rank 1 is lost (qsr.faults.timeout_seconds):\n  rank 1 on {PREFIX}2: no sign of life for" in said[rank]
     assert "rank 0, or torchrun's agent that holds the store, has not answered for " in said[1]
+
+
+ENDINGS = """
+import os, sys, threading, time
+from datetime import timedelta
+from torch.distributed import TCPStore
+from qsr_engine import liveness
+
+liveness._SHORTEST = 1e-4
+codes = []
+for end in ["finished", "closed", "running"] * 3:
+    child = os.fork()
+    if not child:
+        store = TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=5))
+        ours = liveness.Liveness(store, 0, 2, 1e-3)
+        ours._seconds = 60.0
+        ours.done(1, 0, finished=end == "finished")
+        if end == "closed":
+            ours.close()
+        time.sleep(0.02)
+        sys.exit(0)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(*codes)
+"""
+
+
+def test_the_thread_that_talks_does_not_abort_the_end_of_the_process() -> None:
+    """Such an end while a thread is in the store's C++ would be SIGABRT; here a beat is always under way."""
+    result = subprocess.run([sys.executable, "-c", ENDINGS], capture_output=True, text=True, timeout=LIMIT)
+    assert result.stdout.split() == ["0"] * 9, result.stderr

@@ -363,8 +363,9 @@ def memory_job(way: str) -> tuple[int, int]:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_no_copy_of_the_model_is_made(processes: Processes, way: str) -> None:
-    # Gloo copies what it scatters and gathers, of at most two pieces each.
-    allowed = 0 if way == "TwoLevelSharedMemory" else 4 * 4_000_000
+    # Gloo copies what it scatters and gathers, of at most two pieces each. The thread of its that has carried one out
+    # frees the copy a moment after those who waited have gone on, when that of the next may be there: one more each.
+    allowed = 0 if way == "TwoLevelSharedMemory" else 6 * 4_000_000
     for kept, most in processes.run(on_hosts, ranks=4, hosts=TWO_OF_TWO, what=memory_job, way=way):
         assert kept <= allowed + 10_000, "gloo's threads may free the last copies a little later"
         assert most > 0, "the sums of squares were meant to be seen"
