@@ -28,11 +28,12 @@ from qsr_engine.data import (
     write_digits,
     write_imagefolder,
 )
+from qsr_engine.data.retrying import Retry
 from qsr_engine.data.writing.data_sets import CIFAR10_ROOT, QUALITY, SHARD_BYTES
 from qsr_engine.data.writing.processes import usable_cores
 from qsr_engine.forecast import LIMIT_PERCENT, bytes_of, check_place, check_plot, make_forecast, print_plan
 from qsr_engine.hosts import HostError, check_hosts
-from qsr_engine.launcher import hopeless, launch, no_restart, restarted, started_by_a_launcher
+from qsr_engine.launcher import hopeless, launch, no_restart, restarted, started_by_a_launcher, stopped_already
 from qsr_engine.monitor import CHECKPOINTS, SUMMARY, check_run_folder, check_unfinished
 from qsr_engine.plan import Plan, make_plan, write_header
 from qsr_engine.quantities import parse_count, parse_rate, parse_seconds
@@ -82,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--ranks", type=whole_number, help="processes on this host (default: one a GPU)")
     train.add_argument(
         "--restarts",
-        type=whole_number,
+        type=count,
         default=0,
         metavar="N",
         help="times that the run goes on from its newest checkpoint by itself when a rank has died (with torchrun)",
@@ -240,6 +241,10 @@ def whole_number(text: str) -> int:
     return value
 
 
+def count(text: str) -> int:
+    return 0 if text == "0" else whole_number(text)
+
+
 def _shards(args: argparse.Namespace) -> int:
     """Run a sub-command. SIGTERM ends it as Ctrl-C does: other processes are stopped and temporary files deleted.
 
@@ -291,6 +296,10 @@ def _train(args: argparse.Namespace) -> int:
         )
     check = check_unfinished if args.resume else check_run_folder
     check(recipe.run_dir)
+    if args.resume and args.ranks is not None:
+        from qsr_engine.train import batch_for
+
+        batch_for(recipe, args.ranks, resume=True)
     words = ["train", args.recipe, *_overrides(args), *(["--resume"] if args.resume else [])]
     code = launch(recipe, args.ranks, words, resume=args.resume, restarts=args.restarts)
     if code == 0 and not (recipe.run_dir / SUMMARY).exists():  # the launcher hides some deaths of its children
@@ -319,7 +328,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Recipe, Index]:
     if args.engine is not None:
         args.set.append(f"engine={args.engine}")
     recipe = load_recipe(args.recipe, args.set)
-    index = read_index(recipe.data.shards)
+    index = read_index(recipe.data.shards, Retry(recipe.data.retries, recipe.data.retry_seconds))
     for split in (recipe.data.train, recipe.data.eval):
         index.split(split)
         try:
@@ -468,9 +477,13 @@ def _train_rank(recipe: Recipe, index: Index, *, resume: bool) -> int:
     from qsr_engine.averaging import AgreementError, BoundaryError, CollectiveError
     from qsr_engine.checkpoint import CheckpointError
     from qsr_engine.stopping import StoppedError, exit_code
-    from qsr_engine.train import DivergenceError, train
+    from qsr_engine.train import DivergenceError, UnsavedError, train
 
     rank = int(os.environ["RANK"])
+    if stopped_already():
+        if rank == 0:
+            print(f"qsr: {recipe.run_dir}: the run was asked to stop, and is not started again", file=sys.stderr)
+        return exit_code(rank)
     earlier = hopeless()
     if earlier is not None:
         return _fail(RuntimeError(f"not started again, since the same would happen: {earlier}"))
@@ -480,7 +493,7 @@ def _train_rank(recipe: Recipe, index: Index, *, resume: bool) -> int:
         if rank == 0:
             print(f"qsr: {stopped}", file=sys.stderr, flush=True)
         return exit_code(rank)
-    except (AgreementError, BoundaryError, ConfigError, DataError, DivergenceError) as error:
+    except (AgreementError, BoundaryError, ConfigError, DataError, DivergenceError, UnsavedError) as error:
         no_restart(error)
         return _fail(error)
     except (CheckpointError, CollectiveError, HostError) as error:

@@ -371,7 +371,9 @@ class DataConfig(StrictModel):
     loader_processes: Count = 0
     max_bad_samples: Count = 0  # that each rank may skip in a run; with 0 the first one ends the run
     retries: Count = 3  # of a read that failed in a way that may pass (network, file server), before the sample is bad
-    retry_seconds: Positive = 1.0  # before the first retry; doubled for each further one, to 60 at most
+    # Before the first retry, doubled for each further one, to 60 at most. A rank that waits so takes no step: all waits
+    # together must be shorter than qsr.faults.timeout_seconds.
+    retry_seconds: Annotated[float, Field(gt=0, le=60, allow_inf_nan=False)] = 1.0
     decoder: Literal["cpu", "gpu"] = "cpu"  # "gpu": JPEGs by the GPU's decoder, through torchvision
     cache_dir: str | None = None  # of shards from a URL; None: qsr_engine in the user's cache folder
     cache_gb: Annotated[float, Field(ge=0, le=1e9)] = (

@@ -63,6 +63,12 @@ def hopeless() -> str | None:
     return file.read_text(encoding="utf-8") if restarted() and file is not None and file.exists() else None
 
 
+def stopped_already() -> bool:
+    """In a rank that was started again: whether the run was asked to stop in the meantime."""
+    path = os.environ.get(STOPPED_FILE)
+    return restarted() and path is not None and _LAUNCH in os.environ and _asked_file(Path(path)).exists()
+
+
 def no_restart(error: Exception) -> None:
     """Note an error of this rank after which starting it again is of no use."""
     file = _error_file()
@@ -74,6 +80,10 @@ def _error_file() -> Path | None:
     """Beside the file that says that a run has stopped when asked to; only where launch() has started the rank."""
     path = os.environ.get(STOPPED_FILE)
     return Path(path).with_name("error") if path and _LAUNCH in os.environ else None
+
+
+def _asked_file(stopped: Path) -> Path:
+    return stopped.with_name("asked")
 
 
 def launch(recipe: Recipe, ranks: int | None, words: Sequence[str], *, resume: bool = False, restarts: int = 0) -> int:
@@ -123,12 +133,17 @@ def _run(command: list[str], more: Mapping[str, str] | None = None) -> int:
     received: list[int] = []
     with tempfile.TemporaryDirectory(prefix="qsr-") as folder:
         stopped = Path(folder) / "stopped"
-        environment = {**os.environ, **(more or {}), _LAUNCH: launch, STOPPED_FILE: str(stopped)}
+        # Of a rank that dies the others would print some 30 lines of the store's C++ frames.
+        quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
+        environment = {**quiet, **os.environ, **(more or {}), _LAUNCH: launch, STOPPED_FILE: str(stopped)}
         process = subprocess.Popen(command, start_new_session=True, env=environment)
 
         def react(signum: int, _: FrameType | None) -> None:
             received.append(signum)
-            ranks = _ranks_of(launch) if signum in SIGNALS and len(received) == 1 else []
+            ranks = []
+            if signum in SIGNALS and len(received) == 1:
+                _asked_file(stopped).touch()
+                ranks = _ranks_of(launch)
             for rank in ranks:
                 with contextlib.suppress(psutil.Error):
                     rank.send_signal(signum)
@@ -145,7 +160,9 @@ def _run(command: list[str], more: Mapping[str, str] | None = None) -> int:
                 signal.signal(number, handler)
         if stopped.exists():
             return STOPPED
-    return 128 + received[-1] if received else code if code >= 0 else 128 - code
+    if received and not (code == 0 and len(received) == 1 and received[0] in SIGNALS):  # asked too late to stop
+        return 128 + received[-1]
+    return code if code >= 0 else 128 - code
 
 
 def _processes_of(launch: str) -> list[psutil.Process]:
@@ -160,7 +177,16 @@ def _processes_of(launch: str) -> list[psutil.Process]:
 def _ranks_of(launch: str) -> list[psutil.Process]:
     """Those of the launch that have a rank, and not from their parent as loader processes have it."""
     ranks = [process for process in _processes_of(launch) if _rank(process) is not None]
-    return [process for process in ranks if process.parent() not in ranks]
+    numbers = {process.pid for process in ranks}
+    return [process for process in ranks if _parent(process) not in numbers]
+
+
+def _parent(process: psutil.Process) -> int | None:
+    try:
+        number: int | None = process.ppid()
+    except psutil.Error:
+        return None
+    return number
 
 
 def _rank(process: psutil.Process) -> str | None:

@@ -5,10 +5,11 @@ boundary would wait for the time-out of the process group and learn only that it
 
     every rank      a beat once an interval: a number that grows, whether its main thread gets on, waits for others or
                     neither, its step and round, and whether it has been asked to stop
-    rank 0          reads all beats and judges: silent, stalled or ended ranks are lost; the verdict goes to everybody
+    rank 0          reads all beats and judges: silent, stalled or ended ranks are lost; its word goes to everybody: the
+                    verdict, and its own beat, by which every other rank judges rank 0
     every rank      raises the verdict at the next step. A main thread that is stuck in a collective cannot, so after a
                     moment its process is ended, as NCCL's own watchdog does
-    without rank 0  whose store does not answer any more, every rank judges by itself
+    without a store that answers, every rank judges by itself
 
 Nothing here is a collective of a process group: the store belongs to rank 0 or to torchrun's agent.
 
@@ -108,18 +109,19 @@ class Liveness:
         self._place = ""
         self._asked = False  # some rank was asked to stop
         self._verdict: str | None = None
+        self._raised = False  # the main thread has the verdict, and may clean up
         self._target: tuple[int, bool] | None = None  # step to halt at, and whether everybody stands there
         self._heard = False  # rank 0: everybody has the verdict
         self._news = threading.Condition()
         self._answered = time.monotonic()  # when the store last did
         self._broken = False  # the store is not there any more
         if store is not None:
-            judge = Judge(ranks, seconds, self._interval) if rank == 0 else None
-            me, leave = weakref.ref(self), threading.Event()
-            talk = threading.Thread(target=_talk, args=(me, store, judge, leave), name="qsr liveness", daemon=True)
+            judge = Judge(ranks, seconds, self._interval)
+            me, wake = weakref.ref(self), threading.Event()
+            talk = threading.Thread(target=_talk, args=(me, rank, store, judge, wake), name="qsr liveness", daemon=True)
             talk.start()
             threading.Thread(target=_watch, args=(me,), name="qsr liveness", daemon=True).start()
-            atexit.register(_end_talk, me, talk, leave)
+            atexit.register(_end_talk, me, talk, wake)
 
     @classmethod
     def of_this_run(cls, seconds: float | None, across: dist.ProcessGroup | None = None) -> Liveness:
@@ -162,6 +164,7 @@ class Liveness:
         """Raises LostRankError if there is a verdict."""
         if self._verdict is not None:
             self._linger()
+            self._raised = True
             raise LostRankError(self._text())
 
     @contextlib.contextmanager
@@ -179,6 +182,7 @@ class Liveness:
             if not self._is_lost():
                 raise
             self._linger()
+            self._raised = True
             raise LostRankError(f"{self._text()} ({error})") from error
 
     def request_stop(self) -> None:
@@ -216,7 +220,7 @@ class Liveness:
         return False
 
     def close(self) -> None:
-        """Say and judge nothing any more, and do not be judged."""
+        """Say and judge nothing any more, and do not be judged, unless a collective of another rank fails."""
         if self._state != "ended":
             self._state = "closed"
 
@@ -295,59 +299,87 @@ def _of_a_collective(error: BaseException) -> bool:
 # ---------------------------------------------------------------------------------------------------- threads
 
 
-def _talk(reference: weakref.ref[Liveness], store: Store, judge: Judge | None, leave: threading.Event) -> None:
+def _talk(reference: weakref.ref[Liveness], rank: int, store: Store, judge: Judge, wake: threading.Event) -> None:
     """Beats, and what the others say. A store that hangs keeps this thread, which _watch() sees."""
-    while not leave.is_set() and (me := reference()) is not None and me._told not in ("closed", "ended"):
+    while (me := reference()) is not None and me._told not in ("closed", "ended"):
         interval = me._interval
         try:
             beat = me._next_beat()
-            store.set(f"beat {me._rank}", beat.encode())
+            store.set(f"beat {rank}", beat.encode())
             me._told = beat.state
-            if judge is not None:
-                _say_and_judge(me, store, judge)
-            elif store.check(["word"]):
-                word = json.loads(store.get("word"))
-                me._asked = me._asked or word["stop"]
-                me._learn(word["verdict"], word["target"] and tuple(word["target"]))
+            if rank == 0:
+                _say_and_judge(me, beat, store, judge)
+            else:
+                _hear_and_judge(me, beat, store, judge)
             me._answered, me._broken = time.monotonic(), False
         except (dist.DistError, RuntimeError, ValueError):
             me._broken = True
-        hurry = me._verdict is not None or me._state in ("failed", "ended") or me.stop_requested
+            if me._over:
+                return
+        hurry = me._verdict is not None or me._state == "failed" or me.stop_requested
         del me
-        leave.wait(interval / 4 if hurry else interval)
+        wake.wait(interval / 4 if hurry else interval)
+    if me is None:  # nobody holds it any more, and it was not closed
+        with contextlib.suppress(dist.DistError, RuntimeError):
+            store.set(f"beat {rank}", Beat(-1, state="closed").encode())
 
 
-def _say_and_judge(me: Liveness, store: Store, judge: Judge) -> None:
+def _say_and_judge(me: Liveness, mine: Beat, store: Store, judge: Judge) -> None:
+    """Rank 0: its word tells the others what they need to know, and that rank 0 is alive."""
     keys = [f"beat {rank}" for rank in range(me._ranks)]
     if not store.check(keys):
         keys = [key for key in keys if store.check([key])]
-    beats = {int(key.split()[1]): Beat.decode(text) for key, text in zip(keys, store.multi_get(keys), strict=True)}
+    beats = {rank: Beat() for rank in range(me._ranks)}
+    beats |= {int(key.split()[1]): Beat.decode(text) for key, text in zip(keys, store.multi_get(keys), strict=True)}
     me._asked = me._asked or any(beat.stop for beat in beats.values())
     lost = judge.lost(beats)
     if lost:
         me._learn(verdict_of(lost, beats))
     target = judge.target(beats)
-    store.set("word", json.dumps({"stop": me._asked, "verdict": me._verdict, "target": target}))
+    word = {"stop": me._asked, "verdict": me._verdict, "target": target, "beat": mine.encode()}
+    store.set("word", json.dumps(word))
     me._learn(target=target)
     me._heard = me._verdict is not None and judge.all_heard(beats)
 
 
+def _hear_and_judge(me: Liveness, mine: Beat, store: Store, judge: Judge) -> None:
+    """Another rank: what rank 0 says, and whether it still says something. The store may outlive it."""
+    first = Beat()
+    if store.check(["word"]):
+        word = json.loads(store.get("word"))
+        first = Beat.decode(word["beat"])
+        me._asked = me._asked or word["stop"]
+        me._learn(word["verdict"], word["target"] and tuple(word["target"]))
+    lost = judge.lost({0: first, me._rank: mine})
+    if 0 in lost:
+        me._learn(verdict_of({0: lost[0]}, {0: first}))
+
+
 def _watch(reference: weakref.ref[Liveness]) -> None:
-    """Judge rank 0 where its store does not answer, and end a process whose main thread does not raise the verdict."""
-    known_since = None
-    while (me := reference()) is not None and (not me._over or me._verdict is not None):
-        silence = time.monotonic() - me._answered
+    """Judge a store that does not answer, and end a process whose main thread cannot raise the verdict."""
+    stuck_since, looked = None, time.monotonic()
+    while (me := reference()) is not None and me._state != "closed":
+        now = time.monotonic()
+        if now - looked > 2 * _LONGEST + me._interval:  # this process was stopped for a while, and goes on
+            me._answered += now - looked
+        looked = now
+        silence = now - me._answered
         limit = me._seconds if me._seconds is not None else float("inf")
         if me._broken and me._state == "failed":
             limit = min(limit, _MISSED * me._interval)
         if me._verdict is None and silence > limit and me._state != "finished":
+            other = "torchrun's agent, which" if me._rank == 0 else "rank 0, or torchrun's agent that"
             me._learn(
-                f"rank 0, or torchrun's agent that holds the store, has not answered for {silence:.1f} s "
-                f"(qsr.faults.timeout_seconds): it has ended, hangs, or the network between is cut"
+                f"{other} holds the store, has not answered for {silence:.1f} s (qsr.faults.timeout_seconds): it "
+                "has ended, hangs, or the network between is cut"
             )
-        known_since = known_since or (time.monotonic() if me._verdict is not None else None)
-        if known_since is not None and time.monotonic() - known_since > _GRACE:
-            _end(f"{me._text()} Its main thread is stuck at {me._place}; this process ends.")
+        waiting, _ = _standing(sys._current_frames().get(me._main))
+        if me._verdict is None or (me._raised and not waiting):
+            stuck_since = None
+        else:
+            stuck_since = stuck_since or now
+            if now - stuck_since > (_GRACE if waiting else max(_GRACE, limit)):
+                _end(f"{me._text()} Its main thread is stuck at {me._place}; this process ends.")
         interval = me._interval
         del me
         time.sleep(interval)
@@ -360,19 +392,16 @@ def _end(text: str) -> None:
     os._exit(1)
 
 
-def _end_talk(reference: weakref.ref[Liveness], talk: threading.Thread, leave: threading.Event) -> None:
+def _end_talk(reference: weakref.ref[Liveness], talk: threading.Thread, wake: threading.Event) -> None:
     """The process ends by itself. Before the run does, whoever waits for this rank must hear that it waits for nothing.
 
     A thread that comes back from the store to an interpreter that is gone would abort the process: it ends before.
     """
     me = reference()
-    if me is not None and not (me._over or me._broken or me._state == "finished"):
-        me._state = "ended"
-        end = time.monotonic() + 2 * me._interval  # a store that hangs holds nobody up
-        while me._told != "ended" and time.monotonic() < end:
-            time.sleep(me._interval / 10)
-    leave.set()
-    talk.join(_LEAVE)
+    if me is not None and not me._over:
+        me._state = "closed" if me._state == "finished" else "ended"
+    wake.set()
+    talk.join(_LEAVE)  # a store that hangs holds nobody up
 
 
 # --------------------------------------------------------------------------------------------------- judging
@@ -384,12 +413,14 @@ class Judge:
     def __init__(self, ranks: int, seconds: float | None, interval: float) -> None:
         self._ranks, self._seconds = ranks, seconds
         self._soon = max(1.0, _MISSED * interval)
+        self._looked: float | None = None  # when it judged last
         self._beats: dict[int, tuple[int, float]] = {}  # of each rank: last number, and when it changed
         self._moves: dict[int, tuple[int, float]] = {}
 
     def lost(self, beats: Mapping[int, Beat], now: float | None = None) -> dict[int, str]:
         """The lost ranks, and why each is."""
         now = time.monotonic() if now is None else now
+        self._forgive(now)
         for rank, beat in beats.items():
             for seen, value in ((self._beats, beat.number), (self._moves, beat.moves)):
                 if rank not in seen or seen[rank][0] != value:
@@ -409,11 +440,25 @@ class Judge:
             if beat.state == "ended":
                 if failed or waited:
                     found[rank] = "its process has ended; its own message says why"
-            elif silent > limit and beat.state not in ("failed", "closed"):
+            elif silent > limit and self._is_missed(beat.state, failed=failed, waited=waited):
                 found[rank] = f"no sign of life for {silent:.1f} s: it has died, is stopped, or cannot be reached"
             elif beat.state == "running" and not beat.waiting and still > self._seconds:
                 found[rank] = f"no progress for {still:.1f} s, at {beat.place}"
         return found
+
+    @staticmethod
+    def _is_missed(state: State, *, failed: bool, waited: bool) -> bool:
+        """Whether silence in this state is a loss: who has finished or closed may have left."""
+        if state == "finished":
+            return failed or waited
+        return failed if state == "closed" else state != "failed"
+
+    def _forgive(self, now: float) -> None:
+        """This process may have been stopped for a while, and with it all others: that time does not count."""
+        missed = 0.0 if self._looked is None else max(0.0, now - self._looked - self._soon)
+        self._looked = now
+        for seen in (self._beats, self._moves):
+            seen.update({rank: (number, since + missed) for rank, (number, since) in seen.items()})
 
     def target(self, beats: Mapping[int, Beat]) -> tuple[int, bool] | None:
         """For ranks in halt(): the step of the foremost rank, and whether all stand after it; None where none halts.
@@ -439,8 +484,8 @@ class Judge:
 def verdict_of(lost: Mapping[int, str], beats: Mapping[int, Beat]) -> str:
     """The verdict in words."""
     lines = [
-        f"  rank {rank} on {beats[rank].host}: {why}; it was last heard of in round {beats[rank].round}, after step "
-        f"{beats[rank].step}"
+        f"  rank {rank} on {beats[rank].host or 'its host'}: {why}; it was last heard of in round {beats[rank].round}, "
+        f"after step {beats[rank].step}"
         for rank, why in sorted(lost.items())
     ]
     more = [f"  ... and {len(lines) - 20} more"] if len(lines) > 20 else []

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -63,6 +64,10 @@ class DivergenceError(RuntimeError):
     """The loss is not finite: training on would burn hours for nothing."""
 
 
+class UnsavedError(CheckpointError):
+    """The run was asked to stop, and its checkpoint could not be written."""
+
+
 def train(recipe: Recipe, index: Index, *, resume: bool = False) -> dict[str, Any]:
     """Train a resolved recipe in this process, one rank of those that a launcher started.
 
@@ -79,7 +84,7 @@ def train(recipe: Recipe, index: Index, *, resume: bool = False) -> dict[str, An
     """
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     check_world_size(ranks, recipe.qsr.worker_size)
-    batch = _batch(recipe, ranks, resume=resume)
+    batch = batch_for(recipe, ranks, resume=resume)
     lock = None
     if resume:
         check_unfinished(recipe.run_dir)
@@ -126,19 +131,23 @@ def train(recipe: Recipe, index: Index, *, resume: bool = False) -> dict[str, An
         )
         with stops_on_signals(engine.local_steps.request_stop), engine.local_steps.liveness.explained():
             run.loop()
-        summary = run.summary()
-        averaged = engine.averaged_state_dict()
-        if rank == 0:
-            _save_model(averaged, recipe)
-            monitor.summary(**summary)
+            summary = run.summary()
+            averaged = engine.averaged_state_dict()
+            if rank == 0:
+                _save_model(averaged, recipe)
+                monitor.summary(**summary)
     if lock is not None:
         lock.close()
     engine.local_steps.liveness.close()
     return summary
 
 
-def _batch(recipe: Recipe, ranks: int, *, resume: bool) -> Batch:
-    """Batch sizes for so many ranks. Raises ConfigError as resolve_recipe_batch() and batch_on_other_ranks()."""
+def batch_for(recipe: Recipe, ranks: int, *, resume: bool) -> Batch:
+    """Batch sizes for so many ranks; rank 0 says so where they are others than before.
+
+    Raises:
+        ConfigError: as resolve_recipe_batch() and batch_on_other_ranks().
+    """
     try:
         _, manifest = find_alone(recipe.run_dir / CHECKPOINTS)
     except CheckpointError:  # of this host; engine.load_checkpoint() says what is wrong, and on which
@@ -149,7 +158,7 @@ def _batch(recipe: Recipe, ranks: int, *, resume: bool) -> Batch:
     sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     old = Batch(*(int(manifest.config[key]) for key in sizes))
     batch = batch_on_other_ranks(recipe, ranks, old)
-    if then != ranks and os.environ["RANK"] == "0":
+    if then != ranks and os.environ.get("RANK") == "0":
         warnings.warn(
             f"the run goes on with {ranks} ranks instead of {then}: a step has {batch.train} samples "
             f"({old.train} before), {batch.micro} in a micro-batch and {batch.accumulation} micro-batches on every "
@@ -213,8 +222,7 @@ _MAY_DIFFER = (
     "data.shards",
     "data.loader_processes",
     "data.max_bad_samples",
-    "data.retries",
-    "data.retry_seconds",
+    "data.retr",
     "data.cache_",
     "logging.",
     "qsr.worker_size",
@@ -223,7 +231,6 @@ _MAY_DIFFER = (
     "batch.gradient_accumulation_steps",
     "batch.on_other_ranks",
     "qsr.faults.",
-    "data.retr",
     "precision.",
     "fsdp.",
 )
@@ -256,6 +263,7 @@ def _save_model(state: dict[str, Tensor], recipe: Recipe) -> None:
         save_file(state, temporary, metadata={"format": "pt"})
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
+        shutil.copymode(recipe.run_dir / RECIPE, temporary)  # safetensors makes files that only their owner reads
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
@@ -390,7 +398,7 @@ class _Run:
             there = "there is no whole one yet"
         state = self.engine.local_steps
         if state.stopping:
-            raise CheckpointError(f"the run was asked to stop, and its checkpoint failed; {there}. {error}") from error
+            raise UnsavedError(f"the run was asked to stop, and its checkpoint failed; {there}. {error}") from error
         if dist.get_rank() == 0:
             warnings.warn(
                 f"step {state.step}: the checkpoint could not be written, and {there}; training goes on, and the next "
@@ -445,6 +453,7 @@ class _Run:
         with self.engine.averaged_model():
             self.engine.eval()
             for images, labels in self._evaluation_batches():
+                self.engine.local_steps.liveness.moved()
                 scores = self.engine.module(self.normalise(images)).float()
                 right = (scores.argmax(1) == labels).sum()
                 loss = F.cross_entropy(scores, labels, reduction="sum", ignore_index=-1)
@@ -476,7 +485,12 @@ class _Run:
                 (normalise(batch.images), batch.labels)
                 for batch in islice(loader.batches(device=device), max(1, samples // size))
             ]
-            value = largest_eigenvalue(model.to(device).eval(), batches, F.cross_entropy)
+
+            def loss(scores: Tensor, labels: Tensor) -> Tensor:
+                self.engine.local_steps.liveness.moved()
+                return F.cross_entropy(scores, labels)
+
+            value = largest_eigenvalue(model.to(device).eval(), batches, loss)
         dist.barrier()
         return value
 
@@ -508,6 +522,7 @@ class _Run:
             seed=seed,
         )
         for batch in islice(loader.batches(device=self.engine.device), -(-options.batches // ranks)):
+            self.engine.local_steps.liveness.moved()
             yield self.normalise(batch.images)
 
     def _evaluation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -13,11 +13,14 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Annotated, Literal
+from typing import IO, TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from qsr_engine.config import ConfigError, Count, PositiveInt, StrictModel, digest, validate
+
+if TYPE_CHECKING:
+    from qsr_engine.data.retrying import Retry
 
 INDEX_NAME = "index.json"
 MAX_INDEX = 64 << 20  # bytes; 400,000 shards
@@ -130,9 +133,11 @@ def is_url(place: str | Path) -> bool:
     return isinstance(place, str) and "://" in place
 
 
-def read_index(folder: str | Path) -> Index:
+def read_index(folder: str | Path, retry: Retry | None = None) -> Index:
     """Read FOLDER/index.json; the folder may be a URL.
 
+    Args:
+        retry: of reads from a URL; None: as where the configuration is not known.
     Raises:
         DataError: it is missing, is not JSON, or is not an index of a format that is known here.
     """
@@ -142,9 +147,10 @@ def read_index(folder: str | Path) -> Index:
     try:
         if is_url(folder):
             from qsr_engine.data.remote import read_text  # fsspec takes a while to import
+            from qsr_engine.data.retrying import RETRY
 
             path = f"{str(folder).rstrip('/')}/{INDEX_NAME}"
-            raw = json.loads(read_text(path))
+            raw = json.loads(read_text(path, retry or RETRY))
         else:
             path = Path(folder) / INDEX_NAME
             if path.stat().st_size > MAX_INDEX:

@@ -43,7 +43,7 @@ class _DifferentError(PassingError):
     most_retries = 1
 
 
-def read_text(url: str) -> str:
+def read_text(url: str, retry: Retry) -> str:
     """A small file behind a URL. Raises DataError where it cannot be read, or is larger than MAX_INDEX."""
 
     def read() -> str:
@@ -57,7 +57,7 @@ def read_text(url: str) -> str:
             raise DataError(f"{url}: it has more than {MAX_INDEX} bytes, the limit of an index; is it one?")
         return content.decode()
 
-    return retried(read, RETRY)
+    return retried(read, retry)
 
 
 class ShardStream(io.RawIOBase):

@@ -521,8 +521,8 @@ def say(folder: Path, found: Mapping[str, tuple[Any, Any]], chosen: str) -> None
         "fresh": "The optimizer starts anew, without the state that was saved.",
     }[chosen]
     log.warning(
-        "%s: %s. The parameters, the step and the scheduler are taken over. %s Random states start anew, and where the "
-        "data goes on is the caller's affair, so this is not the run that was saved.",
+        "%s: %s. The parameters, the step and the scheduler are taken over. %s Random states start anew, so "
+        "this is not the run that was saved; a script sees to it itself where its data goes on.",
         folder,
         spelled,
         state,

@@ -94,6 +94,17 @@ def spoil(place: str, step: int, fault: Callable[[], None]) -> None:
         before(run, "_next_batch", lambda self: self.engine.local_steps.step)
     elif place == "an averaging":
         before(Averager, "average", lambda self: self.step)
+    elif place == "the final model":
+        save, train._save_model = train._save_model, lambda *arguments: (fault(), save(*arguments))[1]  # type: ignore[func-returns-value]
+    elif place == "a batch of an evaluation":
+        original = run._evaluation_batches
+
+        def slow(self: Any) -> Iterator[Any]:
+            for batch in original(self):
+                fault()
+                yield batch
+
+        run._evaluation_batches = slow
     elif place == "an evaluation":
         before(run, "_evaluation_batches", lambda self: self.engine.local_steps.step)
     else:
@@ -101,11 +112,13 @@ def spoil(place: str, step: int, fault: Callable[[], None]) -> None:
         before(Resumable, "_write_checkpoint", lambda self: self.local_steps.step)
 
 
-def rank_main(argv: list[str], environment: dict[str, str], log: str, fault: tuple[Any, ...] | None) -> None:
+def rank_main(
+    argv: list[str], environment: dict[str, str], agent: dict[str, str], log: str, fault: tuple[Any, ...] | None
+) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    os.environ.update({**environment, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"})
+    os.environ.update({**environment, **agent, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"})
     import torch
 
     torch.set_num_threads(1)
@@ -125,11 +138,18 @@ class Ranks:
 
     def __init__(self, recipe: Path, words: list[str], faults: dict[int, tuple[Any, ...]], ranks: int = 3) -> None:
         port = free_port()
+        agent = {name: value for name, value in os.environ.items() if name.startswith("TORCHELASTIC_")}
         self.logs = [recipe.parent / f"rank-{rank}.log" for rank in range(ranks)]
         self.processes = [
             CONTEXT.Process(
                 target=rank_main,
-                args=(["train", str(recipe), *words], rank_environment(rank, ranks, port), str(log), faults.get(rank)),
+                args=(
+                    ["train", str(recipe), *words],
+                    rank_environment(rank, ranks, port),
+                    agent,
+                    str(log),
+                    faults.get(rank),
+                ),
             )
             for rank, log in enumerate(self.logs)
         ]
@@ -219,6 +239,69 @@ def test_rank_0_that_holds_the_store(start: Callable[..., Ranks], fault: Callabl
         assert "was in round 2, after step " in ranks.said(other)
 
 
+@pytest.mark.parametrize("fault", [kill, freeze])
+def test_rank_0_where_the_store_outlives_it(
+    start: Callable[..., Ranks], monkeypatch: pytest.MonkeyPatch, fault: Callable[[], None]
+) -> None:
+    """Torchrun's agent holds the store; here it is this process."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # there at run time
+
+    agent = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setattr("tests.distributed.test_lost_ranks.free_port", lambda: agent.port)
+    ranks = start("--engine", "fsdp", rank_0=("a local step", 9, fault))
+    for other in (1, 2):
+        assert ranks.ended(other) in (1, 2)
+        assert "rank 0 is lost (qsr.faults.timeout_seconds):\n  rank 0 on " in ranks.said(other)
+        assert "no sign of life for" in ranks.said(other)
+        assert re.search(r"it was last heard of in round [012], after step [0-9]\b", ranks.said(other))
+
+
+def long_end() -> None:
+    time.sleep(3 * SECONDS)  # this is the slowness, not a wait for something
+
+
+def test_who_has_finished_and_left_is_not_lost(start: Callable[..., Ranks]) -> None:
+    """Rank 0 writes the final model for long; the others end meanwhile."""
+    ranks = start("--engine", "fsdp", "--set", "qsr.total_steps=4", rank_0=("the final model", 4, long_end))
+    assert [ranks.ended(rank) for rank in (1, 2, 0)] == [0, 0, 0], ranks.said(0)
+
+
+def slow_batch() -> None:
+    time.sleep(0.4)  # as above
+
+
+def test_a_long_evaluation_is_progress(start: Callable[..., Ranks]) -> None:
+    words = ["--set", "qsr.total_steps=8", "--set", "qsr.faults.timeout_seconds=1", "--engine", "fsdp"]
+    ranks = start(*words, rank_1=("a batch of an evaluation", 8, slow_batch))
+    assert [ranks.ended(rank) for rank in range(3)] == [0, 0, 0], ranks.said(1)
+
+
+CLEANS_UP = """
+import sys, time
+from datetime import timedelta
+from torch.distributed import TCPStore
+from qsr_engine import liveness
+
+liveness._GRACE = 0.2
+ours = liveness.Liveness(TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=5)), 0, 2, 0.4)
+ours.done(1, 0)
+try:
+    while True:
+        ours.moved()
+        time.sleep(0.01)
+except liveness.LostRankError as error:
+    assert "rank 1 is lost" in str(error)
+    time.sleep(1)
+    print("cleaned up")
+"""
+
+
+def test_who_has_raised_the_verdict_may_clean_up() -> None:
+    result = subprocess.run([sys.executable, "-c", CLEANS_UP], capture_output=True, text=True, timeout=LIMIT)
+    assert (result.returncode, result.stdout) == (0, "cleaned up\n"), result.stderr
+
+
 def test_a_slow_worker_is_not_lost(start: Callable[..., Ranks]) -> None:
     """It comes to the boundary much later than the time limit, and gets on all the while."""
     words = ["--set", "qsr.h_base=10", "--set", "qsr.total_steps=10", "--set", "qsr.faults.timeout_seconds=1"]
@@ -242,14 +325,55 @@ def beats(**changes: Any) -> dict[int, Beat]:
     return {rank: Beat(**{"state": "running", **changes.get(f"rank_{rank}", {})}) for rank in range(3)}
 
 
+def looks(judge: Judge, seen: dict[int, Beat], start: float, end: float) -> dict[int, str]:
+    """What a judge finds that looks every half second."""
+    found: dict[int, str] = {}
+    for half_seconds in range(round(2 * start), round(2 * end) + 1):
+        found = judge.lost(seen, now=half_seconds / 2)
+    return found
+
+
+MOVING: dict[str, dict[str, Any]] = {f"rank_{rank}": {"number": 1, "moves": 1} for rank in (0, 1)}
+
+
 def test_a_judge_goes_by_its_own_clock() -> None:
     judge = Judge(3, 10.0, 0.5)
     assert judge.lost(beats(), now=0.0) == {}
-    moving = {f"rank_{rank}": {"number": 1, "moves": 1} for rank in (0, 1)}
-    assert judge.lost(beats(**moving), now=9.0) == {}
-    found = judge.lost(beats(**moving), now=10.5)
+    assert looks(judge, beats(**MOVING), 0.5, 10.0) == {}
+    found = looks(judge, beats(**MOVING), 10.5, 10.5)
     assert list(found) == [2]
     assert found[2].startswith("no sign of life for 10.5 s")
+
+
+def test_a_judge_that_was_stopped_itself_does_not_count_that_time() -> None:
+    judge = Judge(3, 10.0, 0.5)
+    assert looks(judge, beats(**MOVING), 0.0, 5.0) == {}
+    assert looks(judge, beats(**MOVING), 1000.0, 1003.0) == {}, "5 s, a look of at most 2 s, and 3 s"
+    assert list(looks(judge, beats(**MOVING), 1003.5, 1006.0)) == [0, 1, 2]
+
+
+def test_a_rank_that_never_gave_a_sign_is_lost() -> None:
+    judge = Judge(3, 10.0, 0.5)
+    assert list(looks(judge, {**beats(**MOVING), 2: Beat()}, 0.0, 9.5)) == []
+    assert 2 in looks(judge, {**beats(**MOVING), 2: Beat()}, 10.0, 10.5)
+
+
+@pytest.mark.parametrize(
+    ("state", "other", "lost"),
+    [
+        ("finished", {}, False),  # it may have left
+        ("finished", {"waiting": True}, True),
+        ("closed", {"waiting": True}, False),  # perhaps for something that is not ours
+        ("closed", {"state": "failed"}, True),
+    ],
+)
+def test_silence_after_the_end_matters_to_who_needs_that_rank(state: str, other: dict[str, Any], lost: bool) -> None:
+    judge = Judge(3, 10.0, 0.5)
+    found: dict[int, str] = {}
+    for second in range(13):
+        seen = beats(rank_0={"number": second, **other}, rank_1={"number": second}, rank_2={"state": state})
+        found = judge.lost(seen, now=float(second))
+    assert (2 in found) is lost
 
 
 @pytest.mark.parametrize(
@@ -265,16 +389,15 @@ def test_a_judge_goes_by_its_own_clock() -> None:
 )
 def test_who_is_stalled(changes: dict[str, Any], lost: bool) -> None:
     judge = Judge(3, 10.0, 0.5)
-    moving = {f"rank_{rank}": {"number": 1, "moves": 1} for rank in (0, 1)}
     judge.lost(beats(rank_2={**changes, "number": 0}), now=0.0)
-    assert (2 in judge.lost(beats(**moving, rank_2=changes), now=10.5)) is lost
+    assert (2 in looks(judge, beats(**MOVING, rank_2=changes), 0.5, 10.5)) is lost
 
 
 def test_whoever_waits_for_an_ended_rank_learns_it_soon() -> None:
     judge = Judge(3, 600.0, 0.5)
     waits = {"rank_0": {"waiting": True}, "rank_2": {"state": "ended"}}
     assert judge.lost(beats(**waits), now=0.0) == {}
-    assert list(judge.lost(beats(**waits), now=3.0)) == [2]
+    assert list(looks(judge, beats(**waits), 0.5, 3.0)) == [2]
 
 
 def test_the_step_at_which_all_halt() -> None:

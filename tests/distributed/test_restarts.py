@@ -18,10 +18,14 @@ import psutil
 import pytest
 
 from qsr_engine.checkpoint import find_alone
+from qsr_engine.cli import main
 from qsr_engine.config import ConfigError
+from qsr_engine.launcher import hopeless
 from qsr_engine.recipe import Batch, batch_on_other_ranks, load_recipe
 from qsr_engine.runs import read_run
-from tests.distributed.processes import Processes, free_port
+from qsr_engine.stopping import STOPPED
+from qsr_engine.train import UnsavedError
+from tests.distributed.processes import Processes, free_port, rank_environment
 from tests.distributed.test_train import interrupted_job, qsr_job
 
 LIMIT = 150.0  # seconds, for anything that is waited for
@@ -136,6 +140,44 @@ def test_restarts_need_checkpoints(recipe: Path, start: Callable[..., subprocess
     assert "logging.checkpoint_every is not given" in (recipe.parent / "output-0").read_text()
 
 
+def test_a_stop_while_the_ranks_start_is_not_undone_by_a_restart(
+    recipe: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """They end by the signal itself, which torchrun takes for a failure."""
+    process = start(*qsr(recipe, "--restarts", "2"))
+    wait_for("a rank", lambda: any(child.environ().get("RANK") for child in psutil.Process(process.pid).children(True)))
+    process.terminate()
+    assert process.wait(LIMIT) == STOPPED, (recipe.parent / "output-0").read_text()
+    assert records(recipe) == []
+
+
+def test_a_stop_in_the_last_round_is_the_end_of_the_run(
+    recipe: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    process = start(*qsr(recipe, "--set", "qsr.h_base=300", "--set", "qsr.total_steps=600"))
+    wait_for("the last round", lambda: len(records(recipe)) > 310)
+    process.terminate()
+    assert process.wait(LIMIT) == 0, (recipe.parent / "output-0").read_text()
+    assert (recipe.parent / "runs" / "run" / "summary.json").exists()
+
+
+def test_a_stop_that_could_not_save_is_not_undone_by_a_restart(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The ranks of torchrun would begin again where the last checkpoint is, or at step 0."""
+
+    def unsaved(*_: object, **__: object) -> None:
+        raise UnsavedError("the run was asked to stop, and its checkpoint failed")
+
+    monkeypatch.setattr("qsr_engine.train.train", unsaved)
+    environment = {**rank_environment(0, 1, 1), "QSR_ENGINE_LAUNCH": "x", "QSR_STOPPED_FILE": str(tmp_path / "stopped")}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", str(recipe)]) == 2
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert hopeless() == "the run was asked to stop, and its checkpoint failed"
+
+
 def agent(recipe: Path, port: int, *, first: bool = False, address: str = "127.0.0.1") -> list[str]:
     """One of two to three hosts, here all of them this one; each has one rank. The first keeps the list of hosts.
 
@@ -195,12 +237,20 @@ def test_a_lost_worker_is_done_without_and_another_is_taken_later(
     ],
 )
 def test_two_ranks_of_three_go_on_and_are_started_again(
-    processes: Processes, recipe: Path, policy: str, more: list[str], batches: list[tuple[int, int, int]]
+    processes: Processes,
+    recipe: Path,
+    capsys: pytest.CaptureFixture[str],
+    policy: str,
+    more: list[str],
+    batches: list[tuple[int, int, int]],
 ) -> None:
     """The recipe tells the batch of 3 ranks; from the third start on it does not tell what the checkpoint had."""
     sets = [f"batch.on_other_ranks={policy}", "qsr.h_base=2", "qsr.total_steps=12", *more]
     argv = ["train", str(recipe), "--resume", *[word for text in sets for word in ("--set", text)]]
     assert processes.run(interrupted_job, ranks=3, argv=argv, at_step=5) == [130] * 3
+    if policy == "keep":
+        assert main([*argv, "--ranks", "5"]) == 2, "before anything is started"
+        assert "which 5 ranks cannot divide" in capsys.readouterr().err
     assert processes.run(interrupted_job, ranks=2, argv=argv, at_step=9) == [130] * 2
     found = [batch_of(recipe, step) for step in (4, 8)]
     for code, _, err in processes.run(qsr_job, ranks=2, argv=argv):
