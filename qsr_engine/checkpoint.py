@@ -367,7 +367,8 @@ def find(directory: str | os.PathLike[str], tag: str | None = None) -> tuple[Pat
         tag = f".{tag}.old"  # a save of this tag died after it had moved the one before aside
     views = gathered(_view(directory, [tag] if tag else None))
     names = {name for view in views for name in view}
-    newest_first = sorted(names, key=lambda name: max(view[name][0] for view in views if name in view), reverse=True)
+    saved = {name: max(view[name][0] for view in views if name in view) for name in names}
+    newest_first = sorted(names, key=lambda name: (saved[name], name), reverse=True)  # the same order on every rank
     wrong: list[str] = []
     for name in newest_first:
         errors = {view[name][1] if name in view else f"{directory / name}: it is not on every host" for view in views}

@@ -542,6 +542,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
         assert "load it with tag='global_step4'" in error
 
 
+def test_copies_of_one_checkpoint_are_the_same_choice_on_every_rank(
+    processes: Processes, saved: Path, tmp_path: Path
+) -> None:
+    """They were saved at the same moment."""
+    for name in "abcdefgh":
+        shutil.copytree(saved / "global_step6", tmp_path / name)
+    assert [loaded for loaded, _ in processes.run(load_job, folder=str(tmp_path))] == ["h", "h"]
+
+
 def test_another_models_checkpoint_is_refused(processes: Processes, saved: Path) -> None:
     for error, _ in processes.run(load_job, folder=str(saved), hidden=5):
         assert "it is the checkpoint of another model" in error
