@@ -114,8 +114,10 @@ class EventFile:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event, self._summary = Event, Summary
-        name = f"events.out.tfevents.{time.time_ns() // 10**9:010d}.{socket.gethostname()}.{os.getpid()}"
-        self._file = AppendedFile(folder / f"{name}.{time.time_ns() % 10**9}", new=True)
+        seconds, nanoseconds = divmod(time.time_ns(), 10**9)
+        # TensorBoard reads the files of a folder by their names, so the whole time comes first, in fixed width.
+        name = f"events.out.tfevents.{seconds:010d}.{nanoseconds:09d}.{socket.gethostname()}.{os.getpid()}"
+        self._file = AppendedFile(folder / name, new=True)
         self._records = RecordWriter(self._file)  # which makes one write of a record
         self._write(file_version="brain.Event:2")
         if from_step:

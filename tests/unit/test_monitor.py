@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -321,6 +322,20 @@ def test_a_resumed_run_goes_on_after_a_torn_line(tmp_path: Path) -> None:
     assert [row["step"] for row in rows(tmp_path)] == [10, 20]
     assert not (tmp_path / "workers.jsonl").read_bytes()
     assert [event.step for event in events_of(tmp_path).Scalars("train/loss")] == [10, 20]
+
+
+def test_a_later_event_file_is_read_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock is a stub: a run resumed within a second, where the time has a digit more than before."""
+    began = time.time_ns() // 10**9 * 10**9
+    now = [began + 99_999_999]
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "time_ns", lambda: now[0])
+        log(tmp_path, RECORD, EVALUATED)
+        now[0] += 1
+        log(tmp_path, dataclasses.replace(RECORD, step=20), from_step=10)
+        now[0] = began + 10**9  # the next second
+        log(tmp_path, dataclasses.replace(RECORD, step=30), from_step=20)
+    assert [event.step for event in events_of(tmp_path).Scalars("train/loss")] == [10, 20, 30]
 
 
 def test_what_cannot_be_replaced_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
