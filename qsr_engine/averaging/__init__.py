@@ -11,6 +11,7 @@ What happens at a boundary, in this order:
 
 This package knows tensors, modules and process groups, and no engine. Its files, in the order of their imports:
 
+    gloo_threads   what ends a process cleanly after a collective of gloo
     buckets        packing plans; parameters become views of flat buckets, once, so that an averaging copies nothing
     collectives    the mean of pieces over a group: in place, or packed through at most two staging buckets
     agreement      the header and the comparison of facts

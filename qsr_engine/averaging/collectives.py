@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from qsr_engine.averaging import gloo_threads as gloo_threads  # imported for what it does at the end
 from qsr_engine.averaging.buckets import Piece, packed_pieces, pieces_in_place
 
 Group = dist.ProcessGroup | None  # None is the group of all ranks
