@@ -109,6 +109,7 @@ class Liveness:
         self._place = ""
         self._asked = False  # some rank was asked to stop
         self._verdict: str | None = None
+        self._lingers = False  # the main thread is in _linger(), which ends by itself
         self._raised = False  # the main thread has the verdict, and may clean up
         self._target: tuple[int, bool] | None = None  # step to halt at, and whether everybody stands there
         self._heard = False  # rank 0: everybody has the verdict
@@ -164,7 +165,6 @@ class Liveness:
         """Raises LostRankError if there is a verdict."""
         if self._verdict is not None:
             self._linger()
-            self._raised = True
             raise LostRankError(self._text())
 
     @contextlib.contextmanager
@@ -182,7 +182,6 @@ class Liveness:
             if not self._is_lost():
                 raise
             self._linger()
-            self._raised = True
             raise LostRankError(f"{self._text()} ({error})") from error
 
     def request_stop(self) -> None:
@@ -242,10 +241,12 @@ class Liveness:
         return self._verdict is not None
 
     def _linger(self) -> None:
-        """Rank 0 may hold the store: the others must hear the verdict before it ends."""
+        """Before the verdict is raised. Rank 0 may hold the store: the others must hear it before rank 0 ends."""
         if self._rank == 0:
+            self._lingers = True
             with self._news:
                 self._news.wait_for(lambda: self._heard or self._broken, _GRACE)
+        self._raised, self._lingers = True, False
 
     def _text(self) -> str:
         where = f"Rank {self._rank} on {self._host} was in round {self._round}, after step {self._step}"
@@ -374,7 +375,7 @@ def _watch(reference: weakref.ref[Liveness]) -> None:
                 "has ended, hangs, or the network between is cut"
             )
         waiting, _ = _standing(sys._current_frames().get(me._main))
-        if me._verdict is None or (me._raised and not waiting):
+        if me._verdict is None or me._lingers or (me._raised and not waiting):
             stuck_since = None
         else:
             stuck_since = stuck_since or now
@@ -442,7 +443,7 @@ class Judge:
                     found[rank] = "its process has ended; its own message says why"
             elif silent > limit and self._is_missed(beat.state, failed=failed, waited=waited):
                 found[rank] = f"no sign of life for {silent:.1f} s: it has died, is stopped, or cannot be reached"
-            elif beat.state == "running" and not beat.waiting and still > self._seconds:
+            elif beat.state == "running" and not beat.waiting and still > self._seconds and silent <= self._soon:
                 found[rank] = f"no progress for {still:.1f} s, at {beat.place}"
         return found
 

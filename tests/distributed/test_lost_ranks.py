@@ -379,7 +379,7 @@ def test_silence_after_the_end_matters_to_who_needs_that_rank(state: str, other:
 @pytest.mark.parametrize(
     ("changes", "lost"),
     [
-        ({"number": 1}, True),  # lives, does not get on
+        ({"number": 1}, True),  # lives: the number grows; does not get on
         ({"number": 1, "waiting": True}, False),  # for others
         ({"number": 1, "state": "starting"}, False),  # compiles
         ({"number": 1, "state": "finished"}, False),
@@ -389,8 +389,22 @@ def test_silence_after_the_end_matters_to_who_needs_that_rank(state: str, other:
 )
 def test_who_is_stalled(changes: dict[str, Any], lost: bool) -> None:
     judge = Judge(3, 10.0, 0.5)
-    judge.lost(beats(rank_2={**changes, "number": 0}), now=0.0)
-    assert (2 in looks(judge, beats(**MOVING, rank_2=changes), 0.5, 10.5)) is lost
+    found: dict[int, str] = {}
+    for half_seconds in range(22):
+        rank_2 = {**changes, "number": half_seconds if "number" in changes else 0}
+        found = judge.lost(beats(**MOVING, rank_2=rank_2), now=half_seconds / 2)
+    assert (2 in found) is lost
+    assert not lost or found[2].startswith("no progress for 10.5 s")
+
+
+def test_who_dies_in_a_long_step_is_silent() -> None:
+    """Its step is over the limit before its silence is, and is not what is wrong."""
+    judge = Judge(3, 10.0, 0.5)
+    for second in range(4):
+        assert judge.lost(beats(rank_2={"number": second}), now=float(second)) == {}
+    seen = beats(**MOVING, rank_2={"number": 3})
+    assert looks(judge, seen, 3.5, 13.0) == {}
+    assert looks(judge, seen, 13.5, 13.5)[2].startswith("no sign of life for 10.5 s")
 
 
 def test_whoever_waits_for_an_ended_rank_learns_it_soon() -> None:
