@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import atexit
 import contextlib
 import dataclasses
 from collections import deque
@@ -12,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsr_engine.averaging import gloo_threads as gloo_threads  # imported for what it does at the end
 from qsr_engine.averaging.buckets import Piece, packed_pieces, pieces_in_place
+from qsr_engine.averaging.gloo_threads import await_idle_threads
 
 Group = dist.ProcessGroup | None  # None is the group of all ranks
 
@@ -21,6 +22,9 @@ Group = dist.ProcessGroup | None  # None is the group of all ranks
 # gloo (benchmarks/averaging.py --bucket-sizes): from 16 MB on the size hardly matters, and a forward that waits for its
 # first bucket begins the sooner, the smaller it is. For NCCL it is not measured.
 BUCKET_MB = {"gloo": 16.0, "nccl": 64.0}
+
+# At import, so that it runs after the handlers that others register later, which may still average.
+atexit.register(await_idle_threads)
 
 
 class CollectiveError(RuntimeError):

@@ -9,16 +9,15 @@ the group, which everybody who holds the group puts off; so Linux is asked what 
 
 from __future__ import annotations
 
-import atexit
 import time
 from pathlib import Path
 
-_NAME = "pt_gloo_runloop"  # torch's name for them
+_GLOO = "pt_gloo_runloop"  # torch's name for them
 _MOST_SECONDS = 5.0  # that the end of a process is put off
 _PAUSE = 0.01  # seconds; more than the 5 ms after which who waits for the interpreter's lock wakes up
 
 
-def await_idle_threads(name: str, seconds: float) -> bool:
+def await_idle_threads(name: str = _GLOO, seconds: float = _MOST_SECONDS) -> bool:
     """Wait until this process's threads of a name sleep, and slept throughout a pause in which they could have run.
 
     Args:
@@ -53,7 +52,3 @@ def _states(name: str) -> dict[str, str]:
         except (OSError, KeyError, ValueError):  # it has ended, or this is another system's /proc
             continue
     return states
-
-
-# At import, so that it runs after the handlers that others register later, which may still average.
-atexit.register(await_idle_threads, _NAME, _MOST_SECONDS)

@@ -19,6 +19,7 @@ ORDER = [
     "schedule",
     "cost",
     "averaging",
+    "judging",
     "liveness",
     "local_steps",
     "stopping",
