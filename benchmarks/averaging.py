@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from qsr_engine.averaging import Averager, Header, exchange_headers, flat_buckets
 from qsr_engine.averaging.buckets import packed_pieces
 from qsr_engine.averaging.collectives import AllReduce, bucket_bytes
-from qsr_engine.config import AveragingConfig
+from qsr_engine.config.qsr import AveragingConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
 from hardware import machine

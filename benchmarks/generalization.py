@@ -183,7 +183,7 @@ def has_diverged(run: Run, folder: Path) -> bool:
 
 def train_here(paths: list[str]) -> None:
     """In one of the ranks: the runs one after another, in this process."""
-    from qsr_engine.cli import main as qsr
+    from qsr_engine.cli.main import main as qsr
 
     for path in map(Path, paths):
         started, errors = time.perf_counter(), io.StringIO()
@@ -251,11 +251,11 @@ def _sharpness(run: Run, shards: Path, folder: Path) -> float:
     from safetensors.torch import load_file
     from torch.nn import functional as F
 
-    from qsr_engine.config import DataConfig, ModelConfig
+    from qsr_engine.config.recipe import DataConfig, ModelConfig
     from qsr_engine.data.device import Normalise
     from qsr_engine.data.loader import TrainLoader
-    from qsr_engine.models import create_model
-    from qsr_engine.sharpness import largest_eigenvalue
+    from qsr_engine.training.models import create_model
+    from qsr_engine.training.sharpness import largest_eigenvalue
 
     model = create_model(ModelConfig(**MODELS[run.model]["model"]), 10, 32)
     model.load_state_dict(load_file(folder / run.name / "model.safetensors"))

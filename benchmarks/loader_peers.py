@@ -176,7 +176,7 @@ def _copied_folder(data: Data, folder: Path) -> None:
 
 
 def ours(data: Data, processes: int) -> Batches:
-    from qsr_engine.config import DataConfig
+    from qsr_engine.config.recipe import DataConfig
     from qsr_engine.data import read_index
     from qsr_engine.data.loader import TrainLoader
 

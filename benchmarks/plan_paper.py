@@ -14,8 +14,8 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
-from qsr_engine.cost import CostModel, Fit, Network, Observed, StepTime, fit_two_runs, tally
-from qsr_engine.plan import Plan, make_plan
+from qsr_engine.planning.cost import CostModel, Fit, Network, Observed, StepTime, fit_two_runs, tally
+from qsr_engine.planning.plan import Plan, make_plan
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "imagenet"
 HOUR = 3600.0

@@ -73,9 +73,10 @@ import numpy as np
 import numpy.typing as npt
 from hardware import machine
 
-from qsr_engine.config import ConfigError, QSRConfig, validate
-from qsr_engine.cost import CostModel, Network, Observed, StepTime, fit_two_runs
-from qsr_engine.plan import make_plan
+from qsr_engine.config.qsr import QSRConfig
+from qsr_engine.config.strict import ConfigError, validate
+from qsr_engine.planning.cost import CostModel, Network, Observed, StepTime, fit_two_runs
+from qsr_engine.planning.plan import make_plan
 from qsr_engine.schedule import Round, rounds
 
 Floats = npt.NDArray[np.float64]
@@ -130,7 +131,7 @@ class Steps:
         return fast, fast * (1 + self.slow_by)
 
     def closed_form(self, workers: int) -> StepTime:
-        """The same mean and variances, as qsr_engine.cost knows them."""
+        """The same mean and variances, as qsr_engine.planning.cost knows them."""
         share = self.slow_workers(workers) / workers
         worker_cv = self.slow_by * math.sqrt(share * (1 - share)) / (1 + self.slow_by * share)
         return StepTime(self.mean, self.cv, worker_cv)

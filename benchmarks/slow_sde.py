@@ -58,8 +58,8 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from qsr_engine.averaging import Averager
-from qsr_engine.config import LearningRateConfig, QSRConfig
-from qsr_engine.local_steps import LocalSteps
+from qsr_engine.config.qsr import LearningRateConfig, QSRConfig
+from qsr_engine.local_steps.steps import LocalSteps
 from qsr_engine.schedule import learning_rate
 
 POWERS = {"parallel": None, "constant H": 0, "H ~ 1/lr": 1, "QSR": 2, "power 3": 3}

@@ -35,7 +35,8 @@ from pathlib import Path
 import psutil
 from hardware import in_words, machine
 
-from qsr_engine.checkpoint import CheckpointError, find_alone
+from qsr_engine.checkpoint.find import find_alone
+from qsr_engine.checkpoint.manifest import CheckpointError
 from qsr_engine.data import read_index, write_digits
 from qsr_engine.data.order import plan_epoch
 

@@ -53,7 +53,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import qsr_engine
-from qsr_engine.engines.worker_groups import WorkerGroups
+from qsr_engine.engines.deepspeed.groups import WorkerGroups
 
 CASES: dict[str, dict[str, Any]] = {
     "stage0-fp32": {},

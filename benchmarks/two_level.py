@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 from qsr_engine.averaging import Averager, bucket_bytes, flat_buckets, ring_bytes
-from qsr_engine.config import AveragingConfig
+from qsr_engine.config.qsr import AveragingConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
 from hardware import machine

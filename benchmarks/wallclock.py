@@ -51,8 +51,8 @@ from typing import Any
 import slow_network
 from hardware import in_words, machine
 
-from qsr_engine.config import QSRConfig
-from qsr_engine.cost import CostModel, Network, Observed, StepTime, fit_two_runs
+from qsr_engine.config.qsr import QSRConfig
+from qsr_engine.planning.cost import CostModel, Network, Observed, StepTime, fit_two_runs
 from qsr_engine.schedule import Round, rounds
 
 STEPS = 24

@@ -8,24 +8,24 @@ the command line stays quick.
 
 from typing import TYPE_CHECKING, Any
 
-from qsr_engine.config import ConfigError
-from qsr_engine.hosts import HostError
+from qsr_engine.config.strict import ConfigError
+from qsr_engine.membership.hosts import HostError
 
 if TYPE_CHECKING:
     from qsr_engine.engines.attach import attach
-    from qsr_engine.engines.deepspeed import initialize, zero_init
-    from qsr_engine.engines.fsdp import initialize_fsdp
+    from qsr_engine.engines.deepspeed.engine import initialize, zero_init
+    from qsr_engine.engines.fsdp.engine import initialize_fsdp
 
 __all__ = ["ConfigError", "HostError", "attach", "initialize", "initialize_fsdp", "zero_init"]
 
 
 def __getattr__(name: str) -> Any:
     if name in ("initialize", "zero_init"):
-        from qsr_engine.engines import deepspeed
+        from qsr_engine.engines.deepspeed import engine as deepspeed
 
         return getattr(deepspeed, name)
     if name == "initialize_fsdp":
-        from qsr_engine.engines.fsdp import initialize_fsdp
+        from qsr_engine.engines.fsdp.engine import initialize_fsdp
 
         return initialize_fsdp
     if name == "attach":

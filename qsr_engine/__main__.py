@@ -1,6 +1,6 @@
 import sys
 
-from qsr_engine.cli import main
+from qsr_engine.cli.main import main
 
 code = main()
 if code == 0 and "torch.distributed" in sys.modules:  # of a rank: NCCL complains of a group that is left open

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from qsr_engine.config import LearningRateConfig, QSRConfig
+from qsr_engine.config.qsr import LearningRateConfig, QSRConfig
 
 Mode = Literal["local", "parallel"]
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsr_engine.averaging.collectives import Group, all_gather_flat, collective
-from qsr_engine.config import digest, flatten
+from qsr_engine.config.digest import digest, flatten
 
 
 class BoundaryError(RuntimeError):

@@ -32,7 +32,7 @@ from qsr_engine.averaging.two_level import (
     agree_on_two_levels,
 )
 from qsr_engine.averaging.wire import PIECE, Compressed
-from qsr_engine.config import AveragingConfig, OuterConfig
+from qsr_engine.config.qsr import AveragingConfig, OuterConfig
 
 
 class Averager:

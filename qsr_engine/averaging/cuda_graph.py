@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsr_engine.averaging.collectives import Mean
-from qsr_engine.config import ConfigError
+from qsr_engine.config.strict import ConfigError
 
 
 class Captured(Mean):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from qsr_engine.averaging.buckets import Piece
-from qsr_engine.config import OuterConfig
+from qsr_engine.config.qsr import OuterConfig
 
 
 class Outer:

@@ -44,7 +44,7 @@ from qsr_engine.averaging.collectives import (
     ring_bytes,
 )
 from qsr_engine.averaging.shared_memory import batches, gather
-from qsr_engine.config import ConfigError
+from qsr_engine.config.strict import ConfigError
 
 # torch 2.14 calls it so, and warns of the name that 2.11 has.
 reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

@@ -17,7 +17,8 @@ from typing import IO, TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from qsr_engine.config import ConfigError, Count, PositiveInt, StrictModel, digest, validate
+from qsr_engine.config.digest import digest
+from qsr_engine.config.strict import ConfigError, Count, PositiveInt, StrictModel, validate
 
 if TYPE_CHECKING:
     from qsr_engine.data.retrying import Retry

@@ -22,7 +22,7 @@ from typing import IO, NamedTuple
 import torch
 import webdataset as wds
 
-from qsr_engine.config import DataConfig
+from qsr_engine.config.recipe import DataConfig
 from qsr_engine.data.decoding import Augment, Batch, Decoder, decode_batch
 from qsr_engine.data.device import on_device
 from qsr_engine.data.gpu_decoding import GPUDecoder, in_thread

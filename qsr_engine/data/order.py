@@ -15,7 +15,7 @@ import random
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from qsr_engine.config import digest
+from qsr_engine.config.digest import digest
 from qsr_engine.data.index import Shard, Split
 
 

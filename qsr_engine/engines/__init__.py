@@ -1,1 +1,1 @@
-"""The engines: each turns a framework's own training engine into one that takes local steps."""
+"""A framework's engine that takes local steps."""

@@ -19,8 +19,9 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qsr_engine.config import ConfigError, read_deepspeed_config
-from qsr_engine.engines.deepspeed import LocalStepEngine, initialize, replace_deepspeed_initialize
+from qsr_engine.config.deepspeed import read_deepspeed_config
+from qsr_engine.config.strict import ConfigError
+from qsr_engine.engines.deepspeed.engine import LocalStepEngine, initialize, replace_deepspeed_initialize
 
 
 @contextlib.contextmanager

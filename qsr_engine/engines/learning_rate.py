@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from qsr_engine.config import ConfigError
-from qsr_engine.local_steps import LocalSteps
+from qsr_engine.config.strict import ConfigError
+from qsr_engine.local_steps.steps import LocalSteps
 
 
 class LearningRate:

@@ -12,33 +12,38 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import io
 import logging
 import os
-import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qsr_engine import checkpoint
-from qsr_engine.checkpoint import MODEL_FILE, CheckpointError, Manifest
-from qsr_engine.config import digest, flatten
+from qsr_engine.checkpoint.find import find
+from qsr_engine.checkpoint.manifest import MODEL_FILE, CheckpointError, Manifest, plain
+from qsr_engine.checkpoint.other_layout import check_same_model, differences, mean_of_states, policy, say
+from qsr_engine.checkpoint.rank_file import (
+    random_state,
+    rank_file,
+    read_rank,
+    restore_random_state,
+    worker_folder,
+    write_rank,
+)
+from qsr_engine.checkpoint.together import Together
+from qsr_engine.checkpoint.write import save
+from qsr_engine.config.digest import flatten
 from qsr_engine.engines.learning_rate import LearningRate
-from qsr_engine.engines.masters import Masters
-from qsr_engine.local_steps import LocalSteps
-from qsr_engine.manifest import plain
+from qsr_engine.engines.replica import Masters
+from qsr_engine.local_steps.steps import LocalSteps
 
 log = logging.getLogger(__name__)
 
 _RATES = ("lr", "initial_lr")  # of a parameter group
-_SAME_MODEL = ("model",)  # of a layout: what must be the same for anything to be taken over
 
 
 class Resumable(abc.ABC):
@@ -75,7 +80,7 @@ class Resumable(abc.ABC):
 
         Every rank must call it. Arguments as DeepSpeed's. client_state is kept for every rank: the position in the data
         belongs there. Random states, the local steps and the averaged model are saved too; the files are listed in
-        qsr_engine/checkpoint.py. With `keep`, the older whole ones in save_dir are deleted when this one is whole, so
+        the package checkpoint. With `keep`, the older whole ones in save_dir are deleted when this one is whole, so
         that so many are left.
 
         Raises:
@@ -88,7 +93,7 @@ class Resumable(abc.ABC):
         client = client_state or {}
         if not isinstance(client, Mapping):
             raise CheckpointError(f"client_state is a {type(client).__name__}; give a dict")
-        checkpoint.save(
+        save(
             save_dir,
             str(tag or f"global_step{self.global_steps}"),
             lambda folder: self._write_checkpoint(folder, client, exclude_frozen_parameters),
@@ -164,13 +169,13 @@ class Resumable(abc.ABC):
                 f"load_module_only begins a run with the parameters of another, and this one is at step "
                 f"{self.local_steps.step}; load them before its first step"
             )
-        folder, manifest = checkpoint.find(load_dir, None if tag is None else str(tag))
+        folder, manifest = find(load_dir, None if tag is None else str(tag))
         found = differences(manifest.layout, self._layout())
         check_same_model(folder, found)
         without_state = alone or not kwargs.get("load_optimizer_states", True)
         if not alone and "engine" not in found:
             self._say_what_differs(folder, manifest)
-        together = checkpoint.Together(f"loading the checkpoint {folder}")
+        together = Together(f"loading the checkpoint {folder}")
         with together.step():
             rank, worker = (0, 0) if found else (dist.get_rank(), self._worker)
             state = read_rank(rank_file(folder, worker, rank))
@@ -321,226 +326,3 @@ class Resumable(abc.ABC):
     def _own_state(self) -> dict[str, Any]:
         """Plain values of this rank that the engine wants back in _load_worker()."""
         return {}
-
-
-def worker_folder(folder: Path, worker: int) -> Path:
-    return folder / f"worker-{worker:05d}"
-
-
-def rank_file(folder: Path, worker: int, rank: int) -> Path:
-    return worker_folder(folder, worker) / f"rank-{rank:05d}.pt"
-
-
-# ------------------------------------------------------------------------------------------------------ a rank
-
-
-def random_state(device: torch.device) -> dict[str, Any]:
-    """The states of the random generators of this process, as plain values and tensors."""
-    name, keys, *rest = np.random.get_state()
-    state: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": [name, np.asarray(keys).tolist(), *rest],
-        "torch": torch.get_rng_state(),
-    }
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def write_rank(path: Path, state: dict[str, Any]) -> None:
-    """Write a rank's own file.
-
-    Raises:
-        CheckpointError: the caller's state holds what cannot be loaded again safely.
-    """
-    buffer = io.BytesIO()
-    try:
-        _save_safely(state, buffer)
-    except Exception as error:
-        wrong = [key for key, value in state["client"].items() if not _is_safe(value)]
-        raise CheckpointError(
-            f"client_state holds objects that cannot be loaded again without running code, under {wrong}; give numbers "
-            f"(float(...) of numpy's), strings, lists, dicts and tensors: {error}"
-        ) from error
-    path.write_bytes(buffer.getvalue())
-
-
-def _save_safely(value: Any, buffer: io.BytesIO) -> None:
-    torch.save(value, buffer)
-    buffer.seek(0)
-    torch.load(buffer, weights_only=True, map_location="cpu")
-
-
-def _is_safe(value: Any) -> bool:
-    try:
-        _save_safely(value, io.BytesIO())
-    except Exception:
-        return False
-    return True
-
-
-def read_rank(path: Path) -> dict[str, Any]:
-    """Raises CheckpointError if the file is missing or is not what write_rank() wrote."""
-    try:
-        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    missing = [name for name in _OF_A_RANK if not isinstance(state, dict) or name not in state]
-    if missing:
-        raise CheckpointError(f"{path}: it does not hold {', '.join(missing)}, so it is not the file of a rank")
-    return state
-
-
-_OF_A_RANK = ("local_steps", "averager", "scheduler", "rates", "random", "client", "buffers", "without_frozen", "own")
-
-
-# --------------------------------------------------------------------------------------------------- the model
-
-
-def describe(model: nn.Module) -> dict[str, str]:
-    """Name, type and shape of every parameter and buffer; it must be the same on every rank."""
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    return {
-        name: f"{str(t.dtype).removeprefix('torch.')} {list(getattr(t, 'ds_shape', t.shape))}" for name, t in tensors
-    }
-
-
-def averaged_buffers(module: nn.Module) -> list[Tensor]:
-    """Those that a boundary averages."""
-    return [buffer for buffer in module.buffers() if buffer.is_floating_point()]
-
-
-def order_label(groups: Mapping[str, Any]) -> str:
-    """Which parameters are in which group of the optimizer, in which order, in a few characters for a layout."""
-    counts = [len(group) for group in groups.values() if isinstance(group, Mapping)]
-    return f"groups of {counts} parameters, in the order {digest(groups):x}"
-
-
-def named_state(module: nn.Module, full: Callable[[Tensor], Tensor], keep: bool) -> dict[str, Tensor]:
-    """fp32 values of all parameters and buffers under their names in state_dict(), on the CPU, none of them shared.
-
-    Collective in a worker that shards them, a parameter at a time; a rank with `keep` False holds one at a time only
-    and returns nothing.
-    """
-    state: dict[str, Tensor] = {}
-    first_name: dict[int, str] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        if id(parameter) in first_name:
-            if keep:
-                state[name] = state[first_name[id(parameter)]].clone()
-            continue
-        first_name[id(parameter)] = name
-        value = full(parameter)
-        if keep:
-            state[name] = value.detach().float().cpu().clone().contiguous()
-    for prefix, part in module.named_modules():
-        for name, buffer in part.named_buffers(prefix, recurse=False):
-            if keep and name.rpartition(".")[2] not in part._non_persistent_buffers_set:
-                state[name] = buffer.detach().cpu().clone().contiguous()
-    return state
-
-
-@torch.no_grad()
-def read_model(
-    folder: Path, module: nn.Module, put: Callable[[Tensor, Tensor], None], only: set[str] | None = None
-) -> None:
-    """Put the averaged model of a checkpoint, or only these parameters, into the masters and the buffers.
-
-    Collective where they are sharded.
-
-    Raises:
-        CheckpointError: it is of another model.
-    """
-    with safe_open(folder / MODEL_FILE, framework="pt") as file:
-        names = set(file.keys())
-        for name, parameter in module.named_parameters():
-            if only is not None and name not in only:
-                continue
-            if name not in names:
-                raise CheckpointError(f"{folder}: {MODEL_FILE} has no parameter {name!r}, so it is of another model")
-            put(parameter, file.get_tensor(name))
-        for name, buffer in module.named_buffers():
-            if name in names and only is None:
-                buffer.copy_(file.get_tensor(name))
-
-
-# --------------------------------------------------------------------------------------- another number of workers
-
-
-def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Keys of two layouts whose values differ: (saved, now)."""
-    return {key: (saved.get(key), now.get(key)) for key in {*saved, *now} if saved.get(key) != now.get(key)}
-
-
-def check_same_model(folder: Path, found: Mapping[str, tuple[Any, Any]]) -> None:
-    """Raises CheckpointError if the checkpoint is of another model."""
-    if any(key in found for key in _SAME_MODEL):
-        raise CheckpointError(
-            f"{folder}: it is the checkpoint of another model (names, types or shapes of parameters and buffers "
-            "differ); give the folder of this run"
-        )
-
-
-def policy(
-    folder: Path, found: Mapping[str, tuple[Any, Any]], on_other_workers: str, may_differ: frozenset[str]
-) -> str:
-    """What happens to the optimizer's state in a run with another layout: "mean" or "fresh".
-
-    Raises:
-        CheckpointError: the mean was asked for, and more differs than what may.
-    """
-    if on_other_workers == "fresh":
-        return "fresh"
-    others = {key: values for key, values in found.items() if key not in may_differ}
-    if others:
-        spelled = ", ".join(f"{key} was {then!r} and is {now!r}" for key, (then, now) in sorted(others.items()))
-        raise CheckpointError(
-            f"{folder}: {spelled}, so the workers' optimizer states do not fit this run and cannot be averaged; write "
-            "qsr.on_other_workers 'fresh' to take the parameters and start the optimizer anew, or go on as before"
-        )
-    return "mean"
-
-
-def say(folder: Path, found: Mapping[str, tuple[Any, Any]], chosen: str) -> None:
-    """On rank 0, loudly: what was taken over and what was not."""
-    if dist.get_rank() != 0:
-        return
-    spelled = ", ".join(f"{key} was {then!r} and is {now!r}" for key, (then, now) in sorted(found.items()))
-    state = {
-        "mean": "Every worker's optimizer starts from the mean of the saved workers' states.",
-        "fresh": "The optimizer starts anew, without the state that was saved.",
-    }[chosen]
-    log.warning(
-        "%s: %s. The parameters, the step and the scheduler are taken over. %s Random states start anew, so "
-        "this is not the run that was saved; a script sees to it itself where its data goes on.",
-        folder,
-        spelled,
-        state,
-    )
-
-
-@torch.no_grad()
-def mean_of_states(masters: Masters, load_worker: Callable[[int], Any], workers: int) -> None:
-    """Load the saved workers one after another, and leave the mean of their optimizer states in the optimizer.
-
-    State that is not floating point (step counters as integers) and single numbers are those of the last one loaded;
-    workers have counted the same steps but for overflows.
-    """
-    sums: dict[tuple[int, str], Tensor] = {}
-    for worker in range(workers):
-        load_worker(worker)
-        for place, name, value in masters.state_tensors():
-            key = (place, name)
-            sums[key] = sums.get(key, 0.0) + value.to(torch.float64, copy=True)
-    for place, name, value in masters.state_tensors():
-        value.copy_(sums[place, name] / workers)

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from qsr_engine.data.index import Index, Split, measure_shard
-from tests.shard_files import picture, tar_bytes
+from tests.support.shard_files import picture, tar_bytes
 
 CORPUS = Path(__file__).parent / "corpus"
 

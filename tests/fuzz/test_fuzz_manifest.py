@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from qsr_engine.manifest import CheckpointError, Manifest, digest_of
+from qsr_engine.checkpoint.manifest import CheckpointError, Manifest, digest_of
 
 CORPUS = sorted((Path(__file__).parent / "corpus" / "manifest").iterdir())
 EXAMPLES = int(os.environ.get("QSR_FUZZ_EXAMPLES", "0"))

@@ -14,8 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qsr_engine.config import ConfigError, load_fsdp_config, split_deepspeed_config
-from qsr_engine.recipe import dump_recipe, load_recipe, resolve_recipe, resolve_recipe_batch
+from qsr_engine.config.deepspeed import split_deepspeed_config
+from qsr_engine.config.fsdp import load_fsdp_config
+from qsr_engine.config.recipe import resolve_recipe_batch
+from qsr_engine.config.recipe_file import dump_recipe, load_recipe, resolve_recipe
+from qsr_engine.config.strict import ConfigError
 from tests.fuzz.test_fuzz_manifest import EXAMPLES, mutated
 
 CORPUS = sorted((Path(__file__).parent / "corpus" / "recipe").iterdir())

@@ -11,9 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import reference
-from tests.distributed import training
-from tests.distributed.test_combinations import (
+from tests.ranks.test_combinations import (
     COMBINATIONS,
     DTYPES,
     Combination,
@@ -23,6 +21,7 @@ from tests.distributed.test_combinations import (
     whole_masters,
     whole_parameters,
 )
+from tests.support import reference, training
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu", reason="needs a GPU"

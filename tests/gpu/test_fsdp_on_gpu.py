@@ -16,9 +16,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed import training
-from tests.distributed.test_fsdp_engine import BF16, MODELS, batch_of, expected, furthest, start, state_of
-from tests.distributed.training import QSR
+from tests.ranks.test_fsdp_engine import BF16, MODELS, batch_of, expected, furthest, start, state_of
+from tests.support import training
+from tests.support.training import QSR
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu", reason="needs a GPU"

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from qsr_engine.config import LearningRateConfig, QSRConfig, validate
+from qsr_engine.config.qsr import LearningRateConfig, QSRConfig
+from qsr_engine.config.strict import validate
 from qsr_engine.schedule import Round, communication_percent, learning_rate, mode, period, rounds
-from tests import reference
+from tests.support import reference
 
 
 def qsr_config(**block: Any) -> QSRConfig:

@@ -1,0 +1,86 @@
+"""A checkpoint of a run with another layout: another number of workers, another engine, or another model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qsr_engine.checkpoint.manifest import CheckpointError
+
+log = logging.getLogger(__name__)
+_SAME_MODEL = ("model",)  # of a layout: what must be the same for anything to be taken over
+
+
+def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Keys of two layouts whose values differ: (saved, now)."""
+    return {key: (saved.get(key), now.get(key)) for key in {*saved, *now} if saved.get(key) != now.get(key)}
+
+
+def check_same_model(folder: Path, found: Mapping[str, tuple[Any, Any]]) -> None:
+    """Raises CheckpointError if the checkpoint is of another model."""
+    if any(key in found for key in _SAME_MODEL):
+        raise CheckpointError(
+            f"{folder}: it is the checkpoint of another model (names, types or shapes of parameters and buffers "
+            "differ); give the folder of this run"
+        )
+
+
+def policy(
+    folder: Path, found: Mapping[str, tuple[Any, Any]], on_other_workers: str, may_differ: frozenset[str]
+) -> str:
+    """What happens to the optimizer's state in a run with another layout: "mean" or "fresh".
+
+    Raises:
+        CheckpointError: the mean was asked for, and more differs than what may.
+    """
+    if on_other_workers == "fresh":
+        return "fresh"
+    others = {key: values for key, values in found.items() if key not in may_differ}
+    if others:
+        spelled = ", ".join(f"{key} was {then!r} and is {now!r}" for key, (then, now) in sorted(others.items()))
+        raise CheckpointError(
+            f"{folder}: {spelled}, so the workers' optimizer states do not fit this run and cannot be averaged; write "
+            "qsr.on_other_workers 'fresh' to take the parameters and start the optimizer anew, or go on as before"
+        )
+    return "mean"
+
+
+def say(folder: Path, found: Mapping[str, tuple[Any, Any]], chosen: str) -> None:
+    """On rank 0, loudly: what was taken over and what was not."""
+    if dist.get_rank() != 0:
+        return
+    spelled = ", ".join(f"{key} was {then!r} and is {now!r}" for key, (then, now) in sorted(found.items()))
+    state = {
+        "mean": "Every worker's optimizer starts from the mean of the saved workers' states.",
+        "fresh": "The optimizer starts anew, without the state that was saved.",
+    }[chosen]
+    log.warning(
+        "%s: %s. The parameters, the step and the scheduler are taken over. %s Random states start anew, so "
+        "this is not the run that was saved; a script sees to it itself where its data goes on.",
+        folder,
+        spelled,
+        state,
+    )
+
+
+@torch.no_grad()
+def mean_of_states(masters: Any, load_worker: Callable[[int], Any], workers: int) -> None:
+    """Load the saved workers one after another, and leave the mean of their optimizer states in the optimizer.
+
+    State that is not floating point (step counters as integers) and single numbers are those of the last one loaded;
+    workers have counted the same steps but for overflows.
+    """
+    sums: dict[tuple[int, str], Tensor] = {}
+    for worker in range(workers):
+        load_worker(worker)
+        for place, name, value in masters.state_tensors():
+            key = (place, name)
+            sums[key] = sums.get(key, 0.0) + value.to(torch.float64, copy=True)
+    for place, name, value in masters.state_tensors():
+        value.copy_(sums[place, name] / workers)

@@ -1,0 +1,242 @@
+"""Where DeepSpeed's optimizers keep the fp32 masters, the gradients and the state of one rank, and what derives from
+them.
+
+    stage 0, fp32                      the parameters themselves (`Parameters`)
+    stage 0, bf16 or fp16, FusedAdam   `fp32_groups_flat`, flat (`FlatMasters`)
+    stage 0, bf16 or fp16, others      `fp32_groups`, a tensor a parameter (`MasterPerParameter`)
+    stages 1 and 2                     `single_partition_of_fp32_groups`, flat, a part of them (`Partition`)
+    stage 1, BF16_Optimizer            `fp32_groups_flat_partition`, likewise (`BF16Partition`)
+    stage 3                            `fp32_partitioned_groups_flat`, flat, a part of every parameter (`Stage3`)
+
+A master that changed must be followed by what is made from it: low-precision copies, gathered parameters, the
+parameters that stage 3 keeps gathered, and its secondary copies. `refresh()` does that, inside the worker. (DeepSpeed's
+own `refresh_fp32_params()` goes the other way and would undo an averaging.)
+
+Does not import deepspeed: it knows these classes by their attributes, which engine.py checks when it is
+imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qsr_engine.averaging import flat_buckets, place_in
+from qsr_engine.config.strict import ConfigError
+from qsr_engine.engines.replica import Masters, Parameters, dense_gradients
+
+
+class MasterPerParameter(Masters):
+    """Stage 0 in bf16 or fp16, FP16_UnfusedOptimizer: a master for every parameter."""
+
+    def held(self) -> list[Tensor]:
+        return [master for group in self.optimizer.fp32_groups for master in group]
+
+    def buckets(self, bucket_bytes: int) -> list[Tensor]:
+        return flat_buckets(self.held(), bucket_bytes)
+
+    def master_of(self, parameter: Tensor) -> Tensor:
+        pairs = zip(self.parameters(), self.held(), strict=True)
+        return next((master for copy, master in pairs if copy is parameter), parameter)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        torch._foreach_copy_(self.parameters(), self.held())
+
+    def gradients(self) -> list[Tensor]:
+        return dense_gradients(self.parameters())
+
+    @torch.no_grad()
+    def copies(self, buckets: Sequence[Tensor]) -> list[Tensor]:
+        """The parameters move into buckets of their own, each to where its master is in the masters' buckets."""
+        pairs = list(zip(self.parameters(), self.held(), strict=True))
+        copies = [torch.zeros_like(bucket, dtype=pairs[0][0].dtype) for bucket in buckets]
+        for parameter, master in pairs:
+            if parameter.numel():
+                bucket, start, _ = place_in(master, buckets)
+                place = torch.as_strided(copies[bucket], master.shape, master.stride(), start)
+                parameter.data = place.copy_(parameter)
+        return copies
+
+    def parameters(self) -> list[Tensor]:
+        return [parameter for group in self.optimizer.fp16_groups for parameter in group]
+
+
+class FlatMasters(Masters):
+    """Stage 0 in bf16 or fp16, FP16_Optimizer (FusedAdam): a flat master for every parameter group."""
+
+    def held(self) -> list[Tensor]:
+        return list(self.optimizer.fp32_groups_flat)
+
+    def master_of(self, parameter: Tensor) -> Tensor:
+        for group, flat in zip(self.optimizer.fp16_groups, self.held(), strict=True):
+            start = 0
+            for copy in group:
+                if copy is parameter:
+                    return flat[start : start + copy.numel()].view(copy.shape)
+                start += copy.numel()
+        return parameter
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        for copy, master in zip(self.optimizer.fp16_groups_flat, self.held(), strict=True):
+            copy.copy_(master)
+
+    def gradients(self) -> list[Tensor]:
+        return dense_gradients(self.parameters())
+
+    def copies(self, buckets: Sequence[Tensor]) -> list[Tensor]:
+        return [copy for copy in self.optimizer.fp16_groups_flat if copy.numel()]
+
+    def parameters(self) -> list[Tensor]:
+        return [parameter for group in self.optimizer.fp16_groups for parameter in group]
+
+
+class Partition(Masters):
+    """Stages 1 and 2: every rank of a worker holds a part of the flat masters, on a CPU under offload_optimizer."""
+
+    sharded = True
+
+    def held(self) -> list[Tensor]:
+        return list(self.optimizer.single_partition_of_fp32_groups)
+
+    def refresh(self) -> None:
+        self.optimizer.update_lp_params()
+
+    def gradients(self) -> list[Tensor]:
+        if self.optimizer.cpu_offload:
+            return [master.grad for master in self.held() if master.grad is not None]
+        return [gradient for group in self.optimizer.averaged_gradients.values() for gradient in group]
+
+    def gradients_changed(self) -> None:
+        """Under offload DeepSpeed measures norm and overflow while it copies the gradients to the CPU."""
+        optimizer = self.optimizer
+        if not optimizer.cpu_offload:
+            return
+        for parameters in optimizer.params_in_partition:
+            for identity in map(optimizer.get_param_id, parameters):
+                group, _, start, size = optimizer.grad_position[identity]
+                gradient = self.held()[group].grad
+                if identity in optimizer.norm_for_param_grads and gradient is not None:
+                    norm = gradient.view(-1).narrow(0, start, size).double().norm(2)
+                    optimizer.norm_for_param_grads[identity] = norm
+        optimizer.local_overflow = not all(bool(g.isfinite().all()) for g in self.gradients())
+
+    def copies(self, buckets: Sequence[Tensor]) -> list[Tensor]:
+        return list(self.optimizer.bit16_groups_flat)
+
+    def parameters(self) -> list[Tensor]:
+        return [parameter for group in self.optimizer.bit16_groups for parameter in group]
+
+    @property
+    def why_no_overlap(self) -> str | None:
+        if self.optimizer.cpu_offload:
+            return "the masters are on the CPU (zero_optimization.offload_optimizer), and their copies elsewhere"
+        return None
+
+
+class BF16Partition(Masters):
+    """Stage 1 in bf16 with gradients accumulated in fp32: DeepSpeed's BF16_Optimizer."""
+
+    sharded = True
+
+    def held(self) -> list[Tensor]:
+        return list(self.optimizer.fp32_groups_flat_partition)
+
+    def refresh(self) -> None:
+        self.optimizer.update_lp_params()
+
+    def gradients(self) -> list[Tensor]:
+        return list(self.optimizer.fp32_groups_gradient_flat_partition)
+
+    def copies(self, buckets: Sequence[Tensor]) -> list[Tensor]:
+        return list(self.optimizer.bf16_groups_flat)
+
+    def parameters(self) -> list[Tensor]:
+        return [parameter for group in self.optimizer.bf16_groups for parameter in group]
+
+
+class Stage3(Masters):
+    """Stage 3: every rank of a worker holds a part of every parameter, in flat sub-groups."""
+
+    sharded = True
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        self._clear_padding()
+
+    @torch.no_grad()
+    def _clear_padding(self) -> None:
+        """A part is padded where the ranks of a worker do not divide a parameter. DeepSpeed leaves there what the
+        memory held, which can be NaN, and which a boundary would refuse."""
+        optimizer = self.optimizer
+        for group, master in enumerate(self.held()):
+            start = 0
+            for parameter in optimizer.fp16_groups[group]:
+                size = parameter.ds_tensor.ds_numel
+                before = size * optimizer._get_param_partition_rank(parameter)
+                real = min(max(parameter.ds_numel - before, 0), size)
+                master[start + real : start + size] = 0
+                start += size
+
+    def held(self) -> list[Tensor]:
+        return list(self.optimizer.fp32_partitioned_groups_flat)
+
+    def refresh(self) -> None:
+        """As DeepSpeed does at the end of its step."""
+        optimizer = self.optimizer
+        optimizer._partition_all_parameters()  # a forward since the step may have left some gathered
+        for number in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(number)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        optimizer.invalidate_secondary_tensor()
+
+    def gradients(self) -> list[Tensor]:
+        return [self.optimizer.grad_partitions_flat_buffer]
+
+    def gradients_changed(self) -> None:
+        if self.optimizer.offload_optimizer:
+            self.optimizer._finalize_offload_gradient_accumulation()
+
+    def parameters(self) -> list[Tensor]:
+        return []
+
+    @property
+    def why_no_overlap(self) -> str | None:
+        return "stage 3 gathers a parameter by a collective when it is read, for which a forward cannot wait"
+
+
+def masters_of(engine: Any) -> Masters:
+    """The masters of a DeepSpeed engine.
+
+    Raises:
+        ConfigError: its optimizer is of a kind that is not known here.
+    """
+    optimizer = engine.optimizer
+    kinds: tuple[tuple[str, type[Masters]], ...] = (
+        ("fp32_partitioned_groups_flat", Stage3),
+        ("single_partition_of_fp32_groups", Partition),
+        ("fp32_groups_flat_partition", BF16Partition),
+        ("fp32_groups_flat", FlatMasters),
+        ("fp32_groups", MasterPerParameter),
+    )
+    kind = next((kind for attribute, kind in kinds if hasattr(optimizer, attribute)), None)
+    if kind is None and isinstance(optimizer, torch.optim.Optimizer):
+        kind = Parameters
+    if kind is None:
+        raise ConfigError(
+            f"DeepSpeed made a {type(optimizer).__name__} for this configuration, and where it keeps its fp32 masters "
+            "is not known here; write ZeRO stage 0 to 3 with a plain optimizer such as AdamW or SGD"
+        )
+    masters = kind(engine)
+    strange = {str(m.dtype) for m in masters.held() if m.dtype not in (torch.float32, torch.float64)}
+    if strange:
+        raise ConfigError(
+            f"the masters are {', '.join(sorted(strange))}, in which averages lose what small steps have changed; "
+            "write bf16 or fp16 with fp32 masters (leave out bf16_master_weights_and_grads and the like)"
+        )
+    return masters

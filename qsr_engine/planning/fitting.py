@@ -1,0 +1,153 @@
+"""Compute of a step and cost of an averaging from two finished runs: `qsr plan RECIPE --fit RUN RUN`.
+
+Source: Gu et al. (arXiv 2310.14423), Appendix F. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qsr_engine.config.digest import flatten
+from qsr_engine.config.recipe import Recipe
+from qsr_engine.config.recipe_file import load_recipe
+from qsr_engine.config.strict import ConfigError
+from qsr_engine.config.units import seconds_text
+from qsr_engine.planning.cost import Fit, Observed, fit_two_runs
+from qsr_engine.records.records import RECIPE, SUMMARY
+from qsr_engine.records.runs import ReportError, Run, read_run
+
+# Keys of a resolved recipe that do not change what a step or an averaging costs.
+_MAY_DIFFER = (
+    "data.shards",
+    "data.train_samples",
+    "data.eval",
+    "data.cache_",
+    "data.shuffle_buffer",
+    "data.max_bad_samples",
+    "data.retries",
+    "data.retry_seconds",
+    "data.mixup",
+    "logging.",
+    "seed",
+    "epochs",
+    "label_smoothing",
+    "batch_norm.",
+    "optimizer.weight_decay",
+    "optimizer.betas",
+    "optimizer.eps",
+    "optimizer.momentum",
+    "qsr.strategy",
+    "qsr.h_base",
+    "qsr.alpha",
+    "qsr.power",
+    "qsr.switch_",
+    "qsr.total_steps",
+    "qsr.on_other_workers",
+    "qsr.lr.",
+)
+_OF_THE_MACHINES = ("ranks", "worker_size", "engine", "device", "torch")
+
+
+def fit_runs(paths: Sequence[str | Path], recipe: Recipe | None) -> tuple[Fit, list[str]]:
+    """Fit compute and averaging from two finished runs, for a third recipe; and what that assumes.
+
+    Raises:
+        ConfigError, ReportError: a run cannot be read or is unfinished, they differ in something that matters, or the
+            times of these two fit no costs.
+    """
+    recipes = [_recipe_of(Path(path)) for path in paths]
+    runs = [_finished(Path(path)) for path in paths]
+    (first, one), (second, other) = runs
+    _check_same(f"{first.path} and {second.path}", *map(_matters, recipes))
+    machines = [{key: summary.get(key) for key in _OF_THE_MACHINES} for _, summary in runs]
+    _check_same(f"{first.path} and {second.path}", *machines)
+    if recipe is not None:
+        _check_same(f"the recipe and {first.path}", _matters(recipe), _matters(recipes[0]))
+    observed = [
+        Observed(summary["steps"], summary["averagings"], summary["seconds_training"]) for summary in (one, other)
+    ]
+    try:
+        fit = fit_two_runs(*observed)
+    except ValueError as error:
+        raise ConfigError(f"--fit {first.path} {second.path}: {error}") from error
+    per_averaging = [summary["bytes_sent"] / max(1, summary["averagings"]) for summary in (one, other)]
+    fit = Fit(fit.step_seconds, fit.averaging_seconds, sum(per_averaging) / 2)
+    return fit, _what_a_fit_assumes(runs, fit)
+
+
+def _what_a_fit_assumes(runs: Sequence[tuple[Run, dict[str, Any]]], fit: Fit) -> list[str]:
+    lines = [
+        f"{run.path.name}: {run.strategy}, {summary['steps']} steps and {summary['averagings']} averagings in "
+        f"{seconds_text(summary['seconds_training'])}"
+        for run, summary in runs
+    ]
+    lines.append(
+        f"fit: {seconds_text(fit.step_seconds)} a step, with data and all that comes with steps, and "
+        f"{seconds_text(fit.averaging_seconds)} an averaging, with the waiting for the slowest worker; the same for "
+        "every run on these ranks, whatever its periods"
+    )
+    if any(run.recipe["qsr"]["strategy"] in ("parallel", "post_local") for run, _ in runs):
+        lines.append(
+            "one run averaged gradients: what of that was hidden behind the backward pass is not in the fit, and an "
+            "averaging of parameters is taken for as long as what was not hidden; two runs of local steps fit better"
+        )
+    else:
+        lines.append("both runs took local steps; parallel is foretold with averagings that hide behind nothing")
+    return lines
+
+
+def _recipe_of(path: Path) -> Recipe:
+    """A run's recipe, with the defaults of keys that did not exist when it was written."""
+    if not (path / RECIPE).is_file():
+        read_run(path)  # which says what it is instead
+    return load_recipe(path / RECIPE)
+
+
+def _finished(path: Path) -> tuple[Run, dict[str, Any]]:
+    run = read_run(path)
+    if not run.finished:
+        raise ConfigError(
+            f"--fit {path}: the run is unfinished ({SUMMARY} is missing); finish it with qsr train --resume"
+        )
+    try:
+        summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ReportError(f"{path / SUMMARY}: cannot be read: {error}") from error
+    for key in ("steps", "averagings", "seconds_training", "bytes_sent"):
+        value = summary.get(key) if isinstance(summary, dict) else None
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
+            raise ReportError(
+                f"{path / SUMMARY}: {key} is {value!r}; needed is a number from 0 on, as qsr train writes"
+            )
+    _check_workers(run)
+    return run, summary
+
+
+def _check_workers(run: Run) -> None:
+    """Refuse a run that was resumed with another number of workers: its seconds are of two kinds."""
+    if len(run.worker_counts) > 1:
+        raise ConfigError(
+            f"--fit {run.path}: it ran on {' and on '.join(map(str, run.worker_counts))} workers, so that its seconds "
+            "fit no one cost of an averaging; give runs that kept their workers from beginning to end"
+        )
+
+
+def _matters(recipe: Recipe) -> dict[str, Any]:
+    raw = recipe.model_dump(exclude_none=True, mode="json")
+    return {key: value for key, value in flatten(raw) if not key.startswith(_MAY_DIFFER)}
+
+
+def _check_same(names: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    lines = [
+        f"  {key}: {one.get(key)!r} and {other.get(key)!r}"
+        for key in sorted({*one, *other})
+        if one.get(key) != other.get(key)
+    ]
+    if lines:
+        raise ConfigError(
+            f"--fit: {names} differ in what a step or an averaging costs:\n" + "\n".join(lines) + "\n"
+            "Give runs that differ in their strategy and periods only"
+        )

@@ -1,0 +1,150 @@
+"""What `qsr report` draws of runs. Nothing here imports torch, nor pyplot with its global state."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qsr_engine.records.runs import Run, accuracies, figures, groups, series, waiting_percent
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which colour-blind readers tell apart too; the dashes change with every turn through them.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_DASHES = ("-", "--", ":", "-.")
+
+
+def plots(runs: Sequence[Run], out_dir: Path) -> list[Path]:
+    """Draw the runs into out_dir and return the files; those over accuracy only where a run was evaluated."""
+    drawings = [_period_and_lr]
+    if any(accuracies(run) for run in runs):
+        drawings += [_accuracy_over_communication, _accuracy_over_steps]
+    if any(waiting_percent(run.workers) for run in runs):
+        drawings.append(_waiting_over_steps)
+    if any(series(run, "sharpness") for run in runs):
+        drawings.append(_sharpness_over_steps)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    files = [out_dir / f"{draw.__name__[1:]}.png" for draw in drawings]
+    for draw, file in zip(drawings, files, strict=True):
+        draw(runs).savefig(file, dpi=150)
+    return files
+
+
+def _panels(runs: Sequence[Run], ylabels: Sequence[str], xlabel: str = "optimizer step") -> tuple[Figure, list[Any]]:
+    """Panels above one another on one x axis, in a figure tall enough to name every run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1.4 + 2.6 * len(ylabels) + 0.2 * len(runs)), layout="constrained")
+    axes = list(figure.subplots(len(ylabels), 1, sharex=True, squeeze=False)[:, 0])
+    for panel, ylabel in zip(axes, ylabels, strict=True):
+        panel.set_ylabel(ylabel)
+        panel.grid(color="0.9")
+        panel.spines[["top", "right"]].set_visible(False)
+    axes[-1].set_xlabel(xlabel)
+    return figure, axes
+
+
+def _curve(index: int, runs: Sequence[Run]) -> dict[str, Any]:
+    """Curves often lie on one another: earlier ones are wider, and show beneath the later ones."""
+    width, dashes = 1.2 + 2.4 * (1 - (index + 1) / len(runs)), _DASHES[index // len(_COLOURS) % len(_DASHES)]
+    return {"label": _label(runs[index]), "c": _COLOURS[index % len(_COLOURS)], "ls": dashes, "lw": width}
+
+
+def _label(run: Run) -> str:
+    facts = [run.strategy] * (run.strategy != run.name) + ["unfinished"] * (not run.finished)
+    return f"{run.name} ({', '.join(facts)})" if facts else run.name
+
+
+def _period_and_lr(runs: Sequence[Run]) -> Figure:
+    """The paper's Figure 5, over steps."""
+    figure, (period, rate) = _panels(runs, ["period H (steps)", "learning rate"])
+    for index, run in enumerate(runs):
+        steps, curve = [row["step"] for row in run.records], _curve(index, runs)
+        period.plot(steps, [row["period"] for row in run.records], drawstyle="steps-pre", **curve)
+        rate.plot(steps, [math.nan if row["lr"] is None else row["lr"] for row in run.records], **curve)
+    period.set_yscale("log", base=2)
+    period.yaxis.set_major_formatter("{x:g}")
+    rate.set_ylim(bottom=0)
+    figure.legend(handles=rate.lines, loc="outside lower center", frameon=False)
+    return figure
+
+
+def _accuracy_over_steps(runs: Sequence[Run]) -> Figure:
+    figure, (panel,) = _panels(runs, ["accuracy (%)"])
+    for index, run in enumerate(runs):
+        if points := accuracies(run):
+            panel.plot(*zip(*points, strict=True), marker="o", markersize=4, **_curve(index, runs))
+    figure.legend(loc="outside lower center", frameon=False)
+    return figure
+
+
+def _sharpness_over_steps(runs: Sequence[Run]) -> Figure:
+    figure, (panel,) = _panels(runs, ["sharpness (largest eigenvalue)"])
+    for index, run in enumerate(runs):
+        if points := series(run, "sharpness"):
+            panel.plot(*zip(*points, strict=True), marker="o", markersize=4, **_curve(index, runs))
+    panel.set_yscale("log")
+    figure.legend(loc="outside lower center", frameon=False)
+    return figure
+
+
+def _waiting_over_steps(runs: Sequence[Run]) -> Figure:
+    """How long workers wait at boundaries for the last to come: their mean, and from the least to the most."""
+    figure, (panel,) = _panels(runs, ["waiting at boundaries (% of the time)"])
+    for index, run in enumerate(runs):
+        rows = [row for row in run.workers if row["seconds_waiting"] is not None]
+        if not rows:
+            continue
+        steps = [row["step"] for row in rows]
+        shares = [waiting_percent([row]) or [] for row in rows]
+        curve = _curve(index, runs)
+        panel.plot(steps, [statistics.mean(share) for share in shares], **curve)
+        panel.fill_between(steps, list(map(min, shares)), list(map(max, shares)), color=curve["c"], alpha=0.15)
+    panel.set_ylim(bottom=0)
+    figure.legend(loc="outside lower center", frameon=False)
+    return figure
+
+
+def _accuracy_over_communication(runs: Sequence[Run]) -> Figure:
+    """A marker a run, hollow where it is unfinished, or a group, with its standard deviation as an error bar.
+
+    The labels stand in a column, where none covers another.
+    """
+    found = groups(runs)
+    grouped = {run.name for group in found for run in group.runs}
+    shown: list[tuple[Any, Any, Any, str, bool]] = [
+        (
+            group.mean("communication_percent"),
+            group.mean("accuracy_percent"),
+            group.deviation("accuracy_percent"),
+            f"{group.name} ({group.strategy}, {len(group.runs)} runs)",
+            True,
+        )
+        for group in found
+    ]
+    for run in runs:
+        if run.name not in grouped:
+            row = figures(run)
+            shown.append((row["communication_percent"], row["accuracy_percent"], None, _label(run), run.finished))
+    points, (figure, (panel,)) = [], _panels(runs, ["accuracy (%)"], "communication (% of parallel)")
+    for index, (x, y, deviation, label, finished) in enumerate(shown):
+        if x is not None and y is not None:
+            colour = _COLOURS[index % len(_COLOURS)]
+            style = {"color": colour, "markerfacecolor": colour if finished else "white", "capsize": 4}
+            panel.errorbar(x, y, yerr=deviation, fmt="o", markersize=8, **style)
+            points.append((y, x, label))
+    if points and max(xs := [x for _, x, _ in points]) > 10 * min(xs) > 0:
+        panel.set_xscale("log")
+        panel.xaxis.get_major_locator().set_params(subs=(1, 2, 5))
+        panel.xaxis.set_major_formatter("{x:g}")
+    bottom, top = panel.get_ylim()
+    gap = min(0.075, 1 / max(1, len(points)))  # between two labels, as a fraction of the panel's height
+    place, leader = -gap, {"arrowstyle": "-", "color": "0.75", "shrinkB": 5, "relpos": (0, 0.5)}
+    for index, (y, x, label) in enumerate(sorted(points), start=1):
+        place = min(max((y - bottom) / (top - bottom), place + gap), 1 - gap * (len(points) - index))
+        panel.annotate(label, (x, y), (1.04, place), textcoords="axes fraction", va="center", arrowprops=leader)
+    return figure

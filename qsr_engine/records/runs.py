@@ -1,0 +1,281 @@
+"""Runs that `qsr train` wrote, read back from their folders, their figures, and groups of several seeds.
+
+Runs of one recipe that differ in nothing but their seed are a group: its mean and standard deviation are shown. Nothing
+here imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qsr_engine.records.records import METRICS, RECIPE, SUMMARY, WORKERS, Record, WorkersRecord
+
+
+class ReportError(RuntimeError):
+    """Runs that cannot be read or compared; the message names the folder or the file and line."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, as its folder tells it."""
+
+    name: str
+    path: Path
+    strategy: str  # a label such as `qsr H>=4 alpha=0.0175`
+    recipe: dict[str, Any]
+    records: list[dict[str, Any]]  # at least one; the fields of monitor.Record
+    workers: list[dict[str, Any]]  # of the last number of workers; monitor.WorkersRecord; none in a run of long ago
+    worker_counts: list[int]  # how many workers it had, one after another; several where it went on with others
+    finished: bool
+    total_steps: int
+    notes: list[str] = field(default_factory=list)  # what a reader of its figures must know
+
+
+def read_run(path: str | Path) -> Run:
+    """Read one run's folder.
+
+    A last line that is torn, as a killed run leaves it, is left out and said in the notes.
+
+    Raises:
+        ReportError: it is no run, has no record yet, or a file of it is broken.
+    """
+    path = Path(path)
+    recipe = _read_recipe(path / RECIPE)
+    records, notes = _read_records(path / METRICS)
+    told = _read_workers(path / WORKERS)
+    parts = [list(rows) for _, rows in groupby(told, key=lambda row: len(row["seconds"]))]
+    workers, counts = (parts[-1] if parts else []), [len(rows[0]["seconds"]) for rows in parts]
+    if len(parts) > 1:
+        notes.append(
+            f"of {counts[-1]} workers from step {parts[-2][-1]['step']} on, and {counts[-2]} before; waiting is told "
+            "of the later part"
+        )
+    total_steps, finished = recipe["qsr"]["total_steps"], (path / SUMMARY).is_file()
+    if not finished:
+        notes.insert(0, f"unfinished at step {records[-1]['step']}/{total_steps}")
+    name, label = path.resolve().name, strategy_label(recipe["qsr"])
+    left_out = records[-1].get("left_out", 0)
+    if left_out:
+        times = "once" if left_out == 1 else f"{left_out} times"
+        notes.append(f"a worker whose parameters were not finite was left out of an average {times}")
+    notes += _slow_worker(workers)
+    return Run(name, path, label, recipe, records, workers, counts, finished, total_steps, notes)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        reason = f"{path.name}: {error.strerror or error}"
+        raise ReportError(f"{path.parent}: not the folder of a run ({reason}); write one of `qsr train`") from error
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    try:
+        recipe = yaml.safe_load(_read_text(path))
+    except yaml.YAMLError as error:
+        raise ReportError(f"{path}: not a YAML file that can be read: {error}") from error
+    match recipe:
+        case {"qsr": {"strategy": str(), "total_steps": int()}}:
+            return dict(recipe)
+    raise ReportError(f"{path}: not a resolved recipe; found no qsr.strategy and qsr.total_steps in it")
+
+
+def _read_records(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    records: list[dict[str, Any]] = []
+    lines = _read_text(path).removesuffix("\n").split("\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if _is_record(row):
+            records.append(row)
+        elif number < len(lines):
+            raise ReportError(f"{path}, line {number}: not a record of metrics; repair or delete this line: {line:.60}")
+    if not records:
+        raise ReportError(f"{path}: no record of metrics yet; wait for the run's first one, or leave this run out")
+    return records, [] if len(records) == len(lines) else ["the last line of metrics.jsonl is torn and left out"]
+
+
+def _is_record(row: object) -> bool:
+    """Counts are whole numbers; every other field may be null, where it was unknown or not finite."""
+    return isinstance(row, dict) and all(
+        isinstance(row.get(item.name, ""), int if item.type == "int" else int | float | None) for item in fields(Record)
+    )
+
+
+def _read_workers(path: Path) -> list[dict[str, Any]]:
+    """The workers' records; what cannot be read is left out, since no other figure needs it."""
+    found = []
+    for line in _read_text(path).splitlines() if path.exists() else []:
+        with suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if _is_workers_record(row):
+                found.append(row)
+    return found
+
+
+def _is_workers_record(row: object) -> bool:
+    """A loss may be null, where it was not finite, and waiting as a whole, where there were no local steps."""
+    if not isinstance(row, dict) or not {item.name for item in fields(WorkersRecord)} <= set(row):
+        return False
+    lists = [row[name] for name in ("seconds", "seconds_data", "skipped_samples")]
+    lists += [] if row["seconds_waiting"] is None else [row["seconds_waiting"]]
+    right = isinstance(row["step"], int) and all(isinstance(values, list) and values for values in lists)
+    if not right or len({len(values) for values in lists}) > 1:
+        return False
+    return all(isinstance(value, int | float) for values in lists for value in values) and min(row["seconds"]) > 0
+
+
+def waiting_percent(workers: Sequence[dict[str, Any]]) -> list[float] | None:
+    """Of the time of the run, that each worker waited at boundaries for the last to come; None: not known."""
+    known = [row for row in workers if row["seconds_waiting"] is not None]
+    if not known:
+        return None
+    waited, seconds = (
+        [sum(of_one) for of_one in zip(*(row[name] for row in known), strict=True)]
+        for name in ("seconds_waiting", "seconds")
+    )
+    return [100 * part / whole for part, whole in zip(waited, seconds, strict=True)]
+
+
+_ENOUGH = 5  # records, to say that a worker is slow
+_MOSTLY = 0.8  # of the records
+_NOTABLE = 5.0  # per cent of the time
+
+
+def _slow_worker(workers: Sequence[dict[str, Any]]) -> list[str]:
+    """A note where one worker is slow throughout: the others wait for it in most records, and notably."""
+    known = [row["seconds_waiting"] for row in workers if row["seconds_waiting"] is not None]
+    percent = waiting_percent(workers)
+    if not percent or len(percent) < 2 or len(known) < _ENOUGH:
+        return []
+    (slowest, times), *_ = Counter(waited.index(min(waited)) for waited in known).most_common(1)
+    others = statistics.mean(value for worker, value in enumerate(percent) if worker != slowest)
+    if times < _MOSTLY * len(known) or others - percent[slowest] < _NOTABLE:
+        return []
+    return [
+        f"worker {slowest} is slow throughout: the others waited {others:.0f} % of the time for it, and it was the "
+        f"last to come in {times} of {len(known)} records"
+    ]
+
+
+def strategy_label(qsr: dict[str, Any]) -> str:
+    """What tells this run's strategy from others, from the resolved `qsr` block of its recipe."""
+    strategy, h_base, alpha, power = qsr["strategy"], qsr.get("h_base", 1), qsr.get("alpha") or 0, qsr.get("power", 2)
+    if strategy == "parallel":
+        return "parallel"
+    if strategy != "qsr":
+        return f"{strategy} H={h_base}" + (f" @{qsr['switch_step']}" if "switch_step" in qsr else "")
+    return f"qsr H>={h_base} alpha={alpha:g}" if power == 2 else f"power {power:g}, H>={h_base}, alpha {alpha:g}"
+
+
+def find_runs(paths: Sequence[str | Path]) -> list[Path]:
+    """The runs' folders: each path itself, or, where it is no run, the runs directly inside it, sorted.
+
+    Raises:
+        ReportError: no path, a path without any run, or the same run twice.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        inside = [] if (path / RECIPE).exists() else sorted(file.parent for file in path.glob(f"*/{METRICS}"))
+        found += inside or [path]
+    if not found:
+        raise ReportError("no run is given; write one or more folders of `qsr train`")
+    run, count = Counter(path.resolve() for path in found).most_common(1)[0]
+    if count > 1:
+        raise ReportError(f"{run}: this run is given {count} times; write it once")
+    return found
+
+
+def figures(run: Run) -> dict[str, Any]:
+    """The figures of one run, as the table and report.json have them. None: not known.
+
+    Hours leave evaluation out; images per second are the mean over those hours.
+    """
+    last = run.records[-1]
+    parts = {name: last[f"seconds_{name}"] for name in ("compute", "averaging", "data")}
+    seconds = sum(part for part in parts.values() if part is not None)
+    return {
+        "run": run.name,
+        "path": str(run.path),
+        "strategy": run.strategy,
+        "step": last["step"],
+        "total_steps": run.total_steps,
+        "finished": run.finished,
+        "accuracy_percent": next((y for _, y in reversed(accuracies(run))), None),
+        "averagings": last["averagings"],
+        "communication_percent": last["communication_percent"],
+        "hours": seconds / 3600,
+        **{f"hours_{name}": None if part is None else part / 3600 for name, part in parts.items()},
+        "images_per_second": last["images_seen"] / seconds if seconds else None,
+        "waiting_percent": None if (waited := waiting_percent(run.workers)) is None else statistics.mean(waited),
+        "waiting_percent_of_workers": waited,
+        "sharpness": next((y for _, y in reversed(series(run, "sharpness"))), None),
+        "notes": run.notes,
+    }
+
+
+def accuracies(run: Run) -> list[tuple[int, float]]:
+    """(step, accuracy in %) of every evaluation."""
+    return series(run, "eval_accuracy")
+
+
+def series(run: Run, name: str) -> list[tuple[int, float]]:
+    """(step, value) of a field, where it is known; a run of an earlier version may not have it."""
+    return [(row["step"], row[name]) for row in run.records if row.get(name) is not None]
+
+
+# ------------------------------------------------------------------------------------------- runs of several seeds
+
+
+@dataclass(frozen=True)
+class Group:
+    """Finished runs of one recipe with several seeds. Standard deviations are those of a sample, None of one run."""
+
+    name: str
+    strategy: str
+    runs: list[Run]
+
+    def mean(self, figure: str) -> float | None:
+        """The mean over the runs of one of their figures(); None where a run does not have it."""
+        values = self._values(figure)
+        return statistics.mean(values) if values else None
+
+    def deviation(self, figure: str) -> float | None:
+        """The standard deviation likewise."""
+        values = self._values(figure)
+        return statistics.stdev(values) if len(values) > 1 else None
+
+    def _values(self, figure: str) -> list[float]:
+        values = [figures(run)[figure] for run in self.runs]
+        return [] if None in values else values
+
+
+def groups(runs: Sequence[Run]) -> list[Group]:
+    """Groups of two or more finished runs whose recipes differ in their seed and in where they are written only."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.finished:
+            recipe = {key: value for key, value in run.recipe.items() if key not in ("seed", "logging")}
+            found.setdefault(json.dumps(recipe, sort_keys=True, default=str), []).append(run)
+    many = [same for same in found.values() if len(same) > 1]
+    return [Group(_common(run.name for run in same), same[0].strategy, same) for same in many]
+
+
+def _common(names: Iterable[str]) -> str:
+    """What names of one group have in common at their beginning."""
+    first, *others = names
+    length = next((n for n in range(len(first), 0, -1) if all(o.startswith(first[:n]) for o in others)), 0)
+    return first[:length].rstrip("-_. ").removesuffix("seed").rstrip("-_. ") or first

@@ -1,0 +1,121 @@
+"""The engine that a recipe names, with the configuration that it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+import qsr_engine
+from qsr_engine.config.batch import Batch
+from qsr_engine.config.recipe import Recipe
+from qsr_engine.local_steps.steps import LocalSteps
+
+
+class Engine(Protocol):
+    """What both engines show."""
+
+    module: nn.Module
+    device: torch.device
+    local_steps: LocalSteps
+    averaged_model: Callable[[], AbstractContextManager[None]]  # entered while the averaged model is read
+
+    @property
+    def seconds_averaging(self) -> float | None: ...
+
+    def __call__(self, *inputs: Any, **kwargs: Any) -> Any: ...
+
+    def backward(self, loss: Tensor) -> Any: ...
+
+    def step(self) -> bool: ...
+
+    def train(self) -> Any: ...
+
+    def eval(self) -> Any: ...
+
+    def save_checkpoint(self, save_dir: Path, *, tag: str, client_state: dict[str, Any], keep: int | None) -> bool: ...
+
+    def load_checkpoint(self, load_dir: Path) -> tuple[str | None, dict[str, Any] | None]: ...
+
+    def averaged_state_dict(self) -> dict[str, Tensor]: ...
+
+
+def make_engine(recipe: Recipe, batch: Batch, model: nn.Module) -> Engine:
+    """Start the engine of a recipe, `recipe.engine`.
+
+    Raises:
+        ConfigError, AgreementError: as initialize() and initialize_fsdp().
+    """
+    optimizer = partial(make_optimizer, recipe)
+    if recipe.engine == "fsdp":
+        fsdp: Engine = qsr_engine.initialize_fsdp(model=model, optimizer=optimizer, config=fsdp_config(recipe, batch))
+        return fsdp
+    engine: Engine
+    engine, *_ = qsr_engine.initialize(model=model, optimizer=optimizer, config=deepspeed_config(recipe, batch))
+    return engine
+
+
+def deepspeed_config(recipe: Recipe, batch: Batch) -> dict[str, Any]:
+    """The DeepSpeed configuration of a recipe, its `"qsr"` block included."""
+    return {
+        **_for_both(recipe, batch),
+        "fp16": {"enabled": recipe.precision.dtype == "fp16"},
+        "zero_optimization": {"stage": recipe.precision.zero_stage},
+        "zero_allow_untested_optimizer": True,  # DeepSpeed has not tested torch's SGD under ZeRO; the tests here have
+    }
+
+
+def fsdp_config(recipe: Recipe, batch: Batch) -> dict[str, Any]:
+    """The configuration of a recipe for `initialize_fsdp`."""
+    return {**_for_both(recipe, batch), "fsdp": recipe.fsdp.model_dump()}
+
+
+def _for_both(recipe: Recipe, batch: Batch) -> dict[str, Any]:
+    return {
+        "train_batch_size": batch.train,
+        "train_micro_batch_size_per_gpu": batch.micro,
+        "gradient_accumulation_steps": batch.accumulation,
+        "gradient_clipping": recipe.optimizer.gradient_clipping,
+        "bf16": {"enabled": recipe.precision.dtype == "bf16"},
+        "qsr": recipe.qsr.model_dump(exclude_none=True),
+    }
+
+
+def make_optimizer(recipe: Recipe, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """The local optimizer of every worker; the engine sets the learning rate of all its groups alike."""
+    options = recipe.optimizer
+    groups: Any = parameters if options.decay_norms_and_biases else without_decay_of_norms_and_biases(parameters)
+    if options.type == "SGD":
+        return torch.optim.SGD(
+            groups,
+            lr=recipe.qsr.lr.peak,
+            momentum=options.momentum,
+            weight_decay=options.weight_decay,
+            nesterov=options.nesterov,
+        )
+    return torch.optim.AdamW(
+        groups,
+        lr=recipe.qsr.lr.peak,
+        betas=(options.betas[0], options.betas[1]),
+        eps=options.eps,
+        weight_decay=options.weight_decay,
+    )
+
+
+def without_decay_of_norms_and_biases(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    """Two parameter groups: the optimizer's weight decay for matrices and kernels, none for what has one dimension.
+
+    timm's rule too (its `param_groups_weight_decay`): norms, biases and layer scales have one dimension, and nothing
+    else has in the models of timm and torchvision. A group that would be empty is left out.
+    """
+    given = list(parameters)
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for parameter in given if parameter.ndim > 1]},
+        {"params": [parameter for parameter in given if parameter.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,583 @@
+"""What the DeepSpeed engine promises beside its results: silence between boundaries, agreement, errors, checkpoints."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from tests.support import training
+from tests.support.pool import JobError, Processes
+from tests.support.training import QSR
+
+STAGE_1: dict[str, Any] = {
+    "bf16": {"enabled": True},
+    "zero_optimization": {"stage": 1},
+    "zero_allow_untested_optimizer": True,
+}
+
+
+def start(qsr: dict[str, Any], model: nn.Module | None = None, **config: Any) -> Any:
+    import qsr_engine
+
+    model = model or training.make_model(torch.float32)
+    return qsr_engine.initialize(
+        model=model,
+        optimizer=partial(training.make_optimizer, "sgd"),
+        config={"train_micro_batch_size_per_gpu": training.BATCH, "gradient_clipping": 1.0, "qsr": qsr, **config},
+    )[0]
+
+
+def step(engine: Any, number: int | None = None) -> bool:
+    import torch.distributed as dist
+
+    number = engine.local_steps.step if number is None else number
+    dtype = next(engine.module.parameters()).dtype
+    inputs, targets = training.batch(dist.get_rank(), number, dtype=dtype)
+    engine.backward(training.loss(engine(inputs), targets))
+    return bool(engine.step())
+
+
+# -------------------------------------------------------------------- invariant 1: silence between boundaries
+
+
+def collectives_across_workers(worker_size: int) -> int:
+    """Collectives that this process has issued so far on groups with ranks of more than one worker.
+
+    torch counts the collectives of every process group itself, whoever issues them and by whatever function.
+    """
+    from torch.distributed import distributed_c10d as c10d
+
+    total = 0
+    for group in c10d._world.pg_map:
+        workers = {rank // worker_size for rank in c10d.get_process_group_ranks(group)}
+        if len(workers) > 1:
+            total += group._get_sequence_number_for_group()  # type: ignore[attr-defined]
+    return total
+
+
+def count_job(qsr: dict[str, Any], config: dict[str, Any], clip: float) -> list[tuple[bool, int]]:
+    engine = start(qsr, **{**config, "gradient_clipping": clip})
+    counts = []
+    while not engine.local_steps.finished:
+        before = collectives_across_workers(qsr.get("worker_size", 1))
+        boundary = step(engine)
+        counts.append((boundary, collectives_across_workers(qsr.get("worker_size", 1)) - before))
+    return counts
+
+
+@pytest.mark.parametrize(("clip", "shared"), [(0.0, True), (1.0, False)])
+@pytest.mark.parametrize(("worker_size", "ranks"), [(1, 2), (2, 4)])
+@pytest.mark.parametrize("config", [{}, STAGE_1], ids=["stage0-fp32", "stage1-bf16"])
+def test_no_collective_crosses_workers_between_boundaries(
+    processes: Processes, config: dict[str, Any], worker_size: int, ranks: int, clip: float, shared: bool
+) -> None:
+    qsr = {**QSR, "worker_size": worker_size, "averaging": {"shared_memory": shared}}
+    results = processes.run(count_job, ranks=ranks, qsr=qsr, config=config, clip=clip)
+    for counts in results:
+        assert [count for boundary, count in counts if not boundary] == [0] * (len(counts) - 5)
+        # One header and one all-reduce: the model is one bucket. In shared memory, the header and two meetings.
+        assert [count for boundary, count in counts if boundary] == [3 if shared else 2] * 5
+
+
+def test_the_counter_sees_data_parallel(processes: Processes) -> None:
+    """The count above can fail: under `parallel`, every step reduces over all ranks."""
+    counts = processes.run(count_job, qsr={**QSR, "strategy": "parallel"}, config={}, clip=0.0)[0]
+    assert all(boundary and count >= 1 for boundary, count in counts)
+
+
+# ------------------------------------------------------------------------------- starting and agreeing
+
+
+def start_job(per_rank: list[dict[str, Any]], seeds: list[int], hidden: list[int]) -> torch.Tensor:
+    import os
+
+    rank = int(os.environ["RANK"])
+    torch.manual_seed(seeds[rank])
+    model = nn.Sequential(nn.Linear(training.FEATURES, hidden[rank]), nn.Linear(hidden[rank], training.OUTPUTS))
+    engine = start({**QSR, **per_rank[rank]}, model)
+    return training.flat(engine.module.parameters())
+
+
+def test_all_workers_start_from_the_parameters_of_rank_0(processes: Processes) -> None:
+    first, second, third = processes.run(start_job, ranks=3, per_rank=[{}] * 3, seeds=[1, 2, 3], hidden=[5] * 3)
+    assert torch.equal(first, second)
+    assert torch.equal(first, third)
+
+
+@pytest.mark.parametrize(
+    ("odd", "hidden", "words"),
+    [
+        ({"alpha": 0.05}, 5, "config.qsr.alpha: 0.045 on rank 0; 0.05 on rank 1"),
+        ({"lr": {**QSR["lr"], "peak": 0.06}}, 5, "config.qsr.lr.peak: 0.05 on rank 0; 0.06 on rank 1"),
+        ({}, 6, "model.0.weight: 'float32 [5, 12]' on rank 0; 'float32 [6, 12]' on rank 1"),
+    ],
+)
+def test_ranks_started_differently_are_told_so(
+    processes: Processes, odd: dict[str, Any], hidden: int, words: str
+) -> None:
+    with pytest.raises(JobError) as caught:
+        processes.run(start_job, seconds=60, per_rank=[{}, odd], seeds=[0, 0], hidden=[5, hidden])
+    for error in caught.value.by_rank:
+        assert error is not None
+        assert error[0] == "AgreementError"
+        assert words in error[1]
+
+
+def refused_job(arguments: dict[str, Any]) -> str:
+    import qsr_engine
+
+    try:
+        sgd = partial(training.make_optimizer, "sgd")
+        qsr_engine.initialize(**{"model": nn.Linear(3, 3), "optimizer": sgd, **arguments})
+    except qsr_engine.ConfigError as error:
+        return str(error)
+    return "nothing was refused"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({}, "needs config="),
+        ({"config": {"qsr": {**QSR, "worker_size": 3}, "train_batch_size": 8}}, "worker_size is 3 and there are 2"),
+        ({"config": {"qsr": QSR, "train_batch_size": 7}}, "train_batch_size is 7"),
+        ({"config": {"qsr": QSR, "train_batch_size": 8}, "optimizer": None}, "there is no optimizer"),
+        ({"config": {"qsr": QSR, "train_batch_size": 8}, "mpu": 3}, "initialize(mpu=...)"),
+        ({"config": {"qsr": QSR, "train_batch_size": 8}, "lr_scheduler": 3}, "both qsr.lr and lr_scheduler"),
+        ({"config": {"qsr": QSR, "train_batch_size": 8, "fp16": {"enabled": True}}}, "fp16 is enabled"),
+    ],
+)
+def test_wrong_arguments(processes: Processes, arguments: dict[str, Any], words: str) -> None:
+    for message in processes.run(refused_job, arguments=arguments):
+        assert words in message
+
+
+def no_launcher_job() -> str:
+    import os
+
+    rank = os.environ.pop("RANK")
+    try:
+        return refused_job({"config": {"qsr": QSR, "train_batch_size": 8}})
+    finally:
+        os.environ["RANK"] = rank
+
+
+def test_a_process_without_launcher_is_told_how_to_start(processes: Processes) -> None:
+    assert "was not started by a launcher" in processes.run(no_launcher_job, ranks=1)[0]
+
+
+def surface_job(path: str) -> dict[str, Any]:
+    """As a DeepSpeed user calls it: args with a configuration file, training_data, a batch over all ranks."""
+    import deepspeed
+
+    import qsr_engine
+
+    data = torch.utils.data.TensorDataset(torch.arange(24.0).view(24, 1))
+    model = nn.Linear(1, 1)
+    engine, optimizer, loader, scheduler = qsr_engine.initialize(
+        Namespace(deepspeed_config=path), model, None, model.parameters(), training_data=data
+    )
+    seen = torch.cat([batch[0] for batch in loader]).flatten().tolist()
+    return {
+        "is_deepspeed": isinstance(engine, deepspeed.DeepSpeedEngine),
+        "same_optimizer": optimizer is engine.optimizer,
+        "scheduler": scheduler,
+        "batch": engine.train_batch_size(),
+        "clipping": engine.gradient_clipping(),
+        "lr": optimizer.param_groups[0]["lr"],
+        "seen": seen,
+    }
+
+
+def test_the_surface_is_deepspeeds(processes: Processes, tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    optimizer = {"type": "AdamW", "params": {"torch_adam": True, "lr": 1.0}}
+    path.write_text(json.dumps({"train_batch_size": 8, "optimizer": optimizer, "qsr": QSR}))
+    results = processes.run(surface_job, path=str(path))
+    for result in results:
+        assert result["is_deepspeed"]
+        assert result["same_optimizer"]
+        assert result["scheduler"] is None
+        assert result["batch"] == 8
+        assert result["clipping"] == 1.0, "DeepSpeed's own default"
+        assert result["lr"] == QSR["lr"]["min"], "the first step of the warm-up"
+    assert sorted(results[0]["seen"] + results[1]["seen"]) == list(range(24)), "every sample at one worker only"
+
+
+def monitored_job(folder: str) -> None:
+    engine = start(QSR, tensorboard={"enabled": True, "output_path": folder, "job_name": "run"})
+    while not engine.local_steps.finished:
+        step(engine)
+
+
+def test_deepspeeds_own_monitor_shows_the_local_steps(processes: Processes, tmp_path: Path) -> None:
+    processes.run(monitored_job, folder=str(tmp_path))
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    periods = events.Scalars("Train/LocalSteps/period")
+    assert [event.step for event in periods] == [2 * training.BATCH * end for end in (2, 4, 6, 8, 12)]
+    assert [event.value for event in events.Scalars("Train/LocalSteps/averagings")] == [1, 2, 3, 4, 5]
+    assert all(event.value > 0 for event in events.Scalars("Train/LocalSteps/relative_distance"))
+
+
+def two_engines_job(together: bool, config: dict[str, Any]) -> list[torch.Tensor]:
+    """A local and a parallel engine and a plain DeepSpeed engine in one process, one after another or in turns."""
+    import deepspeed
+
+    plain_config = {"train_micro_batch_size_per_gpu": training.BATCH, "gradient_clipping": 1.0, **config}
+    results = []
+    engines = []
+    for strategy in ({**QSR, "strategy": "parallel"}, QSR, None):
+        if strategy is None:
+            model = training.make_model(torch.float32)
+            engine = deepspeed.initialize(
+                model=model, optimizer=training.make_optimizer("sgd", model.parameters()), config=plain_config
+            )[0]
+            engine.optimizer.param_groups[0]["lr"] = 0.05
+        else:
+            engine = start(strategy, **config)
+        engines.append(engine)
+        if not together:
+            for number in range(12):
+                step(engine, number)
+    if together:
+        for number in range(12):
+            for engine in engines:
+                step(engine, number)
+    for engine in engines:
+        results.append(training.flat(engine.module.parameters()))
+    return results
+
+
+@pytest.mark.parametrize("config", [{}, STAGE_1], ids=["stage0-fp32", "stage1-bf16"])
+def test_engines_in_one_process_do_not_disturb_one_another(processes: Processes, config: dict[str, Any]) -> None:
+    """DeepSpeed keeps its groups in a global variable; a plain engine that found ours would not reduce at all."""
+    apart = processes.run(two_engines_job, together=False, config=config)
+    together = processes.run(two_engines_job, together=True, config=config)
+    for one, other in zip([*apart, *together], [*together, *apart[::-1]], strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert torch.equal(a, b)
+
+
+# ------------------------------------------------------------------------------------------- learning rates
+
+
+def scheduler_job(odd_rank: bool) -> list[tuple[int, float]]:
+    """The learning rate comes from DeepSpeed's own scheduler."""
+    import torch.distributed as dist
+
+    qsr = {key: value for key, value in QSR.items() if key != "lr"}
+    scheduler = {"type": "WarmupLR", "params": {"warmup_max_lr": 0.04, "warmup_num_steps": 4, "warmup_type": "linear"}}
+    engine = start({**qsr, "warmup_steps": 4, "alpha": 0.12}, scheduler=scheduler)
+    seen = []
+    while not engine.local_steps.finished:
+        if odd_rank and dist.get_rank() == 1 and engine.local_steps.step == 5:
+            engine.optimizer.param_groups[0]["lr"] = 0.01
+        seen.append((engine.local_steps.period, engine.get_lr()[0]))
+        step(engine)
+    return seen
+
+
+def test_without_an_lr_block_the_period_follows_the_scheduler(processes: Processes) -> None:
+    seen = processes.run(scheduler_job, odd_rank=False)[0]
+    assert [period for period, _ in seen] == [2, 2, 2, 2, *[8] * 8][:12], "(0.12 / 0.04)^2 = 9, cut to what remains"
+    assert seen[-1][1] == pytest.approx(0.04)
+
+
+def group_job(groups: list[dict[str, Any]]) -> list[float]:
+    import qsr_engine
+
+    model = nn.ModuleList(nn.Linear(2, 2) for _ in groups)
+    parameters = [{"params": list(module.parameters()), **group} for module, group in zip(model, groups, strict=True)]
+    engine, *_ = qsr_engine.initialize(
+        model=model, optimizer=torch.optim.SGD(parameters, lr=0.1), config={"train_batch_size": 8, "qsr": QSR}
+    )
+    engine.local_steps.step = 3  # the end of the warm-up
+    engine._learning_rate.set()
+    return [group["lr"] for group in engine.optimizer.param_groups]
+
+
+def test_groups_with_a_scale_keep_it(processes: Processes) -> None:
+    assert processes.run(group_job, groups=[{"lr_scale": 0.5}, {}])[0] == pytest.approx([0.025, 0.05])
+
+
+def test_groups_with_other_learning_rates_are_refused(processes: Processes) -> None:
+    with pytest.raises(JobError, match=r"learning rates \[0.01, 0.1\], and qsr.lr sets one for all"):
+        processes.run(group_job, groups=[{"lr": 0.01}, {}])
+
+
+# --------------------------------------------------------------------------------------------- boundaries
+
+
+def poisoned_job(steps_before: int) -> tuple[str, torch.Tensor]:
+    """Rank 1 meets a NaN; what do the ranks say, and what are their parameters then?"""
+    import torch.distributed as dist
+
+    from qsr_engine.averaging import BoundaryError
+
+    engine = start(QSR)
+    for _ in range(steps_before):
+        step(engine)
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            next(engine.module.parameters())[0, 0] = float("nan")
+    try:
+        while True:
+            step(engine)
+    except BoundaryError as error:
+        return str(error), training.flat(engine.module.parameters())
+
+
+def test_a_nan_reaches_no_other_worker(processes: Processes) -> None:
+    (said, healthy), (said_too, _) = processes.run(poisoned_job, steps_before=5)
+    assert said == said_too
+    assert "not finite (NaN or infinity) on rank 1" in said
+    assert healthy.isfinite().all()
+
+
+def past_the_end_job() -> str:
+    engine = start(QSR)
+    for _ in range(12):
+        step(engine)
+    before = training.flat(engine.module.parameters())
+    try:
+        step(engine, number=12)
+    except RuntimeError as error:
+        assert torch.equal(before, training.flat(engine.module.parameters()))
+        return str(error)
+    return "it went on"
+
+
+def test_a_step_past_the_end_is_refused_and_changes_nothing(processes: Processes) -> None:
+    assert "the run ended at step 12, which is qsr.total_steps" in processes.run(past_the_end_job)[0]
+
+
+def moved_job(way: str) -> str:
+    """The model's storage is replaced after initialize(), on rank 1 only."""
+    import torch.distributed as dist
+
+    from qsr_engine.averaging import BoundaryError
+
+    engine = start(QSR)
+    weight = next(engine.module.parameters())
+    if dist.get_rank() == 1:
+        if way == "data":
+            weight.data = weight.data.clone()
+        elif way == "to":
+            engine.module.to(torch.float64).to(torch.float32)
+        else:
+            engine.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+    try:
+        step(engine)
+        step(engine)
+    except BoundaryError as error:
+        return str(error)
+    return "it averaged"
+
+
+@pytest.mark.parametrize(("way", "count"), [("data", 1), ("to", 6), ("group", 1)])
+def test_parameters_that_left_the_buckets_are_an_error_on_every_rank(
+    processes: Processes, way: str, count: int
+) -> None:
+    for said in processes.run(moved_job, way=way):
+        assert f"after step 2, {count} of the parameters are no longer where they are averaged, on rank 1" in said
+
+
+def order_job(orders: list[list[int]]) -> None:
+    import torch.distributed as dist
+
+    import qsr_engine
+
+    model = nn.ModuleList(nn.Linear(3, 3) for _ in range(2))
+    dist.init_process_group("gloo")
+    parameters = list(model.parameters())
+    optimizer = torch.optim.SGD([parameters[place] for place in orders[dist.get_rank()]], lr=0.1)
+    qsr_engine.initialize(model=model, optimizer=optimizer, config={"train_batch_size": 8, "qsr": QSR})
+
+
+def test_parameters_in_another_order_are_refused(processes: Processes) -> None:
+    """Parameter groups made from a set come in another order in every process; layers would be mixed up."""
+    processes.run(order_job, orders=[[2, 1, 0], [2, 1, 0]])
+    with pytest.raises(JobError) as caught:
+        processes.run(order_job, orders=[[0, 1, 2, 3], [2, 1, 0, 3]])
+    for error in caught.value.by_rank:
+        assert error is not None
+        assert error[0] == "AgreementError"
+        assert "optimizer.group 0.parameter 0: '0.weight' on rank 0; '1.weight' on rank 1" in error[1]
+
+
+def buffers_job(strategy: str, buffers: str, worker_size: int) -> list[torch.Tensor]:
+    """Running statistics after a run, and after an evaluation would have asked for their average."""
+    norm = nn.BatchNorm1d(6)
+    model = nn.Sequential(nn.Linear(training.FEATURES, 6), norm, nn.Linear(6, training.OUTPUTS))
+    assert norm.running_mean is not None
+    block = {"strategy": strategy, "h_base": 2, "total_steps": 4, "lr": QSR["lr"], "worker_size": worker_size}
+    engine = start({**block, "averaging": {"buffers": buffers}}, model)
+    while not engine.local_steps.finished:
+        step(engine)
+    after_run = norm.running_mean.clone()
+    engine.local_steps.average_buffers()
+    return [after_run, norm.running_mean.clone()]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "buffers", "worker_size", "equal"),
+    [
+        ("constant", "average", 1, [True, True]),
+        ("constant", "average", 2, [True, True]),
+        ("constant", "local", 1, [False, False]),
+        ("parallel", "average", 1, [False, True]),  # DeepSpeed's own data parallel leaves them to each rank
+    ],
+)
+def test_batch_norm_statistics(
+    processes: Processes, strategy: str, buffers: str, worker_size: int, equal: list[bool]
+) -> None:
+    ranks = 2 * worker_size
+    first, *others = processes.run(
+        buffers_job, ranks=ranks, strategy=strategy, buffers=buffers, worker_size=worker_size
+    )
+    for other in others:
+        assert [torch.equal(a, b) for a, b in zip(first, other, strict=True)] == equal
+
+
+def tied_job() -> list[torch.Tensor]:
+    """Shared weights, a frozen parameter, and a parameter that takes no part in the loss."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.Linear(training.FEATURES, training.OUTPUTS)
+            self.decoder = nn.Linear(training.FEATURES, training.OUTPUTS)
+            self.decoder.weight = self.encoder.weight
+            self.frozen = nn.Parameter(torch.full((training.OUTPUTS,), 0.1), requires_grad=False)
+            self.unused = nn.Parameter(torch.ones(2))
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            outputs: torch.Tensor = self.encoder(inputs) + self.decoder(inputs)
+            return outputs * self.frozen
+
+    import torch.distributed as dist
+
+    model = Net()
+    engine = start({"strategy": "constant", "h_base": 3, "total_steps": 6, "lr": QSR["lr"]}, model)
+    before: list[torch.Tensor] = []
+    original = engine.local_steps.averager.average
+
+    def spy() -> None:
+        gathered = [torch.empty_like(model.encoder.weight) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, model.encoder.weight.detach().contiguous())
+        before[:] = gathered
+        original()
+
+    engine.local_steps.averager.average = spy
+    while not engine.local_steps.finished:
+        step(engine)
+    assert model.decoder.weight is model.encoder.weight
+    return [torch.stack(before).mean(0), model.encoder.weight.detach(), model.frozen.detach(), model.unused.detach()]
+
+
+def test_shared_frozen_and_unused_parameters(processes: Processes) -> None:
+    for mean, weight, frozen, unused in processes.run(tied_job):
+        assert torch.equal(weight, mean), "averaged once, not twice"
+        assert torch.equal(frozen, torch.full((training.OUTPUTS,), 0.1))
+        assert torch.equal(unused, torch.ones(2))
+
+
+# --------------------------------------------------------------------------------------- data, buffers, groups
+
+
+def data_job() -> list[list[int]]:
+    """The samples that each rank gets from the engine's own loader, for training and for evaluation."""
+    engine = start(QSR)
+    data = torch.arange(32)
+    loaders = [engine.deepspeed_io(data, batch_size=4), engine.deepspeed_io(data, batch_size=4, route="eval")]
+    return [[int(sample) for batch in loader for sample in batch] for loader in loaders]
+
+
+def test_the_engines_loader_divides_the_data_among_all_ranks(processes: Processes) -> None:
+    """DeepSpeed's would give every worker the same samples."""
+    first, second = processes.run(data_job)
+    for one, other in zip(first, second, strict=True):
+        assert sorted(one + other) == list(range(32))
+    assert first[0] != sorted(first[0]), "training data are shuffled"
+
+
+def iterable_job() -> None:
+    class Stream(torch.utils.data.IterableDataset[int]):
+        def __iter__(self) -> Iterator[int]:
+            return iter(range(3))
+
+    start(QSR).deepspeed_io(Stream())
+
+
+def test_data_without_a_length_are_refused(processes: Processes) -> None:
+    with pytest.raises(JobError, match="a Stream has no length"):
+        processes.run(iterable_job)
+
+
+def mask_job(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    model = training.make_model(torch.float32)
+    constant = torch.linspace(-3, 3, 50).to(dtype)
+    constant[0] = torch.finfo(dtype).min
+    model.register_buffer("mask", constant.clone())
+    engine = start(QSR, model)
+    while not engine.local_steps.finished:
+        step(engine)
+    return constant, engine.module.mask
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_buffer_that_is_the_same_everywhere_keeps_its_bits(processes: Processes, dtype: torch.dtype) -> None:
+    """Averaged in its own type, the sum of an attention mask's smallest numbers was minus infinity."""
+    for constant, found in processes.run(mask_job, ranks=3, dtype=dtype):
+        assert torch.equal(constant, found)
+
+
+def groups_job() -> list[int]:
+    import qsr_engine
+
+    model = training.make_model(torch.float32)
+    backbone, head = list(model.parameters())[:2], list(model.parameters())[2:]
+    optimizer = torch.optim.SGD([{"params": backbone, "lr": 0.0}, {"params": head, "lr": 0.01}])
+    qsr = {"strategy": "qsr", "h_base": 2, "alpha": 0.03, "total_steps": 40, "warmup_steps": 0}
+    config = {"train_micro_batch_size_per_gpu": training.BATCH, "qsr": qsr}
+    engine = qsr_engine.initialize(model=model, optimizer=optimizer, config=config)[0]
+    return [engine.local_steps.period]
+
+
+def test_h_follows_the_largest_learning_rate_of_the_groups(processes: Processes) -> None:
+    """A frozen first group, of learning rate 0, would make one round of the whole run."""
+    assert processes.run(groups_job) == [[9], [9]]
+
+
+def adagrad_job() -> None:
+    import qsr_engine
+
+    model = training.make_model(torch.float32)
+    config = {"train_micro_batch_size_per_gpu": training.BATCH, "qsr": QSR, "bf16": {"enabled": True}}
+    qsr_engine.initialize(
+        model=model, optimizer=torch.optim.Adagrad, model_parameters=model.parameters(), config=config
+    )
+
+
+def channels_last_job() -> None:
+    start(QSR, nn.Sequential(nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)))
+
+
+@pytest.mark.parametrize(
+    ("job", "words"),
+    [
+        (adagrad_job, "Adagrad makes its state for the parameters that it is given"),
+        (channels_last_job, r"the parameter '0.weight' is not contiguous \(channels_last\?\)"),
+    ],
+)
+def test_what_deepspeed_itself_cannot_do_is_refused(processes: Processes, job: Any, words: str) -> None:
+    with pytest.raises(JobError, match=words):
+        processes.run(job)

@@ -1,0 +1,557 @@
+"""`faults.not_finite: leave_out`: a worker with a NaN or an infinity is left out of an average, and gets that of the
+others. The oracle is the plain mean of what the others held just before the boundary."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from qsr_engine.averaging import (
+    Averager,
+    BoundaryError,
+    Header,
+    LeftOut,
+    average_packed,
+    flat_buckets,
+    not_finite,
+)
+from qsr_engine.averaging.cuda_graph import Captured
+from qsr_engine.config.qsr import AveragingConfig, OuterConfig, QSRConfig
+from qsr_engine.config.strict import ConfigError, validate
+from qsr_engine.records.runs import read_run
+from tests.ranks import test_fsdp_engine as fsdp
+from tests.ranks import test_local_steps as alone
+from tests.ranks.test_combinations import Combination
+from tests.ranks.test_combinations import start as start_deepspeed
+from tests.ranks.test_deepspeed_engine import count_job
+from tests.ranks.test_train import qsr_job, recipe  # noqa: F401  # a fixture
+from tests.ranks.test_two_level import TWO_OF_TWO, on_hosts
+from tests.support import training
+from tests.support.pool import Processes
+from tests.support.training import QSR
+
+LEAVE_OUT: dict[str, Any] = {"faults": {"not_finite": "leave_out"}}
+SIZES = (70_001, 3, 501, 301, 64)  # of tensors in buckets of 3 kB: alone in many pieces, and packed together
+BUCKET = 3000  # bytes
+WAYS: dict[str, dict[str, Any]] = {
+    "AllReduce": {"shared_memory": False},
+    "SharedMemory": {},
+    "TwoLevelSharedMemory": {},  # on pretended hosts
+    "TwoLevelCollectives": {"two_level": True, "shared_memory": False},
+}
+
+
+# ------------------------------------------------------------------------------------------------ the mean itself
+
+
+def values(rank: int, round_: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(100 * rank + round_)
+    return [torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in SIZES]
+
+
+def header_of(squares: float) -> Header:
+    return Header(1, 1, 0.1, 1, squares)
+
+
+def way_job(way: str, bad: int) -> float:
+    """Two averagings, one without the bad rank and one of all. Returns the largest error, in units of rounding."""
+    dist.init_process_group("gloo")
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    tensors = [*values(rank, 0), *values(rank, 0, torch.float32)]
+    averager = Averager(flat_buckets(tensors, BUCKET), None, AveragingConfig(bucket_mb=BUCKET / 1e6, **WAYS[way]))
+    assert averager.way == way
+    assert len({piece.in_place for piece in averager.pieces}) == (2 if way == "AllReduce" else 1)
+    worst = 0.0
+    for round_, left_out in ((1, [bad]), (2, [])):
+        for tensor, value in zip(tensors, [*values(rank, round_), *values(rank, round_, torch.float32)], strict=True):
+            tensor.copy_(value)
+        if rank in left_out:
+            tensors[0][17], tensors[-2][5] = math.nan, -math.inf
+        told: list[Any] = [None] * ranks
+        dist.all_gather_object(told, averager.sum_of_squares())
+        headers = [header_of(squares) for squares in told]
+        assert not_finite(headers, 1) == left_out
+        averager.leave_out(left_out)
+        averager.average()
+        good = [other for other in range(ranks) if other not in left_out]
+        for dtype, part in ((torch.float64, tensors[: len(SIZES)]), (torch.float32, tensors[len(SIZES) :])):
+            workers = [training.flat(values(other, round_, dtype)) for other in good]
+            mean = torch.stack(workers).sum(0) / len(workers)
+            size = torch.stack([worker.abs() for worker in workers]).mean(0)
+            error = (training.flat(part) - mean).abs() / (torch.finfo(dtype).eps * size)
+            worst = max(worst, error.max().item())
+        everybody = torch.stack([training.flat([*values(w, round_), *values(w, round_, torch.float32)]) for w in good])
+        mean = everybody.mean(0)
+        expected = ((everybody - mean).square().sum(1).mean().sqrt() / mean.norm()).item()
+        distance = averager.relative_distance(headers)
+        assert distance is not None
+        assert distance.item() == pytest.approx(expected, rel=1e-6)  # of fp32 values, a part of it
+        alike = torch.cat([tensor.double() for tensor in tensors])
+        others = [torch.empty_like(alike) for _ in range(ranks)]
+        dist.all_gather(others, alike)
+        assert all(torch.equal(other, alike) for other in others)
+    return worst
+
+
+@pytest.mark.parametrize(("way", "bad"), [("AllReduce", 0), ("SharedMemory", 0), ("SharedMemory", 2)])
+def test_the_mean_is_that_of_the_others(processes: Processes, way: str, bad: int) -> None:
+    """Two good workers add up to the same bits in any order. Three, in the second averaging, round once more."""
+    assert max(processes.run(way_job, ranks=3, way=way, bad=bad)) <= 2
+
+
+def shards_job() -> tuple[float, float]:
+    """Workers whose three ranks hold equal shards, pretended: every rank stands for one of each. The distance of the
+    workers that are not left out from their mean, as found and by its definition."""
+    dist.init_process_group("gloo")
+    rank, everybody = dist.get_rank(), [values(worker, 1)[0] for worker in range(3)]
+    bucket = everybody[rank].clone()
+    averager = Averager([bucket], None, AveragingConfig(shared_memory=False), shard_group=dist.group.WORLD)
+    of_workers = [math.nan, *(worker.square().sum().item() for worker in everybody[1:])]
+    averager.leave_out([0])
+    averager.average()
+    distance = averager.relative_distance([header_of(squares) for squares in of_workers for _ in range(3)])
+    assert distance is not None
+    mean = torch.stack(everybody[1:]).mean(0)
+    spread = torch.stack([(worker - mean).square().sum() for worker in everybody[1:]]).mean().sqrt()
+    return distance.item(), (spread / mean.norm()).item()
+
+
+def test_the_distance_of_sharded_workers(processes: Processes) -> None:
+    for found, expected in processes.run(shards_job, ranks=3):
+        assert found == pytest.approx(expected, rel=1e-9)  # sums of 70,001 squares in fp64
+
+
+def packed_job() -> bool:
+    """Tensors that are packed and large are divided on their way back."""
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), 100_000
+    tensors = [torch.full((size,), float(rank)), torch.full((size,), math.nan if rank == 0 else 4.0)]
+    average_packed(tensors, None, 1_000_000, LeftOut(1, rank == 0))
+    return all(bool((tensor == mean).all()) for tensor, mean in zip(tensors, (1.5, 4.0), strict=True))
+
+
+def test_large_tensors_that_are_packed(processes: Processes) -> None:
+    assert processes.run(packed_job, ranks=3) == [True] * 3
+
+
+@pytest.mark.parametrize("bad", [0, 3])
+@pytest.mark.parametrize("way", ["TwoLevelSharedMemory", "TwoLevelCollectives"])
+def test_in_two_levels(processes: Processes, way: str, bad: int) -> None:
+    """Three and four terms, in another order than the oracle's: three roundings of half an eps, on either side."""
+    found = processes.run(on_hosts, ranks=4, hosts=TWO_OF_TWO, what=way_job, way=way, bad=bad)
+    assert max(found) <= 3
+
+
+def like_two_job(options: dict[str, Any], outer: dict[str, Any] | None) -> None:
+    """Three ranks without the first must give the bits that the other two give by themselves, from the same start."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    pair: Any = dist.new_group([1, 2])
+    plain = AveragingConfig(bucket_mb=BUCKET / 1e6, shared_memory=False, **options)
+    config = OuterConfig(**outer) if outer else None
+    three, two = ([value.float() for value in values(9, 0)] for _ in range(2))
+    averager = Averager(flat_buckets(three, BUCKET), None, plain, outer=config)
+    for_two = Averager(flat_buckets(two, BUCKET), pair, plain, outer=config) if rank else None
+    for round_ in (1, 2):
+        for tensors in (three, two):
+            for tensor, value in zip(tensors, values(rank, round_), strict=True):
+                tensor.copy_(value)
+        if rank == 0:
+            three[0][17] = math.nan
+        averager.leave_out([0])
+        averager.average()
+        if for_two is not None:
+            for_two.average()
+            assert torch.equal(training.flat(three), training.flat(two))
+        _assert_alike(three)
+
+
+def _assert_alike(tensors: list[Tensor]) -> None:
+    mine = training.flat(tensors)
+    others = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(others, mine)
+    assert all(torch.equal(other, mine) for other in others)
+
+
+@pytest.mark.parametrize("wire", ["fp32", "bf16", "fp16", "int8"])
+def test_it_is_as_if_the_others_were_alone(processes: Processes, wire: str) -> None:
+    """Also what is kept from one averaging to the next: int8's roundings, an outer optimizer's momentum."""
+    outer = {"lr": 0.7, "momentum": 0.9, "nesterov": True} if wire in ("fp32", "int8") else None
+    processes.run(like_two_job, ranks=3, options={"wire_dtype": wire}, outer=outer)
+
+
+def forgotten_job() -> list[bool]:
+    """Whether int8 carries something over on this rank: after an averaging of all, and once the first is left out."""
+    dist.init_process_group("gloo")
+    tensors = [torch.zeros(size) for size in SIZES]
+    averager = Averager(flat_buckets(tensors, BUCKET), None, AveragingConfig(wire_dtype="int8"))
+    for tensor, value in zip(tensors, values(dist.get_rank(), 1), strict=True):
+        tensor.copy_(value)
+
+    def carries() -> bool:
+        return any(bool(own.any()) for own, _ in averager.state_dict()["residuals"])
+
+    averager.average()
+    after_all = carries()
+    averager.leave_out([0])
+    return [after_all, carries()]
+
+
+def test_what_int8_carries_over_is_forgotten(processes: Processes) -> None:
+    """An averaging of all leaves roundings on each rank; a rank that is left out then sends nothing of them."""
+    assert processes.run(forgotten_job, ranks=3) == [[True, False], [True, True], [True, True]]
+
+
+def test_a_cuda_graph_is_left_aside_where_a_rank_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mock of the mean and of the graph: there is one GPU at most, and a NCCL group of two ranks needs two."""
+    ran: list[Any] = []
+
+    class Plain:
+        pieces = (SimpleNamespace(device=torch.device("cuda")),)
+        bytes_sent, divisor = 0, 3
+
+        def run(self, order: Any) -> Iterator[tuple[int, None]]:
+            ran.append(self.divisor)
+            yield from ((index, None) for index in order)
+
+    graph = SimpleNamespace(replay=lambda: ran.append("replayed"), reset=lambda: None)
+    monkeypatch.setattr(dist, "get_backend", lambda group: "nccl")
+    monkeypatch.setattr(Captured, "_capture", lambda self, order: graph)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    mean: Any = Captured(Plain(), None)  # type: ignore[arg-type]
+    for divisor in (2, 3, 2, 3):
+        mean.divisor = divisor
+        assert list(mean.run([0])) == [(0, None)]
+    mean.close()
+    assert ran == [2, "replayed", 2, "replayed"]
+
+
+@pytest.mark.parametrize(("worker_size", "expected"), [(1, [1, 2]), (2, [0, 1]), (4, [0])])
+def test_a_worker_is_bad_if_one_of_its_ranks_is(worker_size: int, expected: list[int]) -> None:
+    assert not_finite([header_of(x) for x in (1.0, math.nan, math.inf, 0.0)], worker_size) == expected
+
+
+# ------------------------------------------------------------------------------------------------- whole engines
+
+AT = 4  # the boundary before which a worker goes bad, the second of QSR's
+
+
+class _Boundary:
+    """Watches an engine's boundary at step AT, just before the headers: what is there then, and what goes bad there."""
+
+    def __init__(self, engine: Any, go_bad: Callable[[], None]) -> None:
+        self.state: dict[str, Tensor] = {}
+        self.masters = torch.empty(0)
+        self._engine, self._go_bad = engine, go_bad
+        self._measure = engine.local_steps.averager.sum_of_squares
+        engine.local_steps.averager.sum_of_squares = self._look
+
+    def _look(self) -> float:
+        if self._engine.local_steps.step == AT:
+            self._go_bad()
+            self.masters = training.flat(self._engine.local_steps.averager.buckets).clone()
+            self.state = state_of(self._engine)
+        return float(self._measure())
+
+
+def state_of(engine: Any) -> dict[str, Tensor]:
+    found: dict[str, list[Tensor]] = {}
+    for _, name, value in engine._masters.state_tensors():
+        found.setdefault(name, []).append(value)
+    return {name: training.flat(tensors).clone() for name, tensors in found.items()}
+
+
+def make_engine(kind: str, qsr: dict[str, Any]) -> tuple[Any, torch.dtype]:
+    """kind: "deepspeed 2 bf16 AdamW", "fsdp bf16 AdamW"."""
+    engine, *rest = kind.split()
+    if engine == "fsdp":
+        bf16 = {"enabled": rest[0] == "bf16"}
+        return fsdp.start(qsr, optimizer=rest[1].lower(), bf16=bf16), torch.float32
+    dtype = torch.bfloat16 if rest[1] == "bf16" else torch.float32
+    return start_deepspeed(Combination(int(rest[0]), rest[1], rest[2]), qsr), dtype
+
+
+def engine_job(kind: str, qsr: dict[str, Any], bad: list[int], how: str) -> dict[str, Any]:
+    """Train to the end, with ranks that go bad at step AT: by a NaN in a batch, or by one in a parameter."""
+    from qsr_engine.local_steps import steps as local_steps
+
+    engine, dtype = make_engine(kind, {**QSR, **LEAVE_OUT, **qsr})
+    state, rank, warned = engine.local_steps, dist.get_rank(), []
+    handler = logging.Handler()
+    handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
+    local_steps.log.addHandler(handler)
+
+    def go_bad() -> None:
+        if rank in bad and how != "batch":
+            state.averager.buckets[0][1] = float(how)
+            for _, _, value in engine._masters.state_tensors():
+                value.fill_(float(how))
+
+    boundary = _Boundary(engine, go_bad)
+    found: dict[str, Any] = {"warned": warned}
+    losses: list[float] = []
+    while not state.finished:
+        inputs, targets = training.batch(rank, state.step, dtype=dtype)
+        if rank in bad and how == "batch" and state.step == AT - 1:
+            inputs[0, 0] = math.nan
+        loss = training.loss(engine(inputs).float(), targets.float())
+        engine.backward(loss)
+        losses.append(loss.item())
+        engine.step()
+        if state.step == AT:
+            state.wait()
+            found["distance"] = state.relative_distance
+            found["masters"] = training.flat(state.averager.buckets).clone()
+            found["state"] = state_of(engine)
+            with torch.no_grad():
+                found["outputs"] = engine.module(training.batch(0, 0, dtype=dtype)[0]).clone()
+    local_steps.log.removeHandler(handler)
+    found |= {"before": boundary.masters, "state_before": boundary.state, "losses": losses}
+    found |= {"left_out": state.left_out, "figure": state.figures()["left_out"]}
+    return {**found, "end": training.flat(state.averager.buckets).clone(), "finite_state": all_finite(engine)}
+
+
+def all_finite(engine: Any) -> bool:
+    values = [v for state in engine._masters.base_optimizer.state.values() for v in state.values()]
+    tensors = [getattr(v, "_local_tensor", v) for v in values if isinstance(v, Tensor)]
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+ONE, TWO = {"worker_size": 1}, {"worker_size": 2}
+SMALL_BUCKETS = {"bucket_mb": 0.0005}
+ENGINES: list[tuple[str, dict[str, Any], list[int], str]] = [
+    ("deepspeed 0 fp32 AdamW", {"averaging": {"shared_memory": False, **SMALL_BUCKETS}}, [1], "batch"),
+    ("deepspeed 0 fp32 SGD", {"averaging": {"overlap": "next_forward", **SMALL_BUCKETS}}, [0], "batch"),
+    ("deepspeed 0 fp32 AdamW", TWO, [2], "nan"),
+    ("deepspeed 0 bf16 AdamW", ONE, [0], "-inf"),
+    ("deepspeed 1 bf16 AdamW", {"averaging": {"overlap": "next_forward"}}, [2], "inf"),
+    ("deepspeed 1 bf16 SGD", TWO, [1], "nan"),
+    ("deepspeed 2 bf16 AdamW", TWO, [3], "nan"),
+    ("deepspeed 3 bf16 AdamW", TWO, [0], "nan"),
+    ("deepspeed 3 fp32 SGD", ONE, [0, 1], "nan"),
+    ("fsdp fp32 AdamW", {"averaging": {"state": ["exp_avg"]}}, [1], "batch"),
+    ("fsdp bf16 SGD", ONE, [0], "batch"),
+    ("fsdp fp32 SGD", TWO, [1], "batch"),
+    ("fsdp bf16 AdamW", TWO, [2, 3], "nan"),
+]
+
+
+@pytest.mark.parametrize(("kind", "qsr", "bad", "how"), ENGINES, ids=lambda value: str(value))
+def test_an_engine_goes_on(processes: Processes, kind: str, qsr: dict[str, Any], bad: list[int], how: str) -> None:
+    size = qsr.get("worker_size", 1)
+    ranks = 3 if size == 1 else 4
+    found = processes.run(engine_job, ranks=ranks, kind=kind, qsr=qsr, bad=bad, how=how)
+    gone = {rank // size for rank in bad}
+    averaged = qsr.get("averaging", {}).get("state", [])
+    for place in range(size):  # ranks that hold the same part of their workers
+        group = found[place::size]
+        good = [told for worker, told in enumerate(group) if worker not in gone]
+        assert good[0]["before"].isfinite().all()
+        # One or two of them: the sum has the same bits in any order, so nothing is off by a rounding.
+        mean = torch.stack([told["before"] for told in good]).sum(0) / len(good)
+        of_states = {
+            name: torch.stack([told["state_before"][name] for told in good]).sum(0) / len(good)
+            for name in good[0]["state_before"]
+        }
+        assert of_states
+        for worker, told in enumerate(group):
+            assert torch.equal(told["masters"], mean)
+            for name, value in told["state"].items():
+                own = worker not in gone and name not in averaged
+                assert torch.equal(value, told["state_before"][name] if own else of_states[name])
+            assert torch.equal(told["end"], group[0]["end"])
+        if size == 1 and len(good) > 1:
+            spread = torch.stack([(told["before"] - mean).double().square().sum() for told in good]).mean().sqrt()
+            assert found[0]["distance"] == pytest.approx((spread / mean.double().norm()).item(), rel=1e-3)
+    for rank, told in enumerate(found):
+        assert torch.equal(told["outputs"], found[0]["outputs"])  # what a forward reads
+        went_bad = [step for step, loss in enumerate(told["losses"]) if not math.isfinite(loss)]
+        assert went_bad == ([AT - 1] if how == "batch" and rank in bad else [])
+        assert told["end"].isfinite().all()
+        assert told["finite_state"]
+        assert told["left_out"] == dict.fromkeys(sorted(gone), 1)
+        assert told["figure"] == len(gone)
+        assert len(told["warned"]) == (rank == 0)
+    names = ", ".join(map(str, sorted(gone)))
+    assert f"after step {AT} (round 1) the parameters of worker {names}, or its buffers" in found[0]["warned"][0]
+
+
+# --------------------------------------------------------------------------------------------------------- buffers
+
+
+class Normed(nn.Module):
+    """Batch norm, and a mask that has always held infinities."""
+
+    mask: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(training.FEATURES)
+        self.head = nn.Linear(training.FEATURES, training.OUTPUTS)
+        self.register_buffer("mask", torch.tensor([0.0, -math.inf]))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        out: Tensor = self.head(self.norm(inputs))
+        return out
+
+
+def buffers_job(policy: str, bad: list[int], where: str) -> dict[str, Any]:
+    """Ranks whose buffers, or parameters, are not finite at the boundary of step AT."""
+    import qsr_engine
+
+    torch.manual_seed(5)
+    qsr = {**QSR, "faults": {"not_finite": policy}}
+    model = Normed()
+    engine = qsr_engine.initialize_fsdp(
+        model=model, optimizer=lambda parameters: torch.optim.SGD(parameters), config=fsdp.config_of(qsr)
+    )
+    rank = dist.get_rank()
+    found: dict[str, Any] = {}
+
+    def go_bad() -> None:
+        with torch.no_grad():
+            if rank in bad and where == "parameters":
+                model.head.bias[0] = math.nan
+            elif rank in bad and model.norm.running_var is not None:
+                model.norm.running_var[3] = math.inf
+        found["before"] = training.flat(model.buffers()).clone()
+
+    boundary = _Boundary(engine, go_bad)
+    try:
+        while not engine.local_steps.finished:
+            fsdp.take_step(engine)
+            if engine.local_steps.step == AT:
+                found |= {"after": training.flat(model.buffers()).clone(), "left_out": engine.local_steps.left_out}
+    except BoundaryError as error:
+        found["said"] = str(error)
+    return {**found, "masters": boundary.masters, "at": engine.local_steps.step}
+
+
+@pytest.mark.parametrize("where", ["parameters", "buffers"])
+def test_buffers_of_a_worker_that_is_left_out_are_too(processes: Processes, where: str) -> None:
+    """Infinite statistics do not spread either, though the parameters are finite; a mask with infinities may have."""
+    found = processes.run(buffers_job, ranks=3, policy="leave_out", bad=[1], where=where)
+    mean = torch.stack([told["before"].double() for told in (found[0], found[2])]).mean(0).float()
+    counted = 1  # of the integer buffer, num_batches_tracked, which is the same everywhere
+    for told in found:
+        assert torch.equal(told["after"], mean)
+        assert (~told["after"].isfinite()).sum() == counted
+        assert told["left_out"] == {1: 1}
+        assert told["at"] == QSR["total_steps"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "bad", "where", "words"),
+    [
+        ("stop", [2], "parameters", "on rank 2"),
+        ("stop", [0, 2], "buffers", "on ranks 0, 2"),
+        ("leave_out", [0, 1, 2], "parameters", "on ranks 0, 1, 2"),
+    ],
+)
+def test_where_it_stops(processes: Processes, policy: str, bad: list[int], where: str, words: str) -> None:
+    """With `stop`, and where nobody is left; the parameters of the others are as they were."""
+    for told in processes.run(buffers_job, ranks=3, policy=policy, bad=bad, where=where):
+        assert f"after step {AT} the parameters are not finite (NaN or infinity) {words}, or" in told["said"]
+        assert told["at"] == AT
+
+
+# --------------------------------------------------------------------------------------------------- around it
+
+
+def test_nothing_crosses_workers_between_boundaries(processes: Processes) -> None:
+    """And where everybody is well, a boundary has no collective more."""
+    plain, with_policy = (
+        processes.run(count_job, ranks=2, qsr={**QSR, **block}, config={}, clip=1.0) for block in ({}, LEAVE_OUT)
+    )
+    assert with_policy == plain
+    assert all(count == 0 for counts in with_policy for boundary, count in counts if not boundary)
+
+
+def old_checkpoint_job() -> list[Any]:
+    state = alone.make(alone.BLOCKS[0])
+    state.left_out = {1: 2}
+    saved = state.state_dict()
+    found: list[Any] = []
+    for values_ in (saved, {key: value for key, value in saved.items() if key != "left_out"}):
+        state = alone.make(alone.BLOCKS[0])
+        state.load_state_dict(values_)
+        found.append(state.left_out)
+    return found
+
+
+def test_the_count_is_kept_in_checkpoints_and_older_ones_have_none(processes: Processes) -> None:
+    assert processes.run(old_checkpoint_job, ranks=1) == [[{1: 2}, {}]]
+
+
+@pytest.mark.parametrize(
+    ("block", "words"),
+    [
+        ({"strategy": "parallel", "total_steps": 5}, "strategy 'parallel' averages gradients at every step"),
+        ({"strategy": "constant", "total_steps": 5, "averaging": {"overlap": "delayed", "delay_steps": 1}}, "delayed"),
+    ],
+)
+def test_what_it_cannot_mend_is_refused(block: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        validate(QSRConfig, {**block, **LEAVE_OUT}, where="test")
+    validate(QSRConfig, block, where="test")
+
+
+# ------------------------------------------------------------------------------------------------------- qsr train
+
+
+def bad_train_job(argv: list[str]) -> tuple[int, str]:
+    """`qsr train` in which rank 0 meets a NaN in the first step of the second round."""
+    module: Any = importlib.import_module("qsr_engine.training.loop")
+    make = module.make_engine
+
+    def make_bad(*args: Any) -> Any:
+        engine = make(*args)
+
+        def hook(model: nn.Module, _: Any) -> None:
+            if model.training and engine.local_steps.step == 2 and os.environ["RANK"] == "0":
+                with torch.no_grad():
+                    next(model.parameters()).view(-1)[0] = math.nan
+
+        engine.module.register_forward_pre_hook(hook)
+        return engine
+
+    module.make_engine = make_bad
+    try:
+        code, _, err = qsr_job(argv)
+        return code, err
+    finally:
+        module.make_engine = make
+
+
+@pytest.mark.parametrize("policy", ["leave_out", "stop"])
+def test_a_recipe_goes_on_after_a_loss_that_is_not_finite(
+    processes: Processes,
+    recipe: Path,  # noqa: F811
+    policy: str,
+) -> None:
+    sets = [f"qsr.faults.not_finite={policy}", "qsr.alpha=0", "logging.every=1", "logging.name=bad"]  # rounds of 2
+    argv = ["train", str(recipe), *(word for value in sets for word in ("--set", value))]
+    if policy == "stop":  # rank 0 ends in the middle of the round; the other's collective then fails
+        (code, err), _ = processes.run(bad_train_job, ranks=2, argv=argv)
+        assert code != 0
+        assert "the loss is nan at step 3" in err
+        return
+    for code, err in processes.run(bad_train_job, ranks=2, argv=argv):
+        assert code == 0, err
+    run = recipe.parent / "runs" / "bad"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["loss"] is None] == [3, 4]
+    assert [row["left_out"] for row in rows] == [0, 0, 0] + [1] * (len(rows) - 3)
+    assert "left out of an average once" in " ".join(read_run(run).notes)

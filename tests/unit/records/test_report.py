@@ -1,0 +1,318 @@
+"""Runs written by the real Monitor are read back, tabled and drawn."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from qsr_engine.records.plots import plots
+from qsr_engine.records.records import Monitor, Record, WorkersRecord, open_run_folder
+from qsr_engine.records.report import group_table, report, table
+from qsr_engine.records.runs import ReportError, figures, find_runs, groups, read_run, strategy_label
+
+QSR = {"strategy": "qsr", "h_base": 4, "alpha": 0.0175, "power": 2.0}
+
+
+def write_run(
+    folder: Path,
+    qsr: dict[str, Any] = QSR,
+    *,
+    steps: int = 40,
+    finished: bool = True,
+    evaluated: bool = True,
+    seed: int = 0,
+    accuracy: float = 80,
+    sharpness: float | None = None,
+    waiting: tuple[float, ...] | None = None,
+) -> Path:
+    """A run of 40 steps in all, of which `steps` are done, with a record every 10."""
+    recipe = {"qsr": {**qsr, "total_steps": 40}, "seed": seed, "logging": {"name": folder.name}}
+    open_run_folder(folder, yaml.safe_dump(recipe))
+    with Monitor(folder, 40, tensorboard=False, stream=io.StringIO()) as monitor:
+        for step in range(10, steps + 1, 10):
+            record = Record(
+                step=step,
+                images_seen=64 * step,
+                round=step // 4,
+                period=4 if step < 30 else 20,
+                lr=0.008 - step * 1e-4,
+                loss=1 / step,
+                averagings=step // 4,
+                bytes_sent=1e9 * step,
+                communication_percent=12.3456,
+                seconds_compute=36.0 * step,
+                seconds_averaging=None if qsr["strategy"] == "parallel" else 3.6 * step,
+                seconds_data=0.0,
+                images_per_second=2.0,
+                sharpness=sharpness,
+                eval_accuracy=accuracy + step / 8 if evaluated and step % 20 == 0 else None,
+            )
+            monitor.log(record)
+        for step in range(5, steps + 1, 5) if waiting else ():
+            none = [0.0] * len(waiting or ())
+            told = None if step == 5 else list(waiting or ())
+            monitor.log_workers(WorkersRecord(step, [10.0] * len(none), none, none, told, [0] * len(none)))
+        if finished:
+            monitor.summary(accuracy=85.0)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("qsr", "label"),
+    [
+        ({"strategy": "parallel", "h_base": 1}, "parallel"),
+        ({"strategy": "constant", "h_base": 4}, "constant H=4"),
+        ({"strategy": "post_local", "h_base": 4, "switch_step": 300}, "post_local H=4 @300"),
+        ({"strategy": "swap", "h_base": 8, "switch_step": 0}, "swap H=8 @0"),
+        (QSR, "qsr H>=4 alpha=0.0175"),
+        ({"strategy": "qsr", "h_base": 2, "alpha": 0.2, "power": 3.0}, "power 3, H>=2, alpha 0.2"),
+        ({"strategy": "qsr", "h_base": 2, "alpha": 0, "power": 1.0}, "power 1, H>=2, alpha 0"),
+    ],
+)
+def test_strategy_labels(qsr: dict[str, Any], label: str) -> None:
+    assert strategy_label(qsr) == label
+
+
+def test_a_run_is_read_back(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "a"))
+    assert (run.name, run.strategy, run.finished, run.total_steps) == ("a", "qsr H>=4 alpha=0.0175", True, 40)
+    assert [record["step"] for record in run.records] == [10, 20, 30, 40]
+    assert run.recipe["qsr"]["alpha"] == 0.0175
+    assert run.notes == []
+    row = figures(run)
+    assert row["accuracy_percent"] == 85.0
+    assert row["hours"] == pytest.approx(39.6 * 40 / 3600)
+    assert row["hours"] == pytest.approx(row["hours_compute"] + row["hours_averaging"] + row["hours_data"])
+    assert row["images_per_second"] == pytest.approx(64 / 39.6)
+
+
+def test_waiting_is_told_of_every_worker_and_a_slow_one_is_named(tmp_path: Path) -> None:
+    slow = read_run(write_run(tmp_path / "slow", waiting=(1.0, 0.5, 0.0, 1.5)))
+    assert figures(slow)["waiting_percent_of_workers"] == pytest.approx([10.0, 5.0, 0.0, 15.0])
+    assert figures(slow)["waiting_percent"] == pytest.approx(7.5)
+    (note,) = slow.notes
+    assert note.startswith("worker 2 is slow throughout: the others waited 10 % of the time for it")
+    assert note.endswith("in 7 of 7 records")
+    even = read_run(write_run(tmp_path / "even", waiting=(0.3, 0.2, 0.0, 0.1)))
+    assert even.notes == [], "2 % of the time is no reason to look at a machine"
+    assert figures(read_run(write_run(tmp_path / "none")))["waiting_percent"] is None
+    printed = report([tmp_path / "slow", tmp_path / "none"], tmp_path / "report")
+    assert "waiting %" in printed
+    assert note in printed
+    assert (tmp_path / "report" / "waiting_over_steps.png").stat().st_size > 1000
+
+
+def test_a_run_that_went_on_with_other_workers(tmp_path: Path) -> None:
+    """The IndexError that 4 workers, of which worker 3 was slow, and then 2 gave."""
+    folder = write_run(tmp_path / "fewer", waiting=(1.0, 0.5, 0.5, 0.0))
+    with (folder / "workers.jsonl").open("a") as file:
+        for step in (45, 50):
+            record = WorkersRecord(step, [10.0, 20.0], [0.1, 0.1], [0.0, 0.0], [2.0, 1.0], [0, 0])
+            file.write(json.dumps(dataclasses.asdict(record)) + "\n")
+    run = read_run(folder)
+    assert figures(run)["waiting_percent_of_workers"] == pytest.approx([20.0, 5.0])
+    assert run.notes == ["of 2 workers from step 40 on, and 4 before; waiting is told of the later part"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seconds_waiting": [0.1, None]},
+        {"seconds_waiting": [0.1]},
+        {"seconds_waiting": 0.1},
+        {"seconds": None},
+        {"seconds": [0.0, 1.0]},
+        {"seconds": []},
+        {"step": None},
+    ],
+    ids=str,
+)
+def test_a_workers_record_that_cannot_be_read_is_left_out(tmp_path: Path, change: dict[str, Any]) -> None:
+    folder = write_run(tmp_path / "a", waiting=(1.0, 0.5))
+    lines = (folder / "workers.jsonl").read_text().splitlines()
+    odd = json.dumps({**json.loads(lines[-1]), **change})
+    (folder / "workers.jsonl").write_text("\n".join([lines[1], odd, '"torn']))
+    assert len(read_run(folder).workers) == 1
+    report([folder], tmp_path / "report")
+
+
+def test_a_torn_last_line_is_left_out_and_said(tmp_path: Path) -> None:
+    metrics = write_run(tmp_path / "a", finished=False) / "metrics.jsonl"
+    metrics.write_text(metrics.read_text()[:-30])
+    run = read_run(tmp_path / "a")
+    assert [record["step"] for record in run.records] == [10, 20, 30]
+    assert run.notes == ["unfinished at step 30/40", "the last line of metrics.jsonl is torn and left out"]
+    assert table([run]).endswith("\n\na: unfinished at step 30/40\na: " + run.notes[1])
+
+
+@pytest.mark.parametrize(
+    "broken", ["{", "", "[]", "3", '{"step": 20}', "null_step", "text_loss"], ids=lambda text: text or "blank"
+)
+def test_a_broken_line_in_the_middle_is_named(tmp_path: Path, broken: str) -> None:
+    metrics = write_run(tmp_path / "a") / "metrics.jsonl"
+    lines = metrics.read_text().splitlines()
+    row = json.loads(lines[1])
+    changed = {"null_step": {"step": None}, "text_loss": {"loss": "low"}}
+    lines[1] = json.dumps(row | changed[broken]) if broken in changed else broken
+    metrics.write_text("\n".join(lines) + "\n")
+    with pytest.raises(ReportError, match=r"metrics\.jsonl, line 2: not a record"):
+        read_run(tmp_path / "a")
+
+
+def test_folders_that_are_no_runs_are_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a")
+    with pytest.raises(ReportError, match=r"nowhere: not the folder of a run \(recipe.yaml: No such file"):
+        report([tmp_path / "nowhere"])
+    (run / "metrics.jsonl").write_text('{"step": 1')
+    with pytest.raises(ReportError, match="no record of metrics yet"):
+        read_run(run)
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(ReportError, match="no record of metrics yet"):
+        read_run(run)
+    (run / "metrics.jsonl").unlink()
+    with pytest.raises(ReportError, match=r"metrics\.jsonl: No such file"):
+        read_run(run)
+
+
+@pytest.mark.parametrize("text", ["qsr: [", "", "- 1", "qsr: {strategy: qsr}", "qsr: {total_steps: 4}"])
+def test_a_broken_recipe_is_named(tmp_path: Path, text: str) -> None:
+    (write_run(tmp_path / "a") / "recipe.yaml").write_text(text)
+    with pytest.raises(ReportError, match=r"a/recipe\.yaml: not a"):
+        read_run(tmp_path / "a")
+
+
+def test_a_folder_of_runs_stands_for_its_runs(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        write_run(tmp_path / "runs" / name)
+    (tmp_path / "runs" / "report").mkdir()
+    (tmp_path / "runs" / "notes.txt").write_text("")
+    other = write_run(tmp_path / "c")
+    assert find_runs([other, str(tmp_path / "runs")]) == [other, tmp_path / "runs" / "a", tmp_path / "runs" / "b"]
+
+
+def test_no_run_and_the_same_run_twice_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path / "runs" / "a")
+    with pytest.raises(ReportError, match="no run is given"):
+        report([])
+    monkeypatch.chdir(run)
+    repeated: list[list[str | Path]] = [[run, run], [run, "."], [run, run.parent]]
+    for twice in repeated:
+        with pytest.raises(ReportError, match="given 2 times"):
+            report(twice)
+    assert not (run.parent / "report").exists()
+
+
+def test_table(tmp_path: Path) -> None:
+    runs = [
+        read_run(write_run(tmp_path / "parallel", {"strategy": "parallel"})),
+        read_run(write_run(tmp_path / "q", steps=10, finished=False)),
+    ]
+    header, rule, *lines = table(runs).splitlines()
+    assert len({len(line) for line in (header, rule, *lines[:2])}) == 1
+    assert " ".join(header.split()) == (
+        "run strategy steps accuracy % averagings communication % hours compute h averaging h data h images/s"
+    )
+    cells = [" ".join(line.replace("\N{EN DASH}", "none").split()) for line in lines[:2]]
+    assert cells[0] == "parallel parallel 40/40 85.00 10 12.3 0.400 0.400 none 0.00 1.78"
+    assert cells[1] == "q qsr H>=4 alpha=0.0175 10/40 none 2 12.3 0.110 0.100 0.0100 0.00 1.62"
+    assert lines[2:] == ["", "q: unfinished at step 10/40"]
+
+
+def test_report_writes_plots_and_figures(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / "parallel", {"strategy": "parallel"}),
+        write_run(tmp_path / "qsr"),
+        write_run(tmp_path / "short", steps=10, finished=False),
+    ]
+    text = report(runs)
+    assert text.startswith(table([read_run(run) for run in runs]))
+    folder = tmp_path / "report"
+    names = ["period_and_lr.png", "accuracy_over_communication.png", "accuracy_over_steps.png"]
+    names += ["report.json", "report.html"]
+    assert text.splitlines()[-5:] == [str(folder / name) for name in names]
+    for name in names[:3]:
+        with Image.open(folder / name) as image:
+            assert image.size >= (1200, 600)
+            assert len(image.convert("RGB").getcolors(1 << 24) or []) > 20  # lines were drawn, not an empty page
+    rows = json.loads((folder / "report.json").read_text())
+    assert rows == [figures(read_run(run)) for run in runs]
+    assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_without_an_evaluation_only_the_period_is_drawn(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "a", evaluated=False))
+    assert plots([run], tmp_path / "out") == [tmp_path / "out" / "period_and_lr.png"]
+
+
+def test_null_figures_are_drawn_around(tmp_path: Path) -> None:
+    metrics = write_run(tmp_path / "a") / "metrics.jsonl"
+    metrics.write_text(
+        metrics.read_text().replace('"lr": 0.006', '"lr": null, "was": 0.006').replace("12.3456", "null")
+    )
+    text = report([tmp_path / "a"], tmp_path / "out")
+    assert " 10                \N{EN DASH} " in text
+    assert len(list((tmp_path / "out").glob("*.png"))) == 3
+
+
+def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / place / "a") for place in ("x", "y")]
+    report(runs, tmp_path / "out")
+    assert [row["run"] for row in json.loads((tmp_path / "out" / "report.json").read_text())] == [str(r) for r in runs]
+
+
+def test_an_out_dir_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a")
+    with pytest.raises(ReportError, match=r"recipe\.yaml: cannot write the report"):
+        report([run], run / "recipe.yaml")
+
+
+def test_runs_that_differ_in_their_seed_are_a_group(tmp_path: Path) -> None:
+    for seed, accuracy in ((0, 80.0), (1, 81.0), (2, 83.0)):
+        write_run(tmp_path / f"qsr-seed{seed}", seed=seed, accuracy=accuracy, sharpness=10.0 + seed)
+    write_run(tmp_path / "parallel-seed0", {"strategy": "parallel"})
+    write_run(tmp_path / "qsr-seed3", seed=3, accuracy=0.0, finished=False)
+    runs = [read_run(path) for path in find_runs([tmp_path])]
+    (group,) = groups(runs)
+    assert (group.name, group.strategy, len(group.runs)) == ("qsr", "qsr H>=4 alpha=0.0175", 3)
+    assert group.mean("accuracy_percent") == pytest.approx(5 + (80 + 81 + 83) / 3)
+    assert group.deviation("accuracy_percent") == pytest.approx(np.std([80, 81, 83], ddof=1))
+    assert group_table(groups(runs)).splitlines()[2].split() == [
+        *("qsr", "qsr", "H>=4", "alpha=0.0175", "3"),
+        *("86.33", "\N{PLUS-MINUS SIGN}", "1.53", "12.3", "11.0", "\N{PLUS-MINUS SIGN}", "1.00"),
+    ]
+
+
+def test_another_batch_size_is_another_group(tmp_path: Path) -> None:
+    runs = []
+    for seed, name in enumerate(("a", "b")):
+        path = write_run(tmp_path / name, seed=seed)
+        recipe = yaml.safe_load((path / "recipe.yaml").read_text())
+        (path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "batch": {"train_batch_size": 64 * (seed + 1)}}))
+        runs.append(read_run(path))
+    assert groups(runs) == []
+
+
+def test_the_page_needs_no_other_file(tmp_path: Path) -> None:
+    for seed in range(2):
+        write_run(tmp_path / f"runs/<b>{seed}", seed=seed, sharpness=3.0)
+    said = report([tmp_path / "runs"], tmp_path / "out")
+    assert said.splitlines()[-1] == str(tmp_path / "out" / "report.html")
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert "<b>0" not in text, "names are escaped"
+    assert "&lt;b&gt;0" in text
+    images = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
+    drawn = ["period_and_lr", "accuracy_over_communication", "accuracy_over_steps", "sharpness_over_steps"]
+    assert [base64.b64decode(image) for image in images] == [(tmp_path / f"out/{n}.png").read_bytes() for n in drawn]
+    assert len(re.findall(r'(?:src|href)="(?!data:)', text)) == 0
+    assert "Several seeds" in text
