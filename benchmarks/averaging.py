@@ -36,10 +36,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from qsr_engine.averaging import Averager, Header, exchange_headers, flat_buckets
+from qsr_engine.averaging import Averager, flat_buckets
 from qsr_engine.averaging.buckets import packed_pieces
 from qsr_engine.averaging.collectives import AllReduce, bucket_bytes
 from qsr_engine.config.qsr import AveragingConfig
+from qsr_engine.local_steps.header import Header, exchange_headers
 
 sys.path.insert(0, str(Path(__file__).parent))
 from hardware import machine
@@ -141,7 +142,7 @@ def boundary(averager: Averager) -> Way:
         header = Header(1, 1, 0.1, 1, averager.sum_of_squares(), averager.moved())
         headers = exchange_headers(header, torch.device("cpu"))
         averager.average()
-        averager.relative_distance(headers)
+        averager.relative_distance([header.sum_of_squares for header in headers])
 
     return way
 

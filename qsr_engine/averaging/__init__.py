@@ -14,7 +14,6 @@ This package knows tensors, modules and process groups, and no engine. Its files
     gloo_threads   what ends a process cleanly after a collective of gloo
     buckets        packing plans; parameters become views of flat buckets, once, so that an averaging copies nothing
     collectives    the mean of pieces over a group: in place, or packed through at most two staging buckets
-    agreement      the header and the comparison of facts
     shared_memory  the mean inside one host on CPUs, where every rank sees the buckets of the others
     two_level      the mean inside every host first, then between hosts
     wire           the mean of differences in bf16, fp16 or int8
@@ -24,14 +23,6 @@ This package knows tensors, modules and process groups, and no engine. Its files
     averager       all of it for one rank
 """
 
-from qsr_engine.averaging.agreement import (
-    AgreementError,
-    BoundaryError,
-    Header,
-    check_agreement,
-    exchange_headers,
-    not_finite,
-)
 from qsr_engine.averaging.averager import Averager
 from qsr_engine.averaging.buckets import flat_buckets, place_in
 from qsr_engine.averaging.collectives import (
@@ -45,20 +36,14 @@ from qsr_engine.averaging.collectives import (
 )
 
 __all__ = [
-    "AgreementError",
     "Averager",
-    "BoundaryError",
     "CollectiveError",
-    "Header",
     "LeftOut",
     "all_gather_flat",
     "average_in_place",
     "average_packed",
     "bucket_bytes",
-    "check_agreement",
-    "exchange_headers",
     "flat_buckets",
-    "not_finite",
     "place_in",
     "ring_bytes",
 ]

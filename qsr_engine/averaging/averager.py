@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from qsr_engine.averaging.agreement import Header
 from qsr_engine.averaging.buckets import Piece, pieces_in_place
 from qsr_engine.averaging.collectives import (
     AllReduce,
@@ -276,13 +275,13 @@ class Averager:
     def _squares_of(piece: Piece) -> Tensor:
         return torch.stack([sum_of_squares(tensor.view(-1)) for tensor in piece.tensors]).sum()
 
-    def relative_distance(self, headers: Sequence[Header]) -> Tensor | None:
+    def relative_distance(self, before: Sequence[float]) -> Tensor | None:
         """Distance of the workers from their average, relative to it: sqrt(mean_k |x_k - x|^2) / |x|, |.| the L2 norm.
 
         A scalar on the device of the buckets, for which the host need not wait. None where the workers' average was
         rounded on the wire: it is not their exact mean, which the formula below needs.
 
-        Called when the averaging has ended, before the buckets change, with the headers of all ranks, exchanged before
+        Called when the averaging has ended, before the buckets change, with the sums of squares of all ranks before
         it. Over the workers that were not left out. Uses sum_k |x_k - x|^2 = sum_k |x_k|^2 - K |x|^2, so that no copy
         of the parameters is needed. Below about 1e-4 the rounding of fp32 sums drowns it.
         """
@@ -290,15 +289,14 @@ class Averager:
             return None
         after = _total(list(self._squares.values()) or [self._squares_of(piece) for piece in self.pieces])
         if self._left_out:
-            size = len(headers) // self.workers  # ranks of a worker, which are neighbours
-            headers = [header for rank, header in enumerate(headers) if rank // size not in self._left_out]
-        copies = len(headers)
+            size = len(before) // self.workers  # ranks of a worker, which are neighbours
+            before = [squares for rank, squares in enumerate(before) if rank // size not in self._left_out]
+        copies = len(before)
         if self._shard_group is not None:
             after = after.to(self.device)
             dist.all_reduce(after, group=self._shard_group)
             copies = self.workers - len(self._left_out)
-        before = sum(header.sum_of_squares for header in headers)
-        return torch.where(after > 0, (before / (after * copies) - 1).clamp(min=0).sqrt(), 0.0)
+        return torch.where(after > 0, (sum(before) / (after * copies) - 1).clamp(min=0).sqrt(), 0.0)
 
     # ----------------------------------------------------------------------------------------------- state
 

@@ -436,7 +436,8 @@ def _plan_measured(args: argparse.Namespace, made: Plan, given: dict[str, Any]) 
     if made.recipe is None:
         raise ConfigError(f"{args.recipe}: --measure needs a recipe, which says the model and the batch")
     if started_by_a_launcher():
-        from qsr_engine.averaging import AgreementError, BoundaryError
+        from qsr_engine.local_steps.header import BoundaryError
+        from qsr_engine.membership.facts import AgreementError
         from qsr_engine.planning.measure import measure
 
         try:
@@ -477,8 +478,10 @@ def _export(args: argparse.Namespace) -> int:
 def _train_rank(recipe: Recipe, index: Index, *, resume: bool) -> int:
     from torch.distributed import DistError
 
-    from qsr_engine.averaging import AgreementError, BoundaryError, CollectiveError
+    from qsr_engine.averaging import CollectiveError
     from qsr_engine.checkpoint.manifest import CheckpointError
+    from qsr_engine.local_steps.header import BoundaryError
+    from qsr_engine.membership.facts import AgreementError
     from qsr_engine.membership.signals import StoppedError, exit_code
     from qsr_engine.training.loop import DivergenceError, UnsavedError, train
 

@@ -34,18 +34,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from qsr_engine.averaging import (
-    Averager,
-    CollectiveError,
-    Header,
-    LeftOut,
-    average_in_place,
-    average_packed,
-    bucket_bytes,
-    exchange_headers,
-    not_finite,
-)
+from qsr_engine.averaging import Averager, CollectiveError, LeftOut, average_in_place, average_packed, bucket_bytes
 from qsr_engine.config.qsr import QSRConfig
+from qsr_engine.local_steps.header import Header, exchange_headers, not_finite
 from qsr_engine.membership.watchdog import Liveness, LostRankError
 from qsr_engine.schedule import Mode, Round, learning_rate, mode, period
 
@@ -277,7 +268,7 @@ class LocalSteps:
         return sent + self._replace_state(left_out) if left_out.ranks else sent
 
     def _averaged(self) -> None:
-        self._distance = self.averager.relative_distance(self._headers)
+        self._distance = self.averager.relative_distance([header.sum_of_squares for header in self._headers])
         self._after_averaging()
 
     def begin_forward(self) -> None:

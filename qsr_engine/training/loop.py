@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qsr_engine.averaging import all_gather_flat, check_agreement
+from qsr_engine.averaging import all_gather_flat
 from qsr_engine.checkpoint.find import any_here, find_alone
 from qsr_engine.checkpoint.manifest import CheckpointError
 from qsr_engine.checkpoint.together import gathered
@@ -43,6 +43,7 @@ from qsr_engine.data.device import MixUp, Normalise, on_device
 from qsr_engine.data.loader import EvalLoader, TrainLoader
 from qsr_engine.data.order import seed_for
 from qsr_engine.data.views import SMALL
+from qsr_engine.membership.facts import check_agreement
 from qsr_engine.membership.signals import StoppedError, stops_on_signals
 from qsr_engine.records.records import (
     CHECKPOINTS,

@@ -13,18 +13,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from qsr_engine.averaging import (
-    Averager,
-    CollectiveError,
-    Header,
-    average_packed,
-    check_agreement,
-    exchange_headers,
-    flat_buckets,
-)
+from qsr_engine.averaging import Averager, CollectiveError, average_packed, flat_buckets
 from qsr_engine.averaging.buckets import packed_pieces
 from qsr_engine.averaging.collectives import AllReduce
 from qsr_engine.config.qsr import AveragingConfig
+from qsr_engine.local_steps.header import Header, exchange_headers
+from qsr_engine.membership.facts import check_agreement
 from tests.support import training
 from tests.support.pool import JobError, Processes
 

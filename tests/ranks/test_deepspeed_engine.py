@@ -320,7 +320,7 @@ def poisoned_job(steps_before: int) -> tuple[str, torch.Tensor]:
     """Rank 1 meets a NaN; what do the ranks say, and what are their parameters then?"""
     import torch.distributed as dist
 
-    from qsr_engine.averaging import BoundaryError
+    from qsr_engine.local_steps.header import BoundaryError
 
     engine = start(QSR)
     for _ in range(steps_before):
@@ -363,7 +363,7 @@ def moved_job(way: str) -> str:
     """The model's storage is replaced after initialize(), on rank 1 only."""
     import torch.distributed as dist
 
-    from qsr_engine.averaging import BoundaryError
+    from qsr_engine.local_steps.header import BoundaryError
 
     engine = start(QSR)
     weight = next(engine.module.parameters())

@@ -18,18 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from qsr_engine.averaging import (
-    Averager,
-    BoundaryError,
-    Header,
-    LeftOut,
-    average_packed,
-    flat_buckets,
-    not_finite,
-)
+from qsr_engine.averaging import Averager, LeftOut, average_packed, flat_buckets
 from qsr_engine.averaging.cuda_graph import Captured
 from qsr_engine.config.qsr import AveragingConfig, OuterConfig, QSRConfig
 from qsr_engine.config.strict import ConfigError, validate
+from qsr_engine.local_steps.header import BoundaryError, Header, not_finite
 from qsr_engine.records.runs import read_run
 from tests.ranks import test_fsdp_engine as fsdp
 from tests.ranks import test_local_steps as alone
@@ -95,7 +88,7 @@ def way_job(way: str, bad: int) -> float:
         everybody = torch.stack([training.flat([*values(w, round_), *values(w, round_, torch.float32)]) for w in good])
         mean = everybody.mean(0)
         expected = ((everybody - mean).square().sum(1).mean().sqrt() / mean.norm()).item()
-        distance = averager.relative_distance(headers)
+        distance = averager.relative_distance([header.sum_of_squares for header in headers])
         assert distance is not None
         assert distance.item() == pytest.approx(expected, rel=1e-6)  # of fp32 values, a part of it
         alike = torch.cat([tensor.double() for tensor in tensors])
@@ -121,7 +114,7 @@ def shards_job() -> tuple[float, float]:
     of_workers = [math.nan, *(worker.square().sum().item() for worker in everybody[1:])]
     averager.leave_out([0])
     averager.average()
-    distance = averager.relative_distance([header_of(squares) for squares in of_workers for _ in range(3)])
+    distance = averager.relative_distance([squares for squares in of_workers for _ in range(3)])
     assert distance is not None
     mean = torch.stack(everybody[1:]).mean(0)
     spread = torch.stack([(worker - mean).square().sum() for worker in everybody[1:]]).mean().sqrt()

@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsr_engine.averaging import Averager, CollectiveError, Header, exchange_headers, flat_buckets, ring_bytes
+from qsr_engine.averaging import Averager, CollectiveError, flat_buckets, ring_bytes
 from qsr_engine.config.qsr import AveragingConfig
+from qsr_engine.local_steps.header import Header, exchange_headers
 from tests.ranks.test_deepspeed_engine import STAGE_1, start, step
 from tests.ranks.test_overlap import make
 from tests.support import reference, training
@@ -249,7 +250,7 @@ def random_job(seed: int, layout: list[int], options: dict[str, Any]) -> str:
             tensor.copy_(value)
         headers = exchange_headers(Header(1, 1, 0.1, 1, averager.sum_of_squares()), torch.device("cpu"))
         averager.average()
-        distance = averager.relative_distance(headers)
+        distance = averager.relative_distance([header.sum_of_squares for header in headers])
         everybody = [values(r, round_) for r in range(ranks)]
         for index, tensor in enumerate(tensors):
             of_workers = [worker[index] for worker in everybody]

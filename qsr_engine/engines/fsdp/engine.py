@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.utils.checkpoint import checkpoint as recompute
 
-from qsr_engine.averaging import Averager, all_gather_flat, average_packed, bucket_bytes, check_agreement, ring_bytes
+from qsr_engine.averaging import Averager, all_gather_flat, average_packed, bucket_bytes, ring_bytes
 from qsr_engine.checkpoint.manifest import CheckpointError
 from qsr_engine.checkpoint.model_file import averaged_buffers, describe, named_state, order_label, read_model
 from qsr_engine.checkpoint.rank_file import worker_folder
@@ -45,6 +45,7 @@ from qsr_engine.engines.learning_rate import LearningRate, largest_rate
 from qsr_engine.engines.replica import Parameters, check_state_names, make_averager, replace_state
 from qsr_engine.engines.resumable import Resumable
 from qsr_engine.local_steps.steps import LocalSteps
+from qsr_engine.membership.facts import check_agreement
 from qsr_engine.membership.hosts import versions
 from qsr_engine.membership.roll_call import roll_call
 from qsr_engine.membership.watchdog import Liveness

@@ -1,7 +1,7 @@
-"""What ranks say to one another: the header at a boundary, and the facts with which they were started.
+"""What ranks say to one another at a boundary, before anything is averaged.
 
-A header travels before every averaging. Where the ranks disagree, or one of them holds parameters that are not finite,
-every rank raises the same error and nothing is averaged; or the worker of such a rank is left out of the averaging.
+Where they disagree, or one of them holds parameters that are not finite, every rank raises the same error and nothing
+is averaged; or the worker of such a rank is left out of the averaging.
 """
 
 from __future__ import annotations
@@ -9,23 +9,18 @@ from __future__ import annotations
 import dataclasses
 import math
 import struct
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from qsr_engine.averaging.collectives import Group, all_gather_flat, collective
-from qsr_engine.config.digest import digest, flatten
+from qsr_engine.membership.facts import ranks_by_value, spell_ranks
 
 
 class BoundaryError(RuntimeError):
     """The ranks met at a boundary and cannot average; every rank raises it, and no parameter was changed."""
-
-
-class AgreementError(RuntimeError):
-    """The ranks were started with different facts (configuration, data, model); every rank raises it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,9 +91,9 @@ def _check_headers(headers: Sequence[Header]) -> None:
 
     wrong = []
     for field, name in names.items():
-        found = _ranks_by_value([struct.pack("<d", h.lr) if field == "lr" else getattr(h, field) for h in headers])
+        found = ranks_by_value([struct.pack("<d", h.lr) if field == "lr" else getattr(h, field) for h in headers])
         if len(found) > 1:
-            values = "; ".join(f"{getattr(headers[r[0]], field)} on {_ranks(r)}" for r in found.values())
+            values = "; ".join(f"{getattr(headers[r[0]], field)} on {spell_ranks(r)}" for r in found.values())
             wrong.append(f"  {name}: {values}")
     if wrong:
         raise BoundaryError(
@@ -110,7 +105,7 @@ def _check_headers(headers: Sequence[Header]) -> None:
     if moved:
         raise BoundaryError(
             f"after step {headers[0].step}, {headers[moved[0]].moved} of the parameters are no longer where they are "
-            f"averaged, on {_ranks(moved)}: they were given new storage (model.to(...), p.data = ...), or the "
+            f"averaged, on {spell_ranks(moved)}: they were given new storage (model.to(...), p.data = ...), or the "
             "optimizer was given others. Change layout, type and parameter groups before initialize()"
         )
 
@@ -119,51 +114,7 @@ def _check_finite(headers: Sequence[Header]) -> None:
     bad = [rank for rank, header in enumerate(headers) if not math.isfinite(header.sum_of_squares)]
     if bad:
         raise BoundaryError(
-            f"after step {headers[0].step} the parameters are not finite (NaN or infinity) on {_ranks(bad)}, or the "
-            "buffers that are averaged with them have become so, and nothing was averaged: the parameters of the "
-            "others are unharmed. A lower learning rate, a longer warm-up or gradient clipping helps against divergence"
+            f"after step {headers[0].step} the parameters are not finite (NaN or infinity) on {spell_ranks(bad)}, "
+            "or the buffers that are averaged with them have become so, and nothing was averaged: the parameters of "
+            "the others are unharmed. A lower learning rate, a longer warm-up or gradient clipping helps against divergence"
         )
-
-
-_LINES = 20  # differences that an error spells out
-
-
-def check_agreement(facts: Mapping[str, Any], device: torch.device, group: Group = None) -> None:
-    """Compare facts (nested mappings of plain values) between all ranks of the group.
-
-    Digests are compared first, so that facts travel only where they differ.
-
-    Raises:
-        AgreementError: on every rank, naming each fact that differs, its values, and the ranks.
-    """
-    ranks = dist.get_world_size(group)
-    digests = torch.empty(ranks, dtype=torch.int64, device=device)
-    all_gather_flat(digests, torch.tensor([digest(facts)], device=device), group=group)
-    if bool((digests == digests[0]).all()):
-        return
-    gathered: list[dict[str, Any]] = [{} for _ in range(ranks)]
-    dist.all_gather_object(gathered, dict(flatten(facts)), group=group)
-    lines = []
-    for key in sorted(set().union(*gathered)):
-        found = _ranks_by_value([repr(ranks_facts.get(key, "nothing")) for ranks_facts in gathered])
-        if len(found) > 1:
-            lines.append(f"  {key}: " + "; ".join(f"{value} on {_ranks(ranks)}" for value, ranks in found.items()))
-    if lines:
-        more = [f"  ... and {len(lines) - _LINES} more"] if len(lines) > _LINES else []
-        raise AgreementError(
-            "the ranks were not started alike:\n"
-            + "\n".join(lines[:_LINES] + more)
-            + "\nStart every rank with the same configuration and the same versions."
-        )
-
-
-def _ranks_by_value(values: Sequence[Any]) -> dict[Any, list[int]]:
-    found: dict[Any, list[int]] = {}
-    for rank, value in enumerate(values):
-        found.setdefault(value, []).append(rank)
-    return found
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    shown = ", ".join(str(rank) for rank in ranks[:8]) + (", ..." if len(ranks) > 8 else "")
-    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"

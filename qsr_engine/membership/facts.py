@@ -1,0 +1,61 @@
+"""The facts with which ranks were started, compared before any training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from qsr_engine.averaging.collectives import Group, all_gather_flat
+from qsr_engine.config.digest import digest, flatten
+
+_LINES = 20  # differences that an error spells out
+
+
+class AgreementError(RuntimeError):
+    """The ranks were started with different facts (configuration, data, model); every rank raises it."""
+
+
+def check_agreement(facts: Mapping[str, Any], device: torch.device, group: Group = None) -> None:
+    """Compare facts (nested mappings of plain values) between all ranks of the group.
+
+    Digests are compared first, so that facts travel only where they differ.
+
+    Raises:
+        AgreementError: on every rank, naming each fact that differs, its values, and the ranks.
+    """
+    ranks = dist.get_world_size(group)
+    digests = torch.empty(ranks, dtype=torch.int64, device=device)
+    all_gather_flat(digests, torch.tensor([digest(facts)], device=device), group=group)
+    if bool((digests == digests[0]).all()):
+        return
+    gathered: list[dict[str, Any]] = [{} for _ in range(ranks)]
+    dist.all_gather_object(gathered, dict(flatten(facts)), group=group)
+    lines = []
+    for key in sorted(set().union(*gathered)):
+        found = ranks_by_value([repr(ranks_facts.get(key, "nothing")) for ranks_facts in gathered])
+        if len(found) > 1:
+            lines.append(f"  {key}: " + "; ".join(f"{value} on {spell_ranks(ranks)}" for value, ranks in found.items()))
+    if lines:
+        more = [f"  ... and {len(lines) - _LINES} more"] if len(lines) > _LINES else []
+        raise AgreementError(
+            "the ranks were not started alike:\n"
+            + "\n".join(lines[:_LINES] + more)
+            + "\nStart every rank with the same configuration and the same versions."
+        )
+
+
+def ranks_by_value(values: Sequence[Any]) -> dict[Any, list[int]]:
+    """Who has each value."""
+    found: dict[Any, list[int]] = {}
+    for rank, value in enumerate(values):
+        found.setdefault(value, []).append(rank)
+    return found
+
+
+def spell_ranks(ranks: Sequence[int]) -> str:
+    """Ranks in a message, the first few of many."""
+    shown = ", ".join(str(rank) for rank in ranks[:8]) + (", ..." if len(ranks) > 8 else "")
+    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
