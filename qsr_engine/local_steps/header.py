@@ -116,5 +116,6 @@ def _check_finite(headers: Sequence[Header]) -> None:
         raise BoundaryError(
             f"after step {headers[0].step} the parameters are not finite (NaN or infinity) on {spell_ranks(bad)}, "
             "or the buffers that are averaged with them have become so, and nothing was averaged: the parameters of "
-            "the others are unharmed. A lower learning rate, a longer warm-up or gradient clipping helps against divergence"
+            "the others are unharmed. A lower learning rate, a longer warm-up or gradient clipping helps against "
+            "divergence"
         )
