@@ -13,8 +13,8 @@ from qsr_engine.membership.hosts import HostError
 
 if TYPE_CHECKING:
     from qsr_engine.engines.attach import attach
-    from qsr_engine.engines.deepspeed.engine import initialize, zero_init
-    from qsr_engine.engines.fsdp.engine import initialize_fsdp
+    from qsr_engine.engines.deepspeed.initialize import initialize, zero_init
+    from qsr_engine.engines.fsdp.initialize import initialize_fsdp
 
 __all__ = ["ConfigError", "HostError", "attach", "initialize", "initialize_fsdp", "zero_init"]
 
@@ -25,7 +25,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(deepspeed, name)
     if name == "initialize_fsdp":
-        from qsr_engine.engines.fsdp.engine import initialize_fsdp
+        from qsr_engine.engines.fsdp.initialize import initialize_fsdp
 
         return initialize_fsdp
     if name == "attach":
