@@ -434,7 +434,7 @@ def boundary_memory(arguments: argparse.Namespace, worker_size: int, averaging: 
             inside.append(most)
     return {
         "way": engine.local_steps.averager.way,
-        "parameters": sum(master.numel() * 4 for master in engine._masters.held()),
+        "parameters": sum(master.numel() * 4 for master in engine._driver.replica.masters()),
         "inside": max(inside),
         "first": ends[0] - max(inside),
         "later": max(ends[1:]) - max(inside),

@@ -205,7 +205,7 @@ def measure(case: Case, number: int = 0) -> Outcome:
     seed = ((case.seed * 100 + case.workers) * 1000 + number) * 100 + dist.get_rank()
     generator = torch.Generator().manual_seed(seed)
     flat = torch.tensor(START, dtype=torch.float64).repeat_interleave(case.trials)
-    local = LocalSteps(qsr, Averager([flat], None, qsr.averaging), digest=0, optimizer_lr=lambda: 0.0)
+    local = LocalSteps(qsr, Averager([flat], None, qsr.averaging), digest=0)
     parameters = flat.view(2, case.trials)
     before_late = torch.full((case.trials,), START_Q, dtype=torch.float64)
     late_from = slow = 0.0

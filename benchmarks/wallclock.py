@@ -151,14 +151,14 @@ def _engine(spec: dict[str, Any], strategy: str, batch: tuple[Any, Any]) -> dict
 
     def step() -> float:
         """Seconds of it that went into an averaging."""
-        before = state.seconds_averaging
+        before = state.costs.seconds_averaging
         engine.backward(_loss(engine(batch[0]), batch[1]))
         engine.step()
-        return float(state.seconds_averaging - before)
+        return float(state.costs.seconds_averaging - before)
 
     timed = _time(step, state.qsr.total_steps)
     payload = sum(parameter.numel() * 4 for parameter in model.parameters())
-    figures = {"computed": state.bytes_sent, "averagings": state.averagings, "waiting": state.seconds_waiting}
+    figures = {"computed": state.bytes_sent, "averagings": state.averagings, "waiting": state.costs.seconds_waiting}
     engine.destroy()
     return {**timed, **figures, "parameter_bytes": payload}
 

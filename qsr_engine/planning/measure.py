@@ -158,9 +158,9 @@ def _boundaries(engine: Engine, steps: _Steps) -> float:
     """Median seconds of a boundary with its averaging; the rank that waits least for others counts."""
     seconds = []
     for _ in range(BOUNDARIES):
-        before = engine.local_steps.seconds_averaging
+        before = engine.local_steps.costs.seconds_averaging
         assert steps.step(), "every round is one step long"
-        seconds.append(engine.local_steps.seconds_averaging - before)
+        seconds.append(engine.local_steps.costs.seconds_averaging - before)
     return statistics.median(float(min(row)) for row in zip(*gathered(seconds[1:]), strict=True))
 
 

@@ -22,8 +22,9 @@ class Engine(Protocol):
 
     module: nn.Module
     device: torch.device
-    local_steps: LocalSteps
-    averaged_model: Callable[[], AbstractContextManager[None]]  # entered while the averaged model is read
+
+    @property
+    def local_steps(self) -> LocalSteps: ...
 
     @property
     def seconds_averaging(self) -> float | None: ...
@@ -43,6 +44,8 @@ class Engine(Protocol):
     def load_checkpoint(self, load_dir: Path) -> tuple[str | None, dict[str, Any] | None]: ...
 
     def averaged_state_dict(self) -> dict[str, Tensor]: ...
+
+    def while_model_is_read(self, context: Callable[[], AbstractContextManager[None]]) -> None: ...
 
 
 def make_engine(recipe: Recipe, batch: Batch, model: nn.Module) -> Engine:

@@ -16,7 +16,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -344,8 +344,8 @@ class _Run:
         self._told: tuple[float, ...] = (0.0, 0.0, 0.0)  # what _seconds() was then
         self.checkpoints_failed = 0  # that could not be written, so far
         self._logged = (0, 0.0, 0.0)  # step, training seconds and seconds of waiting for data at the last record
-        if recipe.batch_norm is not None:
-            engine.averaged_model = self._reestimated
+        self._model_is_read = nullcontext if recipe.batch_norm is None else self._reestimated
+        engine.while_model_is_read(self._model_is_read)
         if client:
             self._resume(client)
 
@@ -454,9 +454,9 @@ class _Run:
         started = time.perf_counter()
         self.engine.local_steps.wait()
         if self.recipe.batch_norm is None:
-            self.engine.local_steps.average_buffers()
+            self.engine.local_steps.boundary.buffers.average()
         totals = torch.zeros(3, dtype=torch.float64, device=self.engine.device)  # samples, right ones, summed loss
-        with self.engine.averaged_model():
+        with self._model_is_read():
             self.engine.eval()
             for images, labels in self._evaluation_batches():
                 self.engine.local_steps.liveness.moved()
@@ -565,9 +565,9 @@ class _Run:
                 data_percent=100 * (self.clock.data - waited) / elapsed,
                 skipped_samples=len(self.skipped_samples),
                 relative_distance=state.relative_distance,
-                skipped_steps=state.skipped_steps_of_all_workers,
+                skipped_steps=state.costs.skipped_steps_of_all_workers,
                 checkpoints_failed=self.checkpoints_failed,
-                left_out=sum(state.left_out.values()),
+                left_out=sum(state.costs.left_out.values()),
             )
         )
         # Local steps may leave a worker out at the boundary, which may just have been; where gradients are averaged at
@@ -586,7 +586,7 @@ class _Run:
 
     def _seconds(self) -> tuple[float, float, float]:
         """Of training, of waiting for data, and of waiting for others at boundaries."""
-        return self.clock.training(), self.clock.data, self.engine.local_steps.seconds_waiting
+        return self.clock.training(), self.clock.data, self.engine.local_steps.costs.seconds_waiting
 
     def _log_workers(self) -> None:
         """Gather what every rank did since the last time; on a boundary, where they meet anyway."""
@@ -608,7 +608,7 @@ class _Run:
                 seconds=passed,
                 loss=losses,
                 seconds_data=waited_for_data,
-                seconds_waiting=waited if state.seconds_waiting else None,
+                seconds_waiting=waited if state.costs.seconds_waiting else None,
                 skipped_samples=[round(count) for count in ranks[:, :, -1].sum(1).tolist()],
             )
         )
@@ -621,7 +621,7 @@ class _Run:
             "images_seen": self._images_seen,
             "averagings": state.averagings,
             "bytes_sent": state.bytes_sent,
-            "communication_percent": 100 * state.bytes_sent / max(1, state.parallel_bytes_so_far),
+            "communication_percent": 100 * state.bytes_sent / max(1, state.costs.parallel_bytes_so_far),
             "seconds_compute": training - self.clock.data - (averaging or 0.0),
             "seconds_averaging": averaging,
             "seconds_data": self.clock.data,

@@ -57,7 +57,7 @@ def leave() -> None:
 def spoil(place: str, step: int, fault: Callable[[], None]) -> None:
     """Let the fault happen to this process at a place, where `step` steps have been taken."""
     from qsr_engine.averaging import Averager
-    from qsr_engine.engines.resumable import Resumable
+    from qsr_engine.checkpoint.checkpointer import Checkpointer
     from qsr_engine.training import loop as train
 
     def before(owner: Any, name: str, taken: Callable[[Any], int]) -> None:
@@ -92,7 +92,7 @@ def spoil(place: str, step: int, fault: Callable[[], None]) -> None:
         before(run, "_evaluation_batches", lambda self: self.engine.local_steps.step)
     else:
         assert place == "a checkpoint"
-        before(Resumable, "_write_checkpoint", lambda self: self.local_steps.step)
+        before(Checkpointer, "write", lambda self: self._local_steps.step)
 
 
 def rank_main(

@@ -691,7 +691,7 @@ def states_job(combination: Combination, folder: str, qsr: dict[str, Any], load:
         while engine.local_steps.step < 4:
             take_step(engine, combination)
         engine.save_checkpoint(folder)
-    masters = engine._masters
+    masters = engine._driver.replica
     state = {name: [t.clone() for t in masters.state(name) if t is not None] for name in ("exp_avg", "exp_avg_sq")}
     found = {"masters": whole_masters(engine), "state": state, "step": engine.local_steps.step}
     return {**found, "end": finish(engine, combination)["masters"] if load else None}

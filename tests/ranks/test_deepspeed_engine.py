@@ -247,8 +247,8 @@ def group_job(groups: list[dict[str, Any]]) -> list[float]:
     engine, *_ = qsr_engine.initialize(
         model=model, optimizer=torch.optim.SGD(parameters, lr=0.1), config={"train_batch_size": 8, "qsr": QSR}
     )
-    engine.local_steps.step = 3  # the end of the warm-up
-    engine._learning_rate.set()
+    engine.local_steps.rounds.step = 3  # the end of the warm-up
+    engine._driver.learning_rate.set()
     return [group["lr"] for group in engine.optimizer.param_groups]
 
 
@@ -371,7 +371,7 @@ def buffers_job(strategy: str, buffers: str, worker_size: int) -> list[torch.Ten
     while not engine.local_steps.finished:
         step(engine)
     after_run = norm.running_mean.clone()
-    engine.local_steps.average_buffers()
+    engine.local_steps.boundary.buffers.average()
     return [after_run, norm.running_mean.clone()]
 
 

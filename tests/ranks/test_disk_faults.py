@@ -263,11 +263,11 @@ for old in saved[:-1]:
 engine.save_checkpoint(folder, tag="again", keep=1)
 assert sorted(p.name for p in folder.iterdir()) == ["again", "latest"]
 if remount == "read-only":
-    original = engine._write_checkpoint
-    def becomes_read_only(*args):
-        original(*args)
+    original = engine._checkpointer.write
+    def becomes_read_only(*args, **kwargs):
+        original(*args, **kwargs)
         assert os.system(f"mount -o remount,ro {folder}") == 0
-    engine._write_checkpoint = becomes_read_only
+    engine._checkpointer.write = becomes_read_only
     try:
         engine.save_checkpoint(folder, tag="never")
     except CheckpointError as error:
@@ -275,7 +275,7 @@ if remount == "read-only":
     else:
         raise AssertionError("a read-only file system was written")
     assert find(folder)[0].name == "again"
-    del engine._write_checkpoint
+    del engine._checkpointer.write
     assert os.system(f"mount -o remount,rw {folder}") == 0
     engine.save_checkpoint(folder, tag="after", keep=1)
     assert sorted(p.name for p in folder.iterdir()) == ["after", "latest"]
@@ -401,22 +401,22 @@ def undeletable_job(folder: str) -> list[str]:
 
 def failing_run_job(argv: list[str], until: int) -> tuple[int, str, str, list[str]]:
     """`qsr train` where the file of rank 1 finds no room in the first so many checkpoints; also what was warned of."""
-    resumable: Any = importlib.import_module("qsr_engine.engines.resumable")
+    checkpointer: Any = importlib.import_module("qsr_engine.checkpoint.checkpointer")
 
-    saves, original = [], resumable.write_rank
+    saves, original = [], checkpointer.write_rank
 
     def write(path: Path, state: dict[str, Any]) -> None:
         saves.append(path)
         with files_of_at_most(1000 if len(saves) <= until and dist.get_rank() == 1 else None):
             original(path, state)
 
-    resumable.write_rank = write
+    checkpointer.write_rank = write
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             result = qsr_job(argv)
     finally:
-        resumable.write_rank = original
+        checkpointer.write_rank = original
     return *result, [str(warning.message) for warning in said if "checkpoint" in str(warning.message)]
 
 

@@ -279,7 +279,7 @@ def boundary_job(worker_size: int, shared: bool, hidden: int) -> dict[str, Any]:
         parts = [part for part in engine.module.modules() if isinstance(part, FSDPModule)]
         of_fsdp = [p for part in parts for g in part._get_fsdp_state()._fsdp_param_groups for p in g.fsdp_params]
         pointers = [parameter._sharded_param_data.data_ptr() for parameter in of_fsdp]
-        return [*pointers, *(shard.data_ptr() for shard in engine._masters.held())]
+        return [*pointers, *(shard.data_ptr() for shard in engine._driver.replica.masters())]
 
     peaks: dict[bool, int] = {}
     ended: list[bool] = []

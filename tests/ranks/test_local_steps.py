@@ -33,7 +33,7 @@ def walk_job(block: dict[str, Any], break_at: int | None) -> dict[str, Any]:
     return {
         "seen": seen,
         "averagings": state.averagings,
-        "percent": 100 * state.bytes_sent / state.parallel_bytes_so_far,
+        "percent": 100 * state.bytes_sent / state.costs.parallel_bytes_so_far,
     }
 
 
@@ -67,7 +67,7 @@ def absent_job(overlap: str) -> str:
     averager = Averager(flat_buckets(model.parameters(), 1000), across, qsr.averaging)
     if overlap == "next_forward":
         averager.overlap_with(model, [(model.weight, 0, 0, 6)], refresh=lambda part: None)
-    state = LocalSteps(qsr, averager, digest=1, optimizer_lr=lambda: 0.0)
+    state = LocalSteps(qsr, averager, digest=1)
 
     def stay_away() -> None:
         time.sleep(4)

@@ -261,7 +261,7 @@ class _Boundary:
 
 def state_of(engine: Any) -> dict[str, Tensor]:
     found: dict[str, list[Tensor]] = {}
-    for _, name, value in engine._masters.state_tensors():
+    for _, name, value in engine._driver.replica.state_tensors():
         found.setdefault(name, []).append(value)
     return {name: training.flat(tensors).clone() for name, tensors in found.items()}
 
@@ -278,18 +278,18 @@ def make_engine(kind: str, qsr: dict[str, Any]) -> tuple[Any, torch.dtype]:
 
 def engine_job(kind: str, qsr: dict[str, Any], bad: list[int], how: str) -> dict[str, Any]:
     """Train to the end, with ranks that go bad at step AT: by a NaN in a batch, or by one in a parameter."""
-    from qsr_engine.local_steps import steps as local_steps
+    from qsr_engine.local_steps import boundary as at_boundary
 
     engine, dtype = make_engine(kind, {**QSR, **LEAVE_OUT, **qsr})
     state, rank, warned = engine.local_steps, dist.get_rank(), []
     handler = logging.Handler()
     handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
-    local_steps.log.addHandler(handler)
+    at_boundary.log.addHandler(handler)
 
     def go_bad() -> None:
         if rank in bad and how != "batch":
             state.averager.buckets[0][1] = float(how)
-            for _, _, value in engine._masters.state_tensors():
+            for _, _, value in engine._driver.replica.state_tensors():
                 value.fill_(float(how))
 
     boundary = _Boundary(engine, go_bad)
@@ -310,14 +310,14 @@ def engine_job(kind: str, qsr: dict[str, Any], bad: list[int], how: str) -> dict
             found["state"] = state_of(engine)
             with torch.no_grad():
                 found["outputs"] = engine.module(training.batch(0, 0, dtype=dtype)[0]).clone()
-    local_steps.log.removeHandler(handler)
+    at_boundary.log.removeHandler(handler)
     found |= {"before": boundary.masters, "state_before": boundary.state, "losses": losses}
-    found |= {"left_out": state.left_out, "figure": state.figures()["left_out"]}
+    found |= {"left_out": state.costs.left_out, "figure": state.figures()["left_out"]}
     return {**found, "end": training.flat(state.averager.buckets).clone(), "finite_state": all_finite(engine)}
 
 
 def all_finite(engine: Any) -> bool:
-    values = [v for state in engine._masters.base_optimizer.state.values() for v in state.values()]
+    values = [v for state in engine._driver.replica.optimizer.state.values() for v in state.values()]
     tensors = [getattr(v, "_local_tensor", v) for v in values if isinstance(v, Tensor)]
     return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
@@ -426,7 +426,10 @@ def buffers_job(policy: str, bad: list[int], where: str) -> dict[str, Any]:
         while not engine.local_steps.finished:
             fsdp.take_step(engine)
             if engine.local_steps.step == AT:
-                found |= {"after": training.flat(model.buffers()).clone(), "left_out": engine.local_steps.left_out}
+                found |= {
+                    "after": training.flat(model.buffers()).clone(),
+                    "left_out": engine.local_steps.costs.left_out,
+                }
     except BoundaryError as error:
         found["said"] = str(error)
     return {**found, "masters": boundary.masters, "at": engine.local_steps.step}
@@ -474,13 +477,13 @@ def test_nothing_crosses_workers_between_boundaries(processes: Processes) -> Non
 
 def old_checkpoint_job() -> list[Any]:
     state = alone.make(alone.BLOCKS[0])
-    state.left_out = {1: 2}
+    state.costs.left_out = {1: 2}
     saved = state.state_dict()
     found: list[Any] = []
     for values_ in (saved, {key: value for key, value in saved.items() if key != "left_out"}):
         state = alone.make(alone.BLOCKS[0])
         state.load_state_dict(values_)
-        found.append(state.left_out)
+        found.append(state.costs.left_out)
     return found
 
 

@@ -158,7 +158,7 @@ def overflow_job(
         "seen": seen,
         "counts": counts,
         "said": said,
-        "skipped": (state.skipped_steps, state.skipped_steps_of_all_workers, engine.skipped_steps),
+        "skipped": (state.costs.skipped_steps, state.costs.skipped_steps_of_all_workers, engine.skipped_steps),
         "global_steps": engine.global_steps,
     }
 

@@ -28,4 +28,4 @@ def make(block: dict[str, Any]) -> LocalSteps:
         dist.init_process_group("gloo")
     qsr = validate(QSRConfig, block, where="test")
     averager = Averager([torch.full((4,), float(dist.get_rank()))], None)
-    return LocalSteps(qsr, averager, digest=1, optimizer_lr=lambda: 0.0, parallel_bytes=averager.bytes_per_averaging)
+    return LocalSteps(qsr, averager, digest=1, parallel_bytes=averager.bytes_per_averaging)

@@ -130,7 +130,7 @@ def whole_masters(engine: Any) -> torch.Tensor:
 
     if engine.zero_optimization():
         return training.flat([safe_get_full_fp32_param(p) for p in engine.module.parameters()])
-    masters = torch.cat([master.detach().reshape(-1) for master in engine._masters.held()])
+    masters = torch.cat([master.detach().reshape(-1) for master in engine._driver.replica.masters()])
     return masters[: sum(p.numel() for p in engine.module.parameters())]
 
 
@@ -149,7 +149,7 @@ def train_job(combination: Combination, qsr: dict[str, Any], config: dict[str, A
         "masters": whole_masters(engine),
         "counts": counts,
         "ends": ends,
-        "skipped": engine.local_steps.skipped_steps,
+        "skipped": engine.local_steps.costs.skipped_steps,
         "optimizer": type(engine.optimizer).__name__,
     }
 

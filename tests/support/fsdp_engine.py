@@ -130,7 +130,7 @@ def train_job(
         "fingerprint": fingerprint(engine),
         "counts": counts,
         "ends": ends,
-        "masters": type(engine._masters).__name__,
+        "masters": type(engine._driver.replica).__name__,
         "way": engine.local_steps.averager.way,
     }
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 
-class Copies:
-    """The copies of one model.
+class ComputeCopies:
+    """The copies in which one model computes.
 
     Args:
         model: with its masters in place.
