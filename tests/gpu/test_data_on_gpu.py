@@ -19,7 +19,7 @@ from qsr_engine.data.index import DataError
 from qsr_engine.data.shards import Sample
 from qsr_engine.data.views import TrainView
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CUDA = torch.device("cuda")
 
 
