@@ -25,6 +25,8 @@ from tests.support.pool import Processes
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import slow_network
 
+pytestmark = pytest.mark.launch
+
 HOSTS = (f"{PREFIX}1", f"{PREFIX}2")
 
 
