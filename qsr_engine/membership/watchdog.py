@@ -236,7 +236,7 @@ class Liveness:
             self._beats,
             self._moves,
             self._state,
-            waiting,
+            waiting and not self._over,  # in _end_talk() it waits for its own thread, and for no rank
             self._stop,
             self._verdict is not None,
             self._step,
