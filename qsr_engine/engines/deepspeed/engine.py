@@ -66,8 +66,8 @@ from qsr_engine.engines.replica import Masters, check_state_names, make_averager
 from qsr_engine.engines.resumable import Resumable
 from qsr_engine.local_steps.steps import LocalSteps
 from qsr_engine.membership.facts import check_agreement
-from qsr_engine.membership.hosts import versions
 from qsr_engine.membership.roll_call import roll_call
+from qsr_engine.membership.versions import versions
 from qsr_engine.membership.watchdog import Liveness
 
 check_version(deepspeed.__version__)
