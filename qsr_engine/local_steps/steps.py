@@ -37,7 +37,7 @@ import torch.distributed as dist
 from qsr_engine.averaging import Averager, CollectiveError, LeftOut, average_in_place, average_packed, bucket_bytes
 from qsr_engine.config.qsr import QSRConfig
 from qsr_engine.local_steps.header import Header, exchange_headers, not_finite
-from qsr_engine.membership.watchdog import Liveness, LostRankError
+from qsr_engine.membership.watchdog import LostRankError, Watchdog
 from qsr_engine.schedule import Mode, Round, learning_rate, mode, period
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class LocalSteps:
             others' optimizer state, beside `optimizer_state`, and returns the bytes that this rank sent.
         after_averaging: called once the parameters are averaged; refreshes what derives from them.
         parallel_bytes: bytes that a rank sends at one step of `parallel`.
-        liveness: tells lost ranks and requests to stop; without one, this process is by itself.
+        watchdog: tells lost ranks and requests to stop; without one, this process is by itself.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class LocalSteps:
         replace_state: Callable[[LeftOut], int] = lambda left_out: 0,
         after_averaging: Callable[[], None] = lambda: None,
         parallel_bytes: int = 0,
-        liveness: Liveness | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
         self.qsr = qsr
         self.averager = averager
@@ -84,7 +84,7 @@ class LocalSteps:
         self._replace_state = replace_state
         self._after_averaging = after_averaging
         self._parallel_bytes = parallel_bytes
-        self.liveness = liveness or Liveness(None, 0, 1, None)
+        self.watchdog = watchdog or Watchdog(None, 0, 1, None)
         self.stopping = False  # at a boundary: some rank was asked to stop, and all know it; save and exit
         self.step = 0
         self.round = 0
@@ -166,7 +166,7 @@ class LocalSteps:
         """
         self.check_unfinished()
         self.step += 1
-        self.liveness.done(self.step, self.round, finished=self.finished)
+        self.watchdog.done(self.step, self.round, finished=self.finished)
         self.parallel_bytes_so_far += self._parallel_bytes
         self._buffers_differ = True
         if self.mode == "parallel":
@@ -192,7 +192,7 @@ class LocalSteps:
 
         A handler of a signal may call it.
         """
-        self.liveness.request_stop()
+        self.watchdog.halt.request()
 
     def _is_cut(self) -> bool:
         """Whether the round ends here because the run is to stop, the same on every rank.
@@ -202,9 +202,9 @@ class LocalSteps:
         """
         local = self.mode == "local"
         by_itself = self.step == self._round.start + self._round.length
-        if not self.liveness.stop_requested or self.finished or (local and by_itself):
+        if not self.watchdog.halt.requested or self.finished or (local and by_itself):
             return False
-        if (local and self.qsr.faults.on_signal == "finish_round") or not self.liveness.halt(self.step):
+        if (local and self.qsr.faults.on_signal == "finish_round") or not self.watchdog.halt.at(self.step):
             return False
         self._round = dataclasses.replace(self._round, length=self.step - self._round.start)
         self.stopping = True
@@ -239,7 +239,7 @@ class LocalSteps:
         squares, moved = self.averager.sum_of_squares(), self.averager.moved()
         if _count_not_finite(self._buffers()) > self._not_finite:  # they would spread, though the parameters are finite
             squares = math.nan
-        asked = int(self.liveness.stop_requested)
+        asked = int(self.watchdog.halt.requested)
         rate, skipped = self.learning_rate, self.skipped_steps
         return Header(self.step, self.period, rate, self._digest, squares, moved, skipped, asked)
 
@@ -273,7 +273,7 @@ class LocalSteps:
 
     def begin_forward(self) -> None:
         """A forward in training begins. Raises LostRankError."""
-        self.liveness.begin(self.step, self.round)
+        self.watchdog.begin(self.step, self.round)
         if self._due:
             with self._timed():
                 self._due = False
@@ -302,7 +302,7 @@ class LocalSteps:
         Raises:
             CollectiveError: the averaging failed.
         """
-        self.liveness.moved()
+        self.watchdog.moved()
         if self.averager.in_background and self._apply_at is None:
             with self._timed():
                 self.averager.finish()
@@ -341,7 +341,7 @@ class LocalSteps:
         """Seconds that the steps wait for averaging; a failure says at which step."""
         started = time.perf_counter()
         try:
-            with self.liveness.explained():
+            with self.watchdog.explained():
                 yield
         except LostRankError:
             raise

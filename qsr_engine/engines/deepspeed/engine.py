@@ -68,7 +68,7 @@ from qsr_engine.local_steps.steps import LocalSteps
 from qsr_engine.membership.facts import check_agreement
 from qsr_engine.membership.roll_call import roll_call
 from qsr_engine.membership.versions import versions
-from qsr_engine.membership.watchdog import Liveness
+from qsr_engine.membership.watchdog import Watchdog
 
 check_version(deepspeed.__version__)
 check_internals(
@@ -425,7 +425,7 @@ class LocalStepEngine(DeepSpeedEngine, Resumable):  # type: ignore[misc]  # deep
 
     def destroy(self) -> None:
         """As DeepSpeed's destroy(); call it before the process group is destroyed."""
-        self.local_steps.liveness.close()
+        self.local_steps.watchdog.close()
         self.local_steps.averager.close()
         super().destroy()
 
@@ -647,7 +647,7 @@ def _take_local_steps(engine: DeepSpeedEngine, qsr: QSRConfig, groups: WorkerGro
         (getattr(engine.optimizer, name) for name in attributes if hasattr(engine.optimizer, name)), []
     )
     engine._trained = frozenset(parameter for group in trained_groups for parameter in group)
-    liveness = Liveness.of_this_run(qsr.faults.timeout_seconds, groups.across if groups else None)
+    watchdog = Watchdog.of_this_run(qsr.faults.timeout_seconds, groups.across if groups else None)
     engine.local_steps = LocalSteps(
         qsr,
         _averager(masters, qsr, groups, engine.device),
@@ -658,7 +658,7 @@ def _take_local_steps(engine: DeepSpeedEngine, qsr: QSRConfig, groups: WorkerGro
         replace_state=lambda left_out: replace_state(masters, qsr, groups.across, left_out) if groups else 0,
         after_averaging=masters.refresh,
         parallel_bytes=ring_bytes(trained, dist.get_world_size()),
-        liveness=liveness,
+        watchdog=watchdog,
     )
     engine._learning_rate = LearningRate(engine.optimizer, engine.local_steps)
 

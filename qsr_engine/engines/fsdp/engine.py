@@ -48,7 +48,7 @@ from qsr_engine.local_steps.steps import LocalSteps
 from qsr_engine.membership.facts import check_agreement
 from qsr_engine.membership.roll_call import roll_call
 from qsr_engine.membership.versions import versions
-from qsr_engine.membership.watchdog import Liveness
+from qsr_engine.membership.watchdog import Watchdog
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 MakeScheduler = Callable[[torch.optim.Optimizer], Any]
@@ -166,7 +166,7 @@ class FSDPEngine(Resumable):
         average_buffers = qsr.averaging.buffers == "average"
         state_names = check_state_names(qsr.averaging.state, masters)
         sent = sum(shard.numel() * shard.element_size() for shard in masters.held())
-        liveness = Liveness.of_this_run(qsr.faults.timeout_seconds, across)
+        watchdog = Watchdog.of_this_run(qsr.faults.timeout_seconds, across)
         averager = Averager([], None)
         if not self._parallel:
             averager = make_averager(masters, qsr, across, self.mesh.get_group("shard"), self.device)
@@ -180,7 +180,7 @@ class FSDPEngine(Resumable):
             replace_state=lambda left_out: replace_state(masters, qsr, across, left_out),
             after_averaging=masters.refresh,
             parallel_bytes=ring_bytes(sent, dist.get_world_size(across)),
-            liveness=liveness,
+            watchdog=watchdog,
         )
 
     # ---------------------------------------------------------------------------------------------- a step
@@ -323,7 +323,7 @@ class FSDPEngine(Resumable):
 
     def destroy(self) -> None:
         """Call it before the process group is destroyed."""
-        self.local_steps.liveness.close()
+        self.local_steps.watchdog.close()
         self.local_steps.averager.close()
         if self._writer is not None:
             self._writer.close()
