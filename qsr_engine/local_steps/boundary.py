@@ -28,7 +28,7 @@ from qsr_engine.local_steps.averaged import Averaged, Buffers, OptimizerState
 from qsr_engine.local_steps.costs import Costs
 from qsr_engine.local_steps.header import Header, exchange_headers, not_finite
 from qsr_engine.local_steps.rounds import Rounds
-from qsr_engine.membership.watchdog import Liveness, LostRankError
+from qsr_engine.membership.watchdog import LostRankError, Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Boundary:
     """
 
     def __init__(
-        self, rounds: Rounds, costs: Costs, averager: Averager, replica: Averaged, digest: int, watchdog: Liveness
+        self, rounds: Rounds, costs: Costs, averager: Averager, replica: Averaged, digest: int, watchdog: Watchdog
     ) -> None:
         self.averager = averager
         self._rounds, self._costs, self._replica = rounds, costs, replica
@@ -98,7 +98,7 @@ class Boundary:
         squares, moved = self.averager.sum_of_squares(), self.averager.moved()
         if self.buffers.have_diverged():  # they would spread, though the parameters are finite
             squares = math.nan
-        rounds, asked = self._rounds, int(self._watchdog.stop_requested)
+        rounds, asked = self._rounds, int(self._watchdog.halt.requested)
         skipped = self._costs.skipped_steps
         return Header(rounds.step, rounds.period, rounds.learning_rate, self._digest, squares, moved, skipped, asked)
 

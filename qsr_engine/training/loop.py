@@ -135,7 +135,7 @@ def train(recipe: Recipe, index: Index, *, resume: bool = False) -> dict[str, An
             client,
             index,
         )
-        with stops_on_signals(engine.local_steps.request_stop), engine.local_steps.liveness.explained():
+        with stops_on_signals(engine.local_steps.request_stop), engine.local_steps.watchdog.explained():
             run.loop()
             summary = run.summary()
             averaged = engine.averaged_state_dict()
@@ -144,7 +144,7 @@ def train(recipe: Recipe, index: Index, *, resume: bool = False) -> dict[str, An
                 monitor.summary(**summary)
     if lock is not None:
         lock.close()
-    engine.local_steps.liveness.close()
+    engine.local_steps.watchdog.close()
     return summary
 
 
@@ -459,7 +459,7 @@ class _Run:
         with self._model_is_read():
             self.engine.eval()
             for images, labels in self._evaluation_batches():
-                self.engine.local_steps.liveness.moved()
+                self.engine.local_steps.watchdog.moved()
                 scores = self.engine.module(self.normalise(images)).float()
                 right = (scores.argmax(1) == labels).sum()
                 loss = F.cross_entropy(scores, labels, reduction="sum", ignore_index=-1)
@@ -493,7 +493,7 @@ class _Run:
             ]
 
             def loss(scores: Tensor, labels: Tensor) -> Tensor:
-                self.engine.local_steps.liveness.moved()
+                self.engine.local_steps.watchdog.moved()
                 return F.cross_entropy(scores, labels)
 
             value = largest_eigenvalue(model.to(device).eval(), batches, loss)
@@ -528,7 +528,7 @@ class _Run:
             seed=seed,
         )
         for batch in islice(loader.batches(device=self.engine.device), -(-options.batches // ranks)):
-            self.engine.local_steps.liveness.moved()
+            self.engine.local_steps.watchdog.moved()
             yield self.normalise(batch.images)
 
     def _evaluation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -279,19 +279,19 @@ def test_a_long_evaluation_is_progress(start: Callable[..., Ranks]) -> None:
 
 
 CLEANS_UP = """
-import sys, time
+import time
 from datetime import timedelta
 from torch.distributed import TCPStore
-from qsr_engine import liveness
+from qsr_engine.membership import watchdog
 
-liveness._GRACE = 0.2
-ours = liveness.Liveness(TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=5)), 0, 2, 0.4)
+watchdog._GRACE = 0.2
+ours = watchdog.Watchdog(TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=5)), 0, 2, 0.4)
 ours.done(1, 0)
 try:
     while True:
         ours.moved()
         time.sleep(0.01)
-except liveness.LostRankError as error:
+except watchdog.LostRankError as error:
     assert "rank 1 is lost" in str(error)
     time.sleep(1)
     print("cleaned up")
@@ -396,19 +396,18 @@ def test_a_host_whose_network_is_cut(cluster: dict[str, str], recipe: Path) -> N
 
 
 ENDINGS = """
-import os, sys, threading, time
+import os, sys, time
 from datetime import timedelta
 from torch.distributed import TCPStore
-from qsr_engine import liveness
+from qsr_engine.membership import watchdog
 
-liveness._SHORTEST = 1e-4
+watchdog._LONGEST, watchdog._RANKS_A_SECOND = 1e-4, 1e6
 codes = []
 for end in ["finished", "closed", "running"] * 3:
     child = os.fork()
     if not child:
         store = TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=5))
-        ours = liveness.Liveness(store, 0, 2, 1e-3)
-        ours._seconds = 60.0
+        ours = watchdog.Watchdog(store, 0, 2, 60.0)
         ours.done(1, 0, finished=end == "finished")
         if end == "closed":
             ours.close()
