@@ -39,8 +39,8 @@ from qsr_engine.membership.signals import STOPPED
 from qsr_engine.planning.calibration import CostSettings, cost_settings, read_costs, save_costs
 from qsr_engine.planning.forecast import LIMIT_PERCENT, bytes_of, check_place, check_plot, make_forecast, print_plan
 from qsr_engine.planning.plan import Plan, make_plan, write_header
-from qsr_engine.records.records import CHECKPOINTS, SUMMARY, check_run_folder, check_unfinished
 from qsr_engine.records.report import report
+from qsr_engine.records.run_folder import CHECKPOINTS, SUMMARY, check_run_folder, check_unfinished
 from qsr_engine.records.runs import ReportError
 
 MB = 1_000_000

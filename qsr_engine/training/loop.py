@@ -45,12 +45,11 @@ from qsr_engine.data.order import seed_for
 from qsr_engine.data.views import SMALL
 from qsr_engine.membership.facts import check_agreement
 from qsr_engine.membership.signals import StoppedError, stops_on_signals
-from qsr_engine.records.records import (
+from qsr_engine.records.monitor import Monitor
+from qsr_engine.records.records import Record, WorkersRecord
+from qsr_engine.records.run_folder import (
     CHECKPOINTS,
     RECIPE,
-    Monitor,
-    Record,
-    WorkersRecord,
     cannot_finish,
     check_run_folder,
     check_unfinished,

@@ -450,7 +450,7 @@ def full_at_the_end_job(argv: list[str], file: str) -> tuple[int, str, str]:
     import importlib
 
     train: Any = importlib.import_module("qsr_engine.training.loop")
-    monitor: Any = importlib.import_module("qsr_engine.records.records")
+    monitor: Any = importlib.import_module("qsr_engine.records.monitor")
     owner, name = (train, "_save_model") if file == "model.safetensors" else (monitor.Monitor, "summary")
     original = getattr(owner, name)
 
