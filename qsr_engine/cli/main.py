@@ -298,7 +298,7 @@ def _train(args: argparse.Namespace) -> int:
     check = check_unfinished if args.resume else check_run_folder
     check(recipe.run_dir)
     if args.resume and args.ranks is not None:
-        from qsr_engine.training.loop import batch_for
+        from qsr_engine.training.resuming import batch_for
 
         batch_for(recipe, args.ranks, resume=True)
     words = ["train", args.recipe, *_overrides(args), *(["--resume"] if args.resume else [])]
@@ -483,7 +483,8 @@ def _train_rank(recipe: Recipe, index: Index, *, resume: bool) -> int:
     from qsr_engine.local_steps.header import BoundaryError
     from qsr_engine.membership.facts import AgreementError
     from qsr_engine.membership.signals import StoppedError, exit_code
-    from qsr_engine.training.loop import DivergenceError, UnsavedError, train
+    from qsr_engine.training.loop import DivergenceError, train
+    from qsr_engine.training.saving import UnsavedError
 
     rank = int(os.environ["RANK"])
     if stopped_already():
