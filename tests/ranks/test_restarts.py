@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from qsr_engine.checkpoint.find import find_alone
-from qsr_engine.cli.launcher import hopeless
+from qsr_engine.cli.launched import hopeless
 from qsr_engine.cli.main import main
 from qsr_engine.config.batch import Batch
 from qsr_engine.config.recipe import batch_on_other_ranks
