@@ -86,7 +86,8 @@ class Driver:
         averager = Averager([], None)
         self._local = qsr.strategy != "parallel"  # else the framework itself averages gradients over all ranks
         if self._local:
-            assert place.across is not None and place.inside is not None, "local steps average over the workers"
+            assert place.across is not None, "local steps average over the workers"
+            assert place.inside is not None
             averager = make_averager(replica, qsr, place.across, place.inside, device)
         self.local_steps = LocalSteps(
             qsr, averager, config, replica=replica, parallel_bytes=parallel_bytes, watchdog=watchdog

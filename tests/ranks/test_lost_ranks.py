@@ -25,6 +25,7 @@ from qsr_engine.checkpoint.find import find_alone
 from tests.ranks.test_roll_call import PREFIX, SCRIPT, cluster
 from tests.support.pool import free_port, rank_environment
 
+BATCH = 24  # samples of a step
 SECONDS = 2.0  # qsr.faults.timeout_seconds
 LIMIT = 60.0  # for a test's processes, starting them included; a rank that waits for ever is killed then
 __all__ = ["cluster"]  # a fixture
@@ -43,7 +44,7 @@ model:
   name: timm/vit_tiny_patch16_224
   kwargs: {{img_size: 8, patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2}}
 data: {{shards: "{digits}", image_size: 8}}
-batch: {{train_batch_size: 24}}
+batch: {{train_batch_size: {BATCH}}}
 optimizer: {{type: AdamW, gradient_clipping: 1.0}}
 qsr:
   strategy: constant
@@ -76,7 +77,9 @@ def spoil(place: str, step: int, fault: Callable[[], None]) -> None:
     """Let the fault happen to this process at a place, where `step` steps have been taken."""
     from qsr_engine.averaging import Averager
     from qsr_engine.checkpoint.checkpointer import Checkpointer
-    from qsr_engine.training import loop as train
+    from qsr_engine.training import loop
+    from qsr_engine.training.batches import Batches
+    from qsr_engine.training.evaluation import Evaluation
 
     def before(owner: Any, name: str, taken: Callable[[Any], int]) -> None:
         original = getattr(owner, name)
@@ -88,26 +91,27 @@ def spoil(place: str, step: int, fault: Callable[[], None]) -> None:
 
         setattr(owner, name, spoiled)
 
-    run: Any = train._Run  # type: ignore[attr-defined,unused-ignore]
+    train: Any = loop
+    evaluation: Any = Evaluation
     if place == "a local step":
-        before(run, "_step", lambda self: self.engine.local_steps.step)
+        before(train._Run, "_step", lambda self: self.engine.local_steps.step)
     elif place == "the data":
-        before(run, "_next_batch", lambda self: self.engine.local_steps.step)
+        before(Batches, "next", lambda self: self.images_seen // BATCH)
     elif place == "an averaging":
         before(Averager, "average", lambda self: self.step)
     elif place == "the final model":
-        save, train._save_model = train._save_model, lambda *arguments: (fault(), save(*arguments))[1]  # type: ignore[func-returns-value]
+        save, train.save_model = train.save_model, lambda *arguments: (fault(), save(*arguments))[1]  # type: ignore[func-returns-value]
     elif place == "a batch of an evaluation":
-        original = run._evaluation_batches
+        original = evaluation._batches
 
         def slow(self: Any) -> Iterator[Any]:
             for batch in original(self):
                 fault()
                 yield batch
 
-        run._evaluation_batches = slow
+        evaluation._batches = slow
     elif place == "an evaluation":
-        before(run, "_evaluation_batches", lambda self: self.engine.local_steps.step)
+        before(evaluation, "_batches", lambda self: self._engine.local_steps.step)
     else:
         assert place == "a checkpoint"
         before(Checkpointer, "write", lambda self: self._local_steps.step)
@@ -312,11 +316,11 @@ def test_a_slow_worker_is_not_lost(start: Callable[..., Ranks]) -> None:
 
 def slow_from_here() -> None:
     """Every step of this worker takes 0.4 s more: slowness itself, and not a wait for something."""
-    from qsr_engine.training import loop as train
+    from qsr_engine.training.batches import Batches
 
-    run: Any = train._Run  # type: ignore[attr-defined,unused-ignore]
-    original = run._next_batch
-    run._next_batch = lambda self: (time.sleep(0.4), original(self))[1]  # type: ignore[func-returns-value]
+    batches: Any = Batches
+    original = batches.next
+    batches.next = lambda self: (time.sleep(0.4), original(self))[1]  # type: ignore[func-returns-value]
 
 
 # --------------------------------------------------------------------------------------------------- signals

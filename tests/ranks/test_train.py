@@ -33,8 +33,9 @@ from qsr_engine.data.loader import EvalLoader, TrainLoader
 from qsr_engine.data.order import seed_for
 from qsr_engine.records.records import TAGS
 from qsr_engine.records.runs import read_run
-from qsr_engine.training.models import create_model, sincos_positions
+from qsr_engine.training.models import create_model
 from qsr_engine.training.sharpness import largest_eigenvalue
+from qsr_engine.training.vit import sincos_positions
 from tests.support import reference
 from tests.support.pool import Processes, free_port
 
@@ -94,6 +95,7 @@ def workers(run: Path) -> list[dict[str, Any]]:
 def slow_worker_job(argv: list[str], slow: int, delay: float) -> tuple[int, list[bool]]:
     """`qsr train` where one rank is slow at every step. Also: for each gathering, whether it was on a boundary."""
     module: Any = importlib.import_module("qsr_engine.training.loop")
+    figures: Any = importlib.import_module("qsr_engine.training.figures")
     original, gathered = module._Run._step, []
 
     def step(run: Any) -> bool:
@@ -107,12 +109,12 @@ def slow_worker_job(argv: list[str], slow: int, delay: float) -> tuple[int, list
         gathered.append(gather.run.engine.local_steps.on_boundary)  # type: ignore[attr-defined]
         flat(*args)
 
-    flat = module.all_gather_flat
-    module._Run._step, module.all_gather_flat = step, gather
+    flat = figures.all_gather_flat
+    module._Run._step, figures.all_gather_flat = step, gather
     try:
         return qsr_job(argv)[0], gathered
     finally:
-        module._Run._step, module.all_gather_flat = original, flat
+        module._Run._step, figures.all_gather_flat = original, flat
 
 
 def test_every_worker_tells_at_boundaries_how_it_fares(processes: Processes, recipe: Path) -> None:
@@ -724,7 +726,7 @@ def test_a_folder_in_which_another_process_trains_is_refused(
     processes: Processes, recipe: Path, tmp_path: Path
 ) -> None:
     """A launcher that is killed can leave its ranks behind, and `--resume` would write between their lines."""
-    from qsr_engine.records.records import lock_run_folder
+    from qsr_engine.records.run_folder import lock_run_folder
 
     name = ["--set", "logging.name=held"]
     (tmp_path / "runs" / "held").mkdir(parents=True)
@@ -941,7 +943,7 @@ def test_the_plain_vit_trains_in_bf16(processes: Processes, recipe: Path, engine
 
 def meta_job() -> dict[str, torch.Tensor]:
     from qsr_engine import initialize_fsdp
-    from qsr_engine.training.models import PlainViT, fill
+    from qsr_engine.training.vit import PlainViT, fill
 
     torch.manual_seed(int(os.environ["RANK"]))
     with torch.device("meta"):
