@@ -38,7 +38,8 @@ from typing import Any
 import yaml
 from hardware import in_words, machine
 
-from qsr_engine.data.index import Index, Shard, Split, read_index, write_index
+from qsr_engine.data.index import Index, Shard, Split, read_index
+from qsr_engine.data.writing.folder import write_index
 from qsr_engine.data.writing.verifying import scan_shard
 
 WORKERS = 4

@@ -478,7 +478,7 @@ def dali(data: Data, processes: int) -> Batches:
 
 def picture_ours(jpeg: bytes, box: Box) -> Pixels:
     from qsr_engine.data.decoding import Decoder
-    from qsr_engine.data.shards import Sample
+    from qsr_engine.data.samples import Sample
     from qsr_engine.data.views import View
 
     picture = np.empty((SIZE, SIZE, 3), np.uint8)

@@ -8,7 +8,8 @@ import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from qsr_engine.data.index import Index, Split, measure_shard
+from qsr_engine.data.checking import measure_shard
+from qsr_engine.data.index import Index, Split
 from tests.support.shard_files import picture, tar_bytes
 
 CORPUS = Path(__file__).parent / "corpus"

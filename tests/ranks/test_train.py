@@ -27,7 +27,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from qsr_engine.config.recipe_file import load_recipe
 from qsr_engine.data import read_index, write_digits
-from qsr_engine.data.decoding import Batch
+from qsr_engine.data.batches import ImageBatch
 from qsr_engine.data.device import Normalise
 from qsr_engine.data.loader import EvalLoader, TrainLoader
 from qsr_engine.data.order import seed_for
@@ -222,7 +222,7 @@ def test_a_recipe_trains_as_the_reference_does(
     torch.testing.assert_close(found, oracle, rtol=0, atol=1e-5 if clipping and engine == "deepspeed" else 0.0)
 
 
-def normalised(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def normalised(batch: ImageBatch) -> tuple[torch.Tensor, torch.Tensor]:
     return Normalise(torch.device("cpu"), torch.float32)(batch.images), batch.labels
 
 

@@ -23,15 +23,20 @@ import pytest
 import torch
 
 from qsr_engine.config.recipe import DataConfig
-from qsr_engine.data.decoding import Batch
-from qsr_engine.data.index import DataError, Index, Split, check_place, read_index, write_index
+from qsr_engine.data.batches import ImageBatch
+from qsr_engine.data.cache import ShardCache
+from qsr_engine.data.errors import DataError, PassingError
+from qsr_engine.data.index import Index, Split, read_index
 from qsr_engine.data.loader import EvalLoader, TrainLoader
 from qsr_engine.data.order import ShardSlice
-from qsr_engine.data.random_access import TarShard
-from qsr_engine.data.remote import ShardCache
-from qsr_engine.data.retrying import LONGEST_WAIT, PassingError, Retry, retried
-from qsr_engine.data.shards import Position, RandomAccess, Sample, Streamed, bad_sample, read_shard
-from qsr_engine.data.writing.tar import write_shard
+from qsr_engine.data.places import check_place
+from qsr_engine.data.random_access import RandomAccess
+from qsr_engine.data.retrying import LONGEST_WAIT, Retry, retried
+from qsr_engine.data.samples import Position, Sample, bad_sample
+from qsr_engine.data.streaming import Streamed, read_shard
+from qsr_engine.data.tar_shard import TarShard
+from qsr_engine.data.writing.folder import write_index
+from qsr_engine.data.writing.shard import write_shard
 from tests.fuzz.make_seeds import shards, with_field
 from tests.support.shard_files import tar_bytes
 from tests.unit.data.test_loader import equal, labels, noise, shards_of
@@ -111,8 +116,8 @@ def test_a_file_server_that_fails_for_a_while_costs_no_sample(
             opened.append(path)
             super().__init__(path)
 
-    monkeypatch.setattr("qsr_engine.data.random_access.os.pread", pread)
-    monkeypatch.setattr("qsr_engine.data.loader.TarShard", Opened)
+    monkeypatch.setattr("qsr_engine.data.tar_shard.os.pread", pread)
+    monkeypatch.setattr("qsr_engine.data.sources.TarShard", Opened)
     assert equal(list(islice(loader(data, retry_seconds=1).batches(), 12)), whole)
     assert failures == [0, 0]
     assert waits[:3] == [1, 2, 4]
@@ -184,7 +189,7 @@ def test_a_damaged_place_of_the_disk_costs_its_samples_only(
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return read(file, size, offset)
 
-    monkeypatch.setattr("qsr_engine.data.random_access.os.pread", pread)
+    monkeypatch.setattr("qsr_engine.data.tar_shard.os.pread", pread)
     source = RandomAccess(lambda name: TarShard(data[0] / name), None, retry=Retry(2, 1.0))
     found = [source.load(Position("all-000000.tar", number)) for number in range(12)]
     good = [isinstance(sample, Sample) for sample in found]
@@ -222,7 +227,7 @@ def test_both_ranks_give_as_many_full_batches_and_good_samples_do_not_change(
     whole = [list(islice(loader(data, rank, 2).batches(), steps)) for rank in range(2)]
     options: dict[str, Any] = {"max_bad_samples": 12, "loader_processes": processes, "retries": 1}
     streams = [loader(data, rank, 2, **options).batches() for rank in range(2)]
-    found: list[list[Batch]] = [[], []]
+    found: list[list[ImageBatch]] = [[], []]
     if opened:
         for rank in range(2):
             found[rank] += islice(streams[rank], 6)  # every shard that this rank has in the first epoch
@@ -536,7 +541,6 @@ def test_names_in_an_index_that_would_leave_the_folder_are_refused(data: tuple[P
 
 def test_an_index_without_end_is_refused(data: tuple[Path, Index], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qsr_engine.data.index.MAX_INDEX", 100)
-    monkeypatch.setattr("qsr_engine.data.remote.MAX_INDEX", 100)
     server = Server(data[0])
     server.faults["index.json"] = ["endless"]
     for place in (data[0], server.url):
@@ -579,8 +583,8 @@ def test_links_devices_and_names_that_lead_out_are_keys_or_nothing(
     path = folder / "s.tar"
     path.write_bytes(shards()["links.tar"])
     shard = TarShard(path)
-    keys = [raw["__key__"] for raw in (shard.read(number) for number in range(len(shard.samples)))]
-    assert keys == [raw["__key__"] for raw in read_shard(path)]
+    keys = [shard.read(number).key for number in range(len(shard.samples))]
+    assert keys == [raw.key for raw in read_shard(path)]
     assert keys == ["a", "/absolute", "../outside", "__remark__", "b", "c"]
     assert [p.name for p in tmp_path.rglob("*")] == ["in", "s.tar"]
 
@@ -611,8 +615,8 @@ import numpy as np
 from PIL import Image
 from qsr_engine.data import decoding
 from qsr_engine.data.images import check_image
-from qsr_engine.data.index import DataError
-from qsr_engine.data.shards import Sample
+from qsr_engine.data.errors import DataError
+from qsr_engine.data.samples import Sample
 from qsr_engine.data.views import EvalView, TrainView
 
 def encode(format, **options):

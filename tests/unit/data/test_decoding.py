@@ -16,11 +16,12 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from qsr_engine.data import decoding
-from qsr_engine.data.decoding import Augment, Decoder, Pixels, Region, decode_batch, decode_whole, image_size
+from qsr_engine.data.batches import ImageBatch, decode_batch
+from qsr_engine.data.decoding import Augment, Decoder, Pixels, Region, decode_whole, image_size
 from qsr_engine.data.device import MEAN, STD, MixUp, Normalise, on_device
+from qsr_engine.data.errors import DataError
 from qsr_engine.data.gpu_decoding import GPUDecoder, in_thread
-from qsr_engine.data.index import DataError
-from qsr_engine.data.shards import Sample
+from qsr_engine.data.samples import Sample
 from qsr_engine.data.views import EvalView, TrainView, View
 
 if decoding.REGIONS:
@@ -463,7 +464,7 @@ def test_mixup_mixes_neighbours_and_their_labels_alike() -> None:
 
 
 def test_on_a_cpu_batches_pass_unchanged() -> None:
-    batches = [decoding.Batch(torch.zeros(1, 3, 2, 2), torch.tensor([n]), ("x",)) for n in range(3)]
+    batches = [ImageBatch(torch.zeros(1, 3, 2, 2), torch.tensor([n]), ("x",)) for n in range(3)]
     passed = list(on_device(batches, CPU))
     assert [int(b.labels) for b in passed] == [0, 1, 2]
     assert passed[0].skipped == ("x",)

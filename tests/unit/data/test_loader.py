@@ -26,14 +26,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qsr_engine.config.recipe import DataConfig
-from qsr_engine.data import decoding
-from qsr_engine.data.decoding import Batch
-from qsr_engine.data.index import DataError, Index, Shard, Split, measure_shard, write_index
+from qsr_engine.data.batches import ImageBatch, decode_batch
+from qsr_engine.data.checking import measure_shard
+from qsr_engine.data.errors import DataError
+from qsr_engine.data.index import Index, Shard, Split
 from qsr_engine.data.loader import EvalLoader, TrainLoader
 from qsr_engine.data.order import epoch_of, plan_epoch, plan_evaluation, samples_before
-from qsr_engine.data.random_access import TarShard
-from qsr_engine.data.shards import Position, RandomAccess, Sample, Streamed, read_shard
-from qsr_engine.data.writing.tar import write_shard
+from qsr_engine.data.random_access import RandomAccess
+from qsr_engine.data.samples import Position, RawSample, Sample
+from qsr_engine.data.streaming import Streamed, read_shard
+from qsr_engine.data.tar_shard import TarShard
+from qsr_engine.data.writing.folder import write_index
+from qsr_engine.data.writing.shard import write_shard
 
 ROOT = Path(__file__).parents[3]
 SHA = "0" * 64
@@ -74,15 +78,15 @@ def train_loader(data: tuple[Path, Index], **changes: Any) -> TrainLoader:
     return TrainLoader(*data, config(**changes), **{**options, **own})
 
 
-def take(batches: Iterator[Batch], number: int) -> list[Batch]:
+def take(batches: Iterator[ImageBatch], number: int) -> list[ImageBatch]:
     return list(islice(batches, number))
 
 
-def labels(batches: list[Batch]) -> list[int]:
+def labels(batches: list[ImageBatch]) -> list[int]:
     return [int(label) for batch in batches for label in batch.labels]
 
 
-def equal(left: list[Batch], right: list[Batch]) -> bool:
+def equal(left: list[ImageBatch], right: list[ImageBatch]) -> bool:
     return len(left) == len(right) and all(
         torch.equal(one.images, two.images) and torch.equal(one.labels, two.labels) and one.skipped == two.skipped
         for one, two in zip(left, right, strict=True)
@@ -193,11 +197,11 @@ def test_only_samples_of_the_batch_are_read_and_only_shards_that_hold_them_are_o
             opened.append(path.name)
             super().__init__(path)
 
-        def read(self, number: int) -> dict[str, str | bytes]:
+        def read(self, number: int) -> RawSample:
             read.append(number)
             return at(self, number)
 
-    monkeypatch.setattr("qsr_engine.data.loader.TarShard", Opened)
+    monkeypatch.setattr("qsr_engine.data.sources.TarShard", Opened)
     loader = train_loader(numbered, rank=1, shuffle_buffer=10)
     next(loader.batches(3))
     assert len(read) == 6
@@ -279,7 +283,7 @@ def test_batches_before_start_are_not_decoded(numbered: tuple[Path, Index], monk
 
     def decode(samples: Any, decoder: Any, seed: int, *rest: Any, **options: Any) -> Any:
         decoded.append(seed)
-        return decoding.decode_batch(samples, decoder, seed, *rest, **options)
+        return decode_batch(samples, decoder, seed, *rest, **options)
 
     monkeypatch.setattr("qsr_engine.data.loader.decode_batch", decode)
     next(train_loader(numbered).batches(7))
@@ -471,17 +475,17 @@ def test_members_are_grouped_as_webdataset_groups_them(
             with contextlib.suppress(ValueError):  # too long for this format
                 tar.addfile(info, io.BytesIO(name.encode()))
     try:
-        expected = [{k: v for k, v in raw.items() if k != "__url__"} for raw in read_shard(path)]
+        expected = [dict(raw.members, __key__=raw.key) for raw in read_shard(path)]
     except DataError as error:
         expected = [{"error": str(error)}]
     shard = TarShard(path)
-    found: list[dict[str, Any]] = [shard.read(number) for number in range(len(shard.samples))]
+    found = [shard.read(number) for number in range(len(shard.samples))]
     if "error" in (expected[0] if expected else {}):
         with pytest.raises(DataError) as raised:
             shard.read(len(shard.samples))
         assert str(raised.value) == expected[0]["error"]
     else:
-        assert found == expected
+        assert [dict(raw.members, __key__=raw.key) for raw in found] == expected
 
 
 def test_a_damaged_header_is_found_and_samples_before_it_are_good(tmp_path: Path) -> None:
@@ -498,7 +502,7 @@ def test_a_damaged_header_is_found_and_samples_before_it_are_good(tmp_path: Path
             shard = TarShard(path)
             assert len(shard.samples) <= number // 2 + 1
             for good in range(number // 2):
-                assert shard.read(good)["cls"] == str(good).encode()
+                assert shard.read(good).members["cls"] == str(good).encode()
             with pytest.raises(DataError, match=r"all-000000\.tar: this shard (cannot be read past|ends after)"):
                 shard.read(number // 2 + 1)
 
@@ -566,11 +570,11 @@ def broken_data(folder: Path, sample: dict[str, bytes], good: int = 6) -> tuple[
     return folder, Index(classes=list("0123456789"), splits={"all": Split(samples=good + 2, shards=shards)})
 
 
-def evaluate(data: tuple[Path, Index], processes: int = 0) -> list[Batch]:
+def evaluate(data: tuple[Path, Index], processes: int = 0) -> list[ImageBatch]:
     return list(EvalLoader(*data, config(loader_processes=processes), rank=0, ranks=1, batch_size=2))
 
 
-def train(data: tuple[Path, Index], processes: int = 0) -> list[Batch]:
+def train(data: tuple[Path, Index], processes: int = 0) -> list[ImageBatch]:
     samples = data[1].splits["all"].samples
     loader = train_loader(data, ranks=1, batch_size=1, loader_processes=processes)
     return take(loader.batches(), samples)
@@ -579,7 +583,7 @@ def train(data: tuple[Path, Index], processes: int = 0) -> list[Batch]:
 @pytest.mark.parametrize("read", [evaluate, train])
 @pytest.mark.parametrize("case", list(BROKEN))
 def test_a_broken_sample_is_named_with_its_shard(
-    tmp_path: Path, case: str, read: Callable[[tuple[Path, Index]], list[Batch]]
+    tmp_path: Path, case: str, read: Callable[[tuple[Path, Index]], list[ImageBatch]]
 ) -> None:
     sample, message = BROKEN[case]
     with pytest.raises(DataError, match=rf"all-000000\.tar: sample 'k7' .*{message}|sample 'k7' {message}"):
@@ -589,7 +593,7 @@ def test_a_broken_sample_is_named_with_its_shard(
 @pytest.mark.parametrize("case", ["no label", "truncated jpeg"])
 @pytest.mark.parametrize("read", [evaluate, train])
 def test_the_error_of_a_loader_process_is_as_plain(
-    tmp_path: Path, case: str, read: Callable[[tuple[Path, Index], int], list[Batch]]
+    tmp_path: Path, case: str, read: Callable[[tuple[Path, Index], int], list[ImageBatch]]
 ) -> None:
     data = broken_data(tmp_path, BROKEN[case][0])
     messages = []
@@ -737,7 +741,7 @@ def test_a_name_that_is_not_utf_8_is_read(tmp_path: Path) -> None:
             info = tarfile.TarInfo(f"\xe9.{suffix}")
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-    assert TarShard(path).read(0) == {k: v for k, v in next(read_shard(path)).items() if k != "__url__"}
+    assert TarShard(path).read(0) == next(read_shard(path))
 
 
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGTERM])

@@ -22,12 +22,16 @@ import pytest
 import torch
 
 from qsr_engine.config.recipe import DataConfig
-from qsr_engine.data.index import DataError, Index, Split, check_shards, read_index, write_index
+from qsr_engine.data.cache import ShardCache
+from qsr_engine.data.checking import check_shards
+from qsr_engine.data.errors import DataError
+from qsr_engine.data.index import Index, Split, read_index
 from qsr_engine.data.loader import EvalLoader, TrainLoader
-from qsr_engine.data.random_access import TarShard
-from qsr_engine.data.remote import ShardCache
-from qsr_engine.data.shards import Position, RandomAccess, Sample
-from qsr_engine.data.writing.tar import write_shard
+from qsr_engine.data.random_access import RandomAccess
+from qsr_engine.data.samples import Position, Sample
+from qsr_engine.data.tar_shard import TarShard
+from qsr_engine.data.writing.folder import write_index
+from qsr_engine.data.writing.shard import write_shard
 from tests.unit.data.test_loader import equal, noise
 
 SIZES = [7, 9, 8, 6, 10]

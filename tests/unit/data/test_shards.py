@@ -26,7 +26,8 @@ from qsr_engine.data import (
     write_imagefolder,
 )
 from qsr_engine.data.index import Shard, Split
-from qsr_engine.data.shards import Sample, parse_sample, read_shard
+from qsr_engine.data.samples import Sample, parse_sample
+from qsr_engine.data.streaming import read_shard
 from tests.support.shard_files import write_images, write_tar
 
 SHA = "0" * 64

@@ -10,7 +10,8 @@ import pytest
 
 from qsr_engine.cli.main import main
 from qsr_engine.data import DataError, Index, index_shards, read_index, verify_shards
-from qsr_engine.data.index import Shard, Split, write_index
+from qsr_engine.data.index import Shard, Split
+from qsr_engine.data.writing.folder import write_index
 from qsr_engine.data.writing.verifying import scan_shard
 from tests.support.shard_files import picture, tar_bytes, write_tar
 

@@ -33,9 +33,10 @@ from qsr_engine.cli.main import main
 from qsr_engine.data import DataError, Index, index_shards, write_cifar10, write_imagefolder
 from qsr_engine.data import images as writing_images
 from qsr_engine.data.index import Shard
-from qsr_engine.data.shards import Sample, parse_sample, read_shard
+from qsr_engine.data.samples import Sample, parse_sample
+from qsr_engine.data.streaming import read_shard
 from qsr_engine.data.writing.resuming import RECORD_NAME, ShardSize
-from qsr_engine.data.writing.tar import sample_bytes, write_shard
+from qsr_engine.data.writing.shard import sample_bytes, write_shard
 from tests.support.shard_files import picture, read_folder, tar_bytes, write_images, write_tar
 
 ROOT = Path(__file__).parents[3]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from qsr_engine.data.index import DataError
+from qsr_engine.data.errors import DataError
 
 
-class Source(NamedTuple):
+class StoredImage(NamedTuple):
     """Where the bytes of one image lie: in a file, or in a part of one. ImageNet has 1.3 million of these."""
 
     file: str
@@ -35,8 +35,8 @@ class Source(NamedTuple):
         return data
 
 
-class Listed(NamedTuple):
-    """A source, and what else tells it from another image of the same size: its name and time of change."""
+class ListedImage(NamedTuple):
+    """An image, and what else tells it from another image of the same size: its name and time of change."""
 
-    source: Source
+    image: StoredImage
     identity: str

@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
-from qsr_engine.data.index import Shard, replacing
+from qsr_engine.data.index import Shard
+from qsr_engine.data.writing.folder import replacing
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, str, bytes, int]]) -> Shard:
@@ -24,7 +25,7 @@ def write_shard(path: Path, samples: Iterable[tuple[str, str, bytes, int]]) -> S
     """
     written = 0
     with replacing(path) as stream:
-        measured = _Measured(stream)
+        measured = MeasuredStream(stream)
         with tarfile.open(fileobj=measured, mode="w|") as tar:
             for key, suffix, image, label in samples:
                 _add(tar, f"{key}.cls", str(label).encode())
@@ -44,8 +45,8 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(member, io.BytesIO(data))
 
 
-class _Measured(io.RawIOBase):
-    """Counts and hashes what goes through it, so that the shard is not read again."""
+class MeasuredStream(io.RawIOBase):
+    """Counts and hashes what is read or written through it, so that the shard is not read again."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         super().__init__()
@@ -53,7 +54,15 @@ class _Measured(io.RawIOBase):
         self.bytes = 0
         self.sha256 = hashlib.sha256()
 
+    def read(self, size: int = -1) -> bytes:
+        data = self.stream.read(size)
+        self._measure(data)
+        return data
+
     def write(self, data: bytes) -> int:  # type: ignore[override]
+        self._measure(data)
+        return self.stream.write(data)
+
+    def _measure(self, data: bytes) -> None:
         self.bytes += len(data)
         self.sha256.update(data)
-        return self.stream.write(data)
