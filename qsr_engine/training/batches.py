@@ -13,7 +13,8 @@ from torch import Tensor
 
 from qsr_engine.config.batch import Batch
 from qsr_engine.config.recipe import Recipe
-from qsr_engine.data import Index, decoding
+from qsr_engine.data import Index
+from qsr_engine.data.batches import ImageBatch
 from qsr_engine.data.device import MixUp, Normalise
 from qsr_engine.data.loader import TrainLoader
 from qsr_engine.training.figures import Clock
@@ -40,7 +41,7 @@ class Batches:
         self._normalise = Normalise(device, DTYPES[recipe.precision.dtype])
         self._mixup = MixUp(recipe.data.mixup, len(index.classes or ())) if recipe.data.mixup > 0 else None
         self._together = batch.micro * dist.get_world_size()  # samples of all ranks in a micro-batch
-        self._stream: Iterator[decoding.Batch] | None = None
+        self._stream: Iterator[ImageBatch] | None = None
         self.images_seen = step * batch.train  # training samples of all ranks, also other ranks before a resumption
         self.skipped: set[str] = set()  # bad samples of this rank
 

@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from tests.ranks.test_combinations import NO_COMPILER, Combination, start, take_step, whole_masters, whole_parameters
 from tests.support import training
+from tests.support.combinations import NO_COMPILER, Combination, start, take_step, whole_masters, whole_parameters
 from tests.support.pool import JobError, Processes
 from tests.support.training import QSR
 

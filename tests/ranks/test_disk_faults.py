@@ -32,9 +32,9 @@ from safetensors.torch import load_file
 from qsr_engine.checkpoint.find import find
 from qsr_engine.checkpoint.manifest import CheckpointError, Manifest
 from qsr_engine.checkpoint.together import gathered
-from tests.ranks import test_fsdp_engine
-from tests.ranks.test_combinations import Combination, start, take_step
-from tests.ranks.test_train import (
+from tests.support import fsdp_engine
+from tests.support.combinations import Combination, start, take_step
+from tests.support.launch import (
     qsr_job,
     records,
 )
@@ -97,7 +97,7 @@ class Faults:
 def engine_of(kind: str) -> tuple[Any, Callable[[Any], Any]]:
     """An engine and a function that takes one step with it."""
     if kind == "fsdp":
-        return test_fsdp_engine.start(QSR), test_fsdp_engine.take_step
+        return fsdp_engine.start(QSR), fsdp_engine.take_step
     combination = Combination(int(kind[-1]), "fp32", "AdamW")
     return start(combination, QSR), lambda engine: take_step(engine, combination)
 
@@ -238,15 +238,15 @@ def test_a_write_that_is_cut_in_any_file_leaves_the_last_whole_one(
 REAL = """
 import os, sys, warnings
 from pathlib import Path
-from tests.distributed import test_fsdp_engine
-from tests.distributed.training import QSR
+from tests.support import fsdp_engine
+from tests.support.training import QSR
 from qsr_engine.checkpoint.find import find
 from qsr_engine.checkpoint.manifest import CheckpointError
 from qsr_engine.checkpoint.write import _discard
 folder, remount = Path(sys.argv[1]), sys.argv[2]
-engine = test_fsdp_engine.start(QSR)
+engine = fsdp_engine.start(QSR)
 while engine.local_steps.step < 2:
-    test_fsdp_engine.take_step(engine)
+    fsdp_engine.take_step(engine)
 saved, failed = [], None
 while failed is None:
     try:

@@ -24,15 +24,15 @@ from qsr_engine.config.qsr import AveragingConfig, OuterConfig, QSRConfig
 from qsr_engine.config.strict import ConfigError, validate
 from qsr_engine.local_steps.header import BoundaryError, Header, not_finite
 from qsr_engine.records.runs import read_run
-from tests.ranks import test_fsdp_engine as fsdp
-from tests.ranks import test_local_steps as alone
-from tests.ranks.test_combinations import Combination
-from tests.ranks.test_combinations import start as start_deepspeed
-from tests.ranks.test_deepspeed_engine import count_job
-from tests.ranks.test_train import qsr_job, recipe  # noqa: F401  # a fixture
-from tests.ranks.test_two_level import TWO_OF_TWO, on_hosts
+from tests.support import bare_local_steps as alone
+from tests.support import fsdp_engine as fsdp
 from tests.support import training
+from tests.support.combinations import Combination
+from tests.support.combinations import start as start_deepspeed
+from tests.support.deepspeed_engine import count_job
+from tests.support.launch import qsr_job
 from tests.support.pool import Processes
+from tests.support.pretended_hosts import TWO_OF_TWO, on_hosts
 from tests.support.training import QSR
 
 LEAVE_OUT: dict[str, Any] = {"faults": {"not_finite": "leave_out"}}
@@ -534,7 +534,7 @@ def bad_train_job(argv: list[str]) -> tuple[int, str]:
 @pytest.mark.parametrize("policy", ["leave_out", "stop"])
 def test_a_recipe_goes_on_after_a_loss_that_is_not_finite(
     processes: Processes,
-    recipe: Path,  # noqa: F811
+    recipe: Path,
     policy: str,
 ) -> None:
     sets = [f"qsr.faults.not_finite={policy}", "qsr.alpha=0", "logging.every=1", "logging.name=bad"]  # rounds of 2

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.ranks.test_combinations import (
+from tests.support import training
+from tests.support.combinations import (
     DTYPES,
     Combination,
     assert_like_reference,
@@ -21,8 +22,7 @@ from tests.ranks.test_combinations import (
     whole_masters,
     whole_parameters,
 )
-from tests.ranks.test_deepspeed_engine import collectives_across_workers
-from tests.support import training
+from tests.support.counting import collectives_across_workers
 from tests.support.pool import JobError, Processes
 from tests.support.training import QSR
 

@@ -18,31 +18,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.ranks.test_train import qsr_job
+from tests.support.clusters import PATH, PREFIX, SCRIPT
+from tests.support.launch import qsr_job
 from tests.support.pool import Processes
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import slow_network
 
-SCRIPT = Path(__file__).parents[2] / "launch" / "cluster.sh"
-PREFIX = "qsrtest"
 HOSTS = (f"{PREFIX}1", f"{PREFIX}2")
-PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
-@pytest.fixture
-def possible(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skips where there can be no such hosts."""
+@pytest.fixture(autouse=True)
+def _prefix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slow_network, "PREFIX", PREFIX)  # a benchmark may run
-    if os.geteuid() != 0:
-        pytest.skip("network namespaces need root")
-    missing = [name for name in ("ip", "tc", "sshd", "ssh", "pdsh") if not shutil.which(name, path=PATH)]
-    if missing:
-        pytest.skip(f"not installed: {', '.join(missing)}")
-    tried = subprocess.run(["ip", "netns", "add", f"{PREFIX}try"], capture_output=True, text=True, check=False)
-    subprocess.run(["ip", "netns", "del", f"{PREFIX}try"], capture_output=True, check=False)
-    if tried.returncode:
-        pytest.skip(f"no network namespaces here: {tried.stderr.strip()}")
 
 
 @pytest.fixture

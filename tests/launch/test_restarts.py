@@ -27,7 +27,7 @@ from qsr_engine.config.strict import ConfigError
 from qsr_engine.membership.signals import STOPPED
 from qsr_engine.records.runs import read_run
 from qsr_engine.training.saving import UnsavedError
-from tests.ranks.test_train import interrupted_job, qsr_job
+from tests.support.launch import interrupted_job, qsr_job
 from tests.support.pool import Processes, free_port, rank_environment
 
 LIMIT = 150.0  # seconds, for anything that is waited for

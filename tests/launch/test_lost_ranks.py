@@ -22,13 +22,12 @@ from typing import Any
 import pytest
 
 from qsr_engine.checkpoint.find import find_alone
-from tests.ranks.test_roll_call import PREFIX, SCRIPT, cluster
 from tests.support.pool import free_port, rank_environment
+from tests.support.recipes import recipe_of_three_workers
 
 BATCH = 24  # samples of a step
 SECONDS = 2.0  # qsr.faults.timeout_seconds
 LIMIT = 60.0  # for a test's processes, starting them included; a rank that waits for ever is killed then
-__all__ = ["cluster"]  # a fixture
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["qsr_engine.training.loop", "qsr_engine.engines.deepspeed.engine", "qsr_engine.cli.main"]
@@ -37,24 +36,7 @@ CONTEXT.set_forkserver_preload(
 
 @pytest.fixture
 def recipe(tmp_path: Path, digits: Path) -> Path:
-    """Three workers, rounds of 4 steps, a checkpoint at each boundary."""
-    path = tmp_path / "small.yaml"
-    path.write_text(f"""
-model:
-  name: timm/vit_tiny_patch16_224
-  kwargs: {{img_size: 8, patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2}}
-data: {{shards: "{digits}", image_size: 8}}
-batch: {{train_batch_size: {BATCH}}}
-optimizer: {{type: AdamW, gradient_clipping: 1.0}}
-qsr:
-  strategy: constant
-  h_base: 4
-  total_steps: 20
-  lr: {{schedule: constant, peak: 1e-3}}
-  faults: {{timeout_seconds: {SECONDS}}}
-logging: {{dir: "{tmp_path / "runs"}", name: run, every: 1, checkpoint_every: 1, tensorboard: false}}
-""")
-    return path
+    return recipe_of_three_workers(tmp_path, digits, SECONDS)
 
 
 def never_ends() -> None:
@@ -253,7 +235,7 @@ def test_rank_0_where_the_store_outlives_it(
 
     agent = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    monkeypatch.setattr("tests.ranks.test_lost_ranks.free_port", lambda: agent.port)
+    monkeypatch.setattr("tests.launch.test_lost_ranks.free_port", lambda: agent.port)
     ranks = start("--engine", "fsdp", rank_0=("a local step", 9, fault))
     for other in (1, 2):
         assert ranks.ended(other) in (1, 2)
@@ -364,39 +346,6 @@ def ask_by_sigterm() -> None:
 
 def ask_by_sigusr1() -> None:
     os.kill(os.getpid(), signal.SIGUSR1)
-
-
-# ------------------------------------------------------------------------------------------------- the network
-
-
-def test_a_host_whose_network_is_cut(cluster: dict[str, str], recipe: Path) -> None:
-    """Host 2 of 3, in a run that would take hours: it ends too, since it does not reach rank 0."""
-    words = [sys.executable, "-m", "qsr_engine", "train", str(recipe), "--engine", "fsdp"]
-    words += ["--set", "qsr.total_steps=1000000", "--set", "logging.checkpoint_every=1000000"]
-    started = []
-    for rank in range(3):
-        on_host = {**cluster, "QSR_HOST": str(rank + 1), **rank_environment(rank, 3, 29500)}
-        environment = {**os.environ, **on_host, "MASTER_ADDR": f"{PREFIX}1", "DS_ACCELERATOR": "cpu"}
-        log = (recipe.parent / f"host-{rank}.log").open("w+")
-        started.append((subprocess.Popen([str(SCRIPT), "run", *words], env=environment, stdout=log, stderr=log), log))
-    try:
-        metrics, end = recipe.parent / "runs" / "run" / "metrics.jsonl", time.monotonic() + LIMIT
-        while not metrics.exists() or metrics.read_text().count("\n") < 5:
-            assert time.monotonic() < end, "no step in time"
-            time.sleep(0.05)  # between looks at a file, which nobody announces
-        subprocess.run(["ip", "-n", f"{PREFIX}2", "link", "set", "eth0", "down"], check=True)
-        said = []
-        for process, log in started:
-            assert process.wait(LIMIT) != 0
-            log.seek(0)
-            said.append(log.read())
-    finally:
-        for process, log in started:
-            process.kill()
-            log.close()
-    for rank in (0, 2):
-        assert f"rank 1 is lost (qsr.faults.timeout_seconds):\n  rank 1 on {PREFIX}2: no sign of life for" in said[rank]
-    assert "rank 0, or torchrun's agent that holds the store, has not answered for " in said[1]
 
 
 ENDINGS = """
