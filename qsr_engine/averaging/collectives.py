@@ -19,7 +19,7 @@ from qsr_engine.averaging.gloo_threads import await_idle_threads
 Group = dist.ProcessGroup | None  # None is the group of all ranks
 
 # Size of a bucket in MB (1e6 bytes) where the configuration gives none, for the backend of the group. Measured for
-# gloo (benchmarks/averaging.py --bucket-sizes): from 16 MB on the size hardly matters, and a forward that waits for its
+# gloo (benchmarks/averaging --bucket-sizes): from 16 MB on the size hardly matters, and a forward that waits for its
 # first bucket begins the sooner, the smaller it is. For NCCL it is not measured.
 BUCKET_MB = {"gloo": 16.0, "nccl": 64.0}
 
