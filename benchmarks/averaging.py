@@ -36,9 +36,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from qsr_engine.averaging import Averager, flat_buckets
+from qsr_engine.averaging import Averager, bucket_bytes, flat_buckets
+from qsr_engine.averaging.allreduce import AllReduce
 from qsr_engine.averaging.buckets import packed_pieces
-from qsr_engine.averaging.collectives import AllReduce, bucket_bytes
 from qsr_engine.config.qsr import AveragingConfig
 from qsr_engine.local_steps.header import Header, exchange_headers
 

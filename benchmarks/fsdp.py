@@ -66,7 +66,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn import functional as F
 
 import qsr_engine
-from qsr_engine.averaging.collectives import ring_bytes
+from qsr_engine.averaging import ring_bytes
 
 sys.path.insert(0, str(Path(__file__).parent))
 from hardware import machine

@@ -34,7 +34,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from qsr_engine.averaging import Averager, CollectiveError, LeftOut, average_in_place, average_packed, bucket_bytes
+from qsr_engine.averaging import (
+    NOBODY,
+    Averager,
+    CollectiveError,
+    LeftOut,
+    average_in_place,
+    average_packed,
+    bucket_bytes,
+)
 from qsr_engine.config.qsr import QSRConfig
 from qsr_engine.local_steps.header import Header, exchange_headers, not_finite
 from qsr_engine.membership.watchdog import Liveness, LostRankError
@@ -100,6 +108,7 @@ class LocalSteps:
         self._buffers_differ = False
         self._not_finite = _count_not_finite(buffers())  # elements when the buffers were the same everywhere (a mask)
         self._headers: list[Header] = []  # of the averaging that is due or under way
+        self._without: LeftOut = NOBODY  # of that averaging
         self._due = False  # a delayed averaging that begins with the next forward
         self._apply_at: int | None = None  # the step after which a delayed averaging takes effect
         self._round = self._begin()
@@ -224,15 +233,15 @@ class LocalSteps:
             self.seconds_waiting += time.perf_counter() - arrived
             self.stopping = any(header.stop for header in self._headers)
             self.skipped_steps_of_all_workers = sum(h.skipped for h in self._headers) // size
-            left_out = self._leave_out(not_finite(self._headers, size))
+            self._without = left_out = self._leave_out(not_finite(self._headers, size))
             self.bytes_sent += self.averager.bytes_per_averaging
             self.bytes_sent += self.average_buffers(left_out) + self._average_state(left_out)
             self._not_finite = _count_not_finite(self._buffers())
             overlap = "none" if self.finished else self.qsr.averaging.overlap
             if overlap == "delayed":
                 self._due = True
-            elif overlap == "none" or not self.averager.start():
-                self.averager.average()
+            elif overlap == "none" or not self.averager.start(left_out):
+                self.averager.average(left_out)
                 self._averaged()
 
     def _header(self) -> Header:
@@ -244,8 +253,8 @@ class LocalSteps:
         return Header(self.step, self.period, rate, self._digest, squares, moved, skipped, asked)
 
     def _leave_out(self, workers: list[int]) -> LeftOut:
-        """Leave workers out of the averaging that begins; it gives them the mean of the others."""
-        left_out = self.averager.leave_out(workers)
+        """Workers to leave out of the averaging that begins; it gives them the mean of the others."""
+        left_out = self.averager.left_out(workers)
         if not workers:
             return left_out
         self.left_out = {**self.left_out, **{worker: self.left_out.get(worker, 0) + 1 for worker in workers}}
@@ -268,7 +277,8 @@ class LocalSteps:
         return sent + self._replace_state(left_out) if left_out.ranks else sent
 
     def _averaged(self) -> None:
-        self._distance = self.averager.relative_distance([header.sum_of_squares for header in self._headers])
+        squares = [header.sum_of_squares for header in self._headers]
+        self._distance = self.averager.relative_distance(squares, self._without)
         self._after_averaging()
 
     def begin_forward(self) -> None:
@@ -351,7 +361,7 @@ class LocalSteps:
             raise CollectiveError(f"after step {self.step}: {error}") from error
         self.seconds_averaging += time.perf_counter() - started
 
-    def average_buffers(self, left_out: LeftOut | None = None) -> int:
+    def average_buffers(self, left_out: LeftOut = NOBODY) -> int:
         """Average the buffers over all ranks; after a `parallel` round, an evaluation asks for it.
 
         Also inside a worker: its ranks average gradients, and each has seen batches of its own. In fp64, so that a
@@ -367,9 +377,7 @@ class LocalSteps:
         if not buffers:
             return 0
         exact = [buffer.to(torch.float64, copy=True) for buffer in buffers]
-        if left_out is not None:
-            left_out = LeftOut(left_out.ranks * self.qsr.worker_size, left_out.here)
-        sent = average_packed(exact, None, _BUFFER_BUCKET_BYTES, left_out)
+        sent = average_packed(exact, None, left_out=left_out.with_all_ranks(self.qsr.worker_size))
         for buffer, mean in zip(buffers, exact, strict=True):
             buffer.copy_(mean)
         return sent
@@ -441,7 +449,6 @@ _COUNTS = (
     "left_out",
 )
 _STATE = (*_COUNTS, "relative_distance")
-_BUFFER_BUCKET_BYTES = 16_000_000
 
 
 def _count_not_finite(tensors: list[torch.Tensor]) -> int:

@@ -23,8 +23,6 @@ from qsr_engine.averaging import average_packed
 from qsr_engine.config.recipe import ModelConfig
 from qsr_engine.config.strict import ConfigError
 
-_BUCKET_BYTES = 16_000_000
-
 
 class PlainViT(VisionTransformer):  # type: ignore[misc]  # timm has no types
     """A ViT with fixed positions, no class token, no dropout, and the mean of the normed tokens before a linear head.
@@ -243,6 +241,6 @@ def _cuda_devices(tensors: Iterable[Tensor]) -> list[torch.device]:
 def _average(statistics: list[Tensor]) -> None:
     """Replace them by their mean over all ranks, which is computed in fp64."""
     exact = [value.to(torch.float64, copy=True) for value in statistics]
-    average_packed(exact, None, _BUCKET_BYTES)
+    average_packed(exact, None)
     for value, mean in zip(statistics, exact, strict=True):
         value.copy_(mean)

@@ -65,12 +65,12 @@ def make(averaging: dict[str, Any], **config: Any) -> Any:
 
 def be_slow() -> None:
     """Let every piece of an averaging take 10 ms more, so that a read that does not wait reads the wrong value."""
-    from qsr_engine.averaging import collectives, shared_memory, wire
+    from qsr_engine.averaging import allreduce, compressed, shared_memory
 
     for way, method in (
-        (collectives.AllReduce, "_finish"),
+        (allreduce.AllReduce, "_finish"),
         (shared_memory.SharedMemory, "_average_part"),
-        (wire.Compressed, "_apply"),
+        (compressed.Compressed, "_apply"),
     ):
         fast = getattr(way, method)
         if not hasattr(fast, "fast"):
@@ -84,12 +84,12 @@ def be_slow() -> None:
 
 
 def be_fast() -> None:
-    from qsr_engine.averaging import collectives, shared_memory, wire
+    from qsr_engine.averaging import allreduce, compressed, shared_memory
 
     for way, method in (
-        (collectives.AllReduce, "_finish"),
+        (allreduce.AllReduce, "_finish"),
         (shared_memory.SharedMemory, "_average_part"),
-        (wire.Compressed, "_apply"),
+        (compressed.Compressed, "_apply"),
     ):
         setattr(way, method, getattr(getattr(way, method), "fast", getattr(way, method)))
 
