@@ -55,7 +55,8 @@ class Averager:
     ) -> None:
         self.buckets = list(buckets)
         self.group = group
-        self.device = device or (self.buckets[0].device if self.buckets else torch.device("cpu"))
+        self._home = self.buckets[0].device if self.buckets else torch.device("cpu")
+        self.device = device or self._home
         self.options = options = options or AveragingConfig(shared_memory=False)
         self.workers = dist.get_world_size(group)
         self._reducer = choose_reducer(self.buckets, group, options, outer)
@@ -142,7 +143,7 @@ class Averager:
         if order is None:
             return False
         self._order = order
-        self._background = Background(self._run(left_out), len(self.pieces), self.buckets[0].device)
+        self._background = Background(self._run(left_out), len(self.pieces), self._home)
         self._forward.guard(self._background.wait)
         return True
 
@@ -171,7 +172,7 @@ class Averager:
             capacity = bucket_bytes(self.options.bucket_mb, self.group)
             self._snapshot = Snapshot(self.buckets, self.group, capacity)
         averaged = self._squares.noted(self._snapshot.take())
-        self._background = Background(averaged, len(self._snapshot.pieces), self.buckets[0].device)
+        self._background = Background(averaged, len(self._snapshot.pieces), self._home)
 
     def apply(self) -> None:
         """Add to the buckets what the averaging would have changed at the snapshot: average - snapshot.
