@@ -56,19 +56,15 @@ WAYS = [
         "pillow",
         versions=("timm", "webdataset", "pillow"),
     ),
-    Way(
-        "webdataset, Pillow",
-        "webdataset",
-        partial(webdataset, version=1),
-        "pillow",
-        versions=("webdataset", "torchvision", "pillow"),
-    ),
-    Way(
-        "webdataset, decode_jpeg",
-        "webdataset",
-        partial(webdataset, version=2),
-        "torchvision tensors",
-        versions=("webdataset", "torchvision"),
+    *(
+        Way(
+            f"webdataset, {decoder}",
+            "webdataset",
+            partial(webdataset, version=version),
+            picture,
+            versions=("webdataset", "torchvision", "pillow"),
+        )
+        for version, decoder, picture in ((1, "Pillow", "pillow"), (2, "decode_jpeg", "torchvision tensors"))
     ),
     *(
         Way(
