@@ -220,7 +220,7 @@ LEAVES_EARLY = """
 import torch, torch.distributed as dist
 from torch import nn
 from qsr_engine.averaging import Averager, flat_buckets
-from qsr_engine.config import AveragingConfig
+from qsr_engine.config.qsr import AveragingConfig
 dist.init_process_group("gloo")
 model = nn.Linear(2000, 2000, bias=False)
 options = AveragingConfig(overlap="next_forward", shared_memory=False, bucket_mb=0.1)
