@@ -1,24 +1,38 @@
 """Training data: WebDataset shards in one folder with an `index.json`, written, checked and read.
 
+Files in the order in which they import one another:
+
+    errors           what is wrong, in words for the user
+    places           which places shards are read from: folders and URLs
+    retrying         which reads are tried again, and when
+    remote           files behind a URL
     index            the model of index.json
+    checking         the files of shards beside what the index says of them
     images           Pillow: formats, limits, smaller copies; without torch
+    tar              what is read of a tar file, and what is refused: headers, limits, keys and suffixes
+    samples          what a sample must be: its image and its label
     writing/         makes and checks folders of shards
     order            which samples a rank reads in an epoch, and in which order
-    retrying         which reads are tried again, and when
-    tar_members      what is read of a tar file, and what is refused
-    random_access    one sample of a local tar file
-    shards           samples from local files, or from streams (remote: URLs and their cache)
+    tar_shard        one local shard, its samples in any order
+    cache            local copies of remote shards
+    random_access    samples of local shards
+    streaming        samples of shards as they come
+    sources          the one or the other of both, for a split
     views            which part of an image is shown
-    decoding         from bytes to pixels (_jpeg.c: one region of a JPEG; gpu_decoding: the whole of it, by nvJPEG)
+    decoding         from bytes to pixels (_jpeg.c: one region of a JPEG)
+    batches          samples decoded into a batch, and what stands in for bad ones
+    gpu_decoding     the same by nvJPEG
     ring             loader processes, and memory that they share with the rank
-    loader           batches
     device           batches on the GPU, normalised and mixed there
+    loader           the batches of a rank
 
 `TrainLoader` and `EvalLoader` are imported from `qsr_engine.data.loader`: they import torch, which takes seconds, and
 `qsr shards` does not need it.
 """
 
-from qsr_engine.data.index import DataError, Index, check_shards, read_index
+from qsr_engine.data.checking import check_shards
+from qsr_engine.data.errors import DataError
+from qsr_engine.data.index import Index, read_index
 from qsr_engine.data.writing import index_shards, verify_shards, write_cifar10, write_digits, write_imagefolder
 
 __all__ = [

@@ -1,17 +1,14 @@
-"""From the bytes of an image to the pixels of its view: decode what the view needs, resize it, put it into the batch.
+"""From the bytes of an image to the pixels of its view: decode what the view needs, resize it.
 
 JPEG images of the usual kinds are decoded by libjpeg-turbo, the rows and columns of the view only (`_jpeg.c`). All
 others, and all where that extension was not built, are decoded whole by Pillow; both give the same pixels.
-Pictures stay uint8 [S, S, 3]; a batch is uint8 [B, 3, S, S] in channels-last memory.
+Pictures are uint8 [S, S, 3].
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from random import Random
 from typing import Any, NamedTuple
 
@@ -20,12 +17,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 from torchvision.transforms import v2
 
+from qsr_engine.data.errors import DataError
 from qsr_engine.data.images import check_limits, check_scans, reason, to_eight_bits
-from qsr_engine.data.index import DataError
-from qsr_engine.data.shards import Sample
+from qsr_engine.data.samples import Sample
 from qsr_engine.data.views import ChooseView, View
 
 try:
@@ -48,18 +44,6 @@ def _options(box: tuple[float, float, float, float] | None) -> Any:
 
 
 _WHOLE = _options(None)
-
-
-class Batch(NamedTuple):
-    """Pictures and labels.
-
-    `images` are uint8 [B, 3, S, S] in channels-last memory, RGB. `labels` are int64 [B]; -1 marks a picture that
-    evaluation leaves out. `skipped` says for each bad sample of the batch what was wrong with it.
-    """
-
-    images: Tensor
-    labels: Tensor
-    skipped: tuple[str, ...] = ()
 
 
 class Augment:
@@ -221,18 +205,6 @@ def decode_whole(sample: Sample, region: Region) -> bytes:
         raise _undecodable(sample, error) from error
 
 
-@contextmanager
-def torch_seeded(seed: int, wanted: bool) -> Iterator[None]:
-    """torch's global generator seeded, and as before afterwards, where it is wanted at all: this takes 0.1 ms."""
-    if not wanted:
-        yield
-        return
-    with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed: it seeds the generators of all GPUs too, and with it the model's dropout.
-        torch.default_generator.manual_seed(seed)
-        yield
-
-
 def _undecodable(sample: Sample, error: Exception) -> DataError:
     return DataError(f"{sample.where} does not decode as JPEG or PNG: {reason(error)}")
 
@@ -256,74 +228,3 @@ def _moved(picture: Pixels, dx: int, dy: int) -> Pixels:
         max(0, -dy) : height + min(0, -dy), max(0, -dx) : width + min(0, -dx)
     ]
     return moved
-
-
-def decode_batch(
-    samples: Sequence[Sample | DataError],
-    decoder: Decoder,
-    seed: int,
-    out: Pixels,
-    spares: Iterable[Sample | DataError] = (),
-    *,
-    skip: bool,
-    replace: bool,
-) -> tuple[list[int], tuple[str, ...]]:
-    """Decode samples into `out`, uint8 [B, S, S, 3].
-
-    The random numbers depend on the seed alone; the generators of this process are as before.
-
-    Args:
-        samples: B samples, or for a bad one what was wrong with it.
-        spares: samples that are not of this batch; the first good one stands in where all samples are bad.
-        skip: go on where a sample is bad.
-        replace: a skipped sample is replaced by the next good one of its batch; otherwise by black, with label -1.
-    Returns:
-        Labels, and what was wrong with each skipped sample.
-    Raises:
-        DataError: a sample is bad and `skip` is false, or no sample is left to replace the bad ones.
-    """
-    labels, bad = [], {}
-    with torch_seeded(seed, decoder.augment is not None):
-        random = Random(seed)
-        for number, sample in enumerate(samples):
-            try:
-                if isinstance(sample, DataError):
-                    raise sample
-                decoder.decode(sample, random, out[number])
-                labels.append(sample.label)
-            except DataError as error:
-                if not skip:
-                    raise
-                bad[number] = str(error)
-                labels.append(-1)
-                out[number] = 0
-        if replace and len(bad) == len(samples):
-            labels[0] = decode_spare(decoder, spares, random, out[0], list(bad.values()))
-            out[1:], labels[1:] = out[0], [labels[0]] * (len(labels) - 1)
-        elif replace:
-            replace_bad(out, labels, bad)
-    return labels, tuple(bad.values())
-
-
-def decode_spare(
-    decoder: Decoder, spares: Iterable[Sample | DataError], random: Random, out: Pixels, bad: Sequence[str]
-) -> int:
-    """Decode the first good spare into `out`, uint8 [S, S, 3]. Returns its label.
-
-    Raises:
-        DataError: none is good; `bad` says what was wrong with the batch.
-    """
-    for spare in spares:
-        if isinstance(spare, Sample):
-            with contextlib.suppress(DataError):
-                decoder.decode(spare, random, out)
-                return spare.label
-    raise DataError(f"all {len(bad)} samples of a batch are bad, and those that come next; the last: {bad[-1]}")
-
-
-def replace_bad(pictures: Any, labels: list[int], bad: Mapping[int, str]) -> None:
-    """Put the next good sample of the batch, or the first, in the place of each bad one; at least one is good."""
-    good = [number for number in range(len(labels)) if number not in bad]
-    for number in bad:
-        other = next((n for n in good if n > number), good[0])
-        pictures[number], labels[number] = pictures[other], labels[other]

@@ -12,19 +12,19 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from qsr_engine.data.decoding import Batch
+from qsr_engine.data.batches import ImageBatch
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's training images, in RGB from 0 to 1
 
 
-def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+def on_device(batches: Iterable[ImageBatch], device: torch.device) -> Iterator[ImageBatch]:
     """The batches with images and labels on the device; on a GPU the next one is copied while one is used."""
     if device.type != "cuda":
         for batch in batches:
-            yield Batch(batch.images.to(device), batch.labels.to(device), batch.skipped)
+            yield ImageBatch(batch.images.to(device), batch.labels.to(device), batch.skipped)
         return
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    ahead: Batch | None = None
+    ahead: ImageBatch | None = None
     for batch in batches:
         copied = _copy(batch, device, stream)
         if ahead is not None:
@@ -34,13 +34,13 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
         yield _ready(ahead, stream)
 
 
-def _copy(batch: Batch, device: torch.device, stream: torch.cuda.Stream) -> Batch:
+def _copy(batch: ImageBatch, device: torch.device, stream: torch.cuda.Stream) -> ImageBatch:
     with torch.cuda.stream(stream):
         images = batch.images.pin_memory().to(device, non_blocking=True)
-        return Batch(images, batch.labels.pin_memory().to(device, non_blocking=True), batch.skipped)
+        return ImageBatch(images, batch.labels.pin_memory().to(device, non_blocking=True), batch.skipped)
 
 
-def _ready(batch: Batch, stream: torch.cuda.Stream) -> Batch:
+def _ready(batch: ImageBatch, stream: torch.cuda.Stream) -> ImageBatch:
     """Let the current stream wait for the copy, and keep its memory from being used anew before that stream is done."""
     current = torch.cuda.current_stream(stream.device)
     current.wait_stream(stream)

@@ -20,14 +20,15 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from qsr_engine.data.decoding import Batch, Decoder, decode_spare, image_size, replace_bad, torch_seeded
-from qsr_engine.data.index import DataError
-from qsr_engine.data.shards import Sample
+from qsr_engine.data.batches import ImageBatch, decode_spare, replace_bad, torch_seeded
+from qsr_engine.data.decoding import Decoder, image_size
+from qsr_engine.data.errors import DataError
+from qsr_engine.data.samples import Sample
 from qsr_engine.data.views import View
 
 _AHEAD = 4  # batches that are read before they are decoded
 _LEAVE = 5.0  # seconds for the thread that reads, at the end of the process
-Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
 class GPUDecoder:
@@ -47,7 +48,7 @@ class GPUDecoder:
         spares: Iterable[Sample | DataError] = (),
         *,
         skip: bool,
-    ) -> Batch:
+    ) -> ImageBatch:
         """Pictures uint8 [B, 3, S, S], channels-last, and labels on the device.
 
         Raises:
@@ -86,7 +87,7 @@ class GPUDecoder:
                 pictures[:] = torch.from_numpy(pixels).permute(2, 0, 1).to(self.device)
             else:
                 replace_bad(pictures, labels, bad)
-        return Batch(pictures, torch.tensor(labels, device=self.device), tuple(bad.values()))
+        return ImageBatch(pictures, torch.tensor(labels, device=self.device), tuple(bad.values()))
 
     @staticmethod
     def _note(number: int, error: DataError, labels: list[int], bad: dict[int, str], skip: bool) -> None:
@@ -121,12 +122,12 @@ class GPUDecoder:
         return shown if self.decoder.augment is None else self.decoder.augment.transform(shown)
 
 
-def in_thread(items: Iterable[Item]) -> Iterator[Item]:
+def in_thread(items: Iterable[Made]) -> Iterator[Made]:
     """The items, made by a thread that is a few of them ahead."""
-    ahead: queue.Queue[tuple[bool, Item | Exception | None]] = queue.Queue(_AHEAD)
+    ahead: queue.Queue[tuple[bool, Made | Exception | None]] = queue.Queue(_AHEAD)
     stopped = threading.Event()
 
-    def put(last: bool, item: Item | Exception | None) -> None:
+    def put(last: bool, item: Made | Exception | None) -> None:
         while not stopped.is_set():
             try:
                 ahead.put((last, item), timeout=0.1)

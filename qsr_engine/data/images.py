@@ -14,12 +14,11 @@ from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError, features
 
-from qsr_engine.data.index import DataError
+from qsr_engine.data.errors import DataError
 
 MAX_PIXELS = 100_000_000  # 300 MB decoded; a larger image is a mistake or an attack
 MAX_ASPECT = 100  # long side to short side; resizing the short side makes a bomb of a 1 x 100,000 image
 MAX_SCANS = 100  # of a progressive JPEG; encoders write about 10, and each costs a pass over the whole image
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png")  # of the members of a shard
 GREY = ("1", "L", "LA")  # Pillow's modes that become grey JPEG; all others become RGB
 SIXTEEN_BITS = ("I;16", "I")  # those of a grey PNG of 16 bits: of this Pillow, and of older ones
 

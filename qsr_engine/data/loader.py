@@ -1,15 +1,13 @@
 """Batches of training and evaluation data for one rank, the same for any number of loader processes.
 
 order        which samples, in which order: positions, no bytes                  (order.py, webdataset's shuffle)
-source       the bytes and labels of the samples of one batch                    (shards.py, remote.py)
-decoding     into one block of memory                                            (views.py, decoding.py)
+source       the bytes and labels of the samples of one batch                    (sources.py)
+decoding     into one block of memory                                            (views.py, decoding.py, batches.py)
 ring         the loader processes, each of which does all of this for one batch in P
 """
 
 from __future__ import annotations
 
-import math
-import os
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -17,22 +15,22 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import torch
 import webdataset as wds
 
 from qsr_engine.config.recipe import DataConfig
-from qsr_engine.data.decoding import Augment, Batch, Decoder, decode_batch
+from qsr_engine.data.batches import ImageBatch, decode_batch
+from qsr_engine.data.decoding import Augment, Decoder, Pixels
 from qsr_engine.data.device import on_device
+from qsr_engine.data.errors import DataError
 from qsr_engine.data.gpu_decoding import GPUDecoder, in_thread
-from qsr_engine.data.index import DataError, Index, Split, is_url
+from qsr_engine.data.index import Index
 from qsr_engine.data.order import epoch_of, plan_epoch, plan_evaluation, seed_for
-from qsr_engine.data.random_access import TarShard
-from qsr_engine.data.remote import ShardCache, ShardStream
-from qsr_engine.data.retrying import Retry
-from qsr_engine.data.ring import Beside, Pixels, run_here, run_in_processes
-from qsr_engine.data.shards import Item, RandomAccess, Sample, Source, Streamed, bad_sample
+from qsr_engine.data.ring import Beside, run_here, run_in_processes
+from qsr_engine.data.samples import Item, Sample, bad_sample
+from qsr_engine.data.sources import Source, make_source
 from qsr_engine.data.views import EvalView, TrainView
 
 CPU = torch.device("cpu")
@@ -80,7 +78,7 @@ class TrainLoader:
             Augment(augment.operations, augment.magnitude) if augment else None,
         )
 
-    def batches(self, start: int = 0, skipped: Iterable[str] = (), device: torch.device = CPU) -> Iterator[Batch]:
+    def batches(self, start: int = 0, skipped: Iterable[str] = (), device: torch.device = CPU) -> Iterator[ImageBatch]:
         """Yield batches on a device from micro-batch number `start` on, counted from the start of training.
 
         What is before `start` is neither read nor decoded (a remote shard without a cache is read).
@@ -93,7 +91,7 @@ class TrainLoader:
         produce = _Decode(
             partial(self._raw_batches, start), self._source, self._decoder, self.config.max_bad_samples > 0, True
         )
-        batches: Iterator[Batch]
+        batches: Iterator[ImageBatch]
         if self.config.decoder == "gpu":
             decoder = GPUDecoder(self._decoder, device)
             batches = (
@@ -149,60 +147,10 @@ class EvalLoader:
         raw_batches = partial(_evaluation_batches, partial(source.items, slices), batch_size)
         self._produce = _Decode(raw_batches, source, decoder, config.max_bad_samples > 0, False)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[ImageBatch]:
         """Yield batches. Raises DataError as TrainLoader.batches(); the limit is one of each evaluation."""
         batches = _batches(self._produce, self.batch_size, self.config)
         return _limited(batches, set(), self.config.max_bad_samples, "this evaluation on this rank")
-
-
-def make_source(folder: str | Path, index: Index, config: DataConfig, split: str) -> Source:
-    """Where the samples of a split come from.
-
-    Raises:
-        DataError: the shards are behind a URL, and the cache cannot be used.
-    """
-    classes, retry = index.class_count, Retry(config.retries, config.retry_seconds)
-    if not is_url(folder):
-        return RandomAccess(partial(_open_local, Path(folder)), classes, retry=retry)
-    url = str(folder).rstrip("/")
-    shards = {shard.name: shard for shard in index.split(split).shards}
-    if config.cache_gb == 0:
-        sizes = {name: shard.bytes for name, shard in shards.items()}
-        return Streamed(partial(_name_of, url), partial(_open_stream, url, sizes), classes, retry)
-    place = Path(config.cache_dir or default_cache()).expanduser() / "shards"
-    cache = ShardCache(url, place, round(config.cache_gb * 1e9), shards, retry)
-    _check_room(config, index.split(split))
-    return RandomAccess(cache.open, classes, cache.announce, retry)
-
-
-def _check_room(config: DataConfig, split: Split) -> None:
-    """Raises DataError where shards would be forgotten while the shuffle buffers still hold samples of them."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # of this host
-    span = 2 + 2 * math.ceil(config.shuffle_buffer * len(split.shards) / split.samples)  # twice the buffer's shards
-    needed = min(ranks * span, len(split.shards)) * max(shard.bytes for shard in split.shards)
-    if round(config.cache_gb * 1e9) < needed:
-        raise DataError(
-            f"data.cache_gb is {config.cache_gb:g}, and the shuffle buffers of {ranks} ranks on this host ("
-            f"shuffle_buffer {config.shuffle_buffer}) span shards of {1.01 * needed / 1e9:.3g} GB; write at least "
-            "that, or a smaller data.shuffle_buffer"
-        )
-
-
-def default_cache() -> Path:
-    """The folder of cached shards where the configuration names none."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qsr_engine"
-
-
-def _open_local(folder: Path, name: str) -> TarShard:
-    return TarShard(folder / name)
-
-
-def _name_of(url: str, name: str) -> str:
-    return f"{url}/{name}"
-
-
-def _open_stream(url: str, sizes: dict[str, int], name: str) -> IO[bytes]:
-    return ShardStream(f"{url}/{name}", sizes[name])  # type: ignore[return-value]
 
 
 def _evaluation_batches(items: Callable[[], Iterator[Item]], batch_size: int) -> Iterator[RawBatch]:
@@ -246,7 +194,7 @@ class _Decode:
         yield from ahead
 
 
-def _limited(batches: Iterator[Batch], skipped: set[str], limit: int, where: str) -> Iterator[Batch]:
+def _limited(batches: Iterator[ImageBatch], skipped: set[str], limit: int, where: str) -> Iterator[ImageBatch]:
     """The batches, until more samples than the limit were skipped; one that is met again does not count again."""
     known = {bad_sample(text): text for text in skipped}
     for batch in batches:
@@ -260,12 +208,12 @@ def _limited(batches: Iterator[Batch], skipped: set[str], limit: int, where: str
         yield batch._replace(skipped=texts)
 
 
-def _batches(produce: _Decode, batch_size: int, config: DataConfig) -> Iterator[Batch]:
+def _batches(produce: _Decode, batch_size: int, config: DataConfig) -> Iterator[ImageBatch]:
     shape = (batch_size, config.image_size, config.image_size, 3)
     processes = config.loader_processes
     decoded = run_in_processes(produce, shape, processes) if processes else run_here(produce, shape)
     for pixels, (labels, skipped) in decoded:
         images = torch.from_numpy(pixels)[: len(labels)].permute(0, 3, 1, 2)
         del pixels  # or the slot would be held until the next batch is asked for
-        yield Batch(images, torch.tensor(labels, dtype=torch.int64), skipped)
+        yield ImageBatch(images, torch.tensor(labels, dtype=torch.int64), skipped)
         del images

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
-from qsr_engine.data.index import DataError
+from qsr_engine.data.errors import DataError, PassingError
 
 LONGEST_WAIT = 60.0  # seconds; doubled for ever, one wait would soon be longer than any fault
 
@@ -25,12 +25,6 @@ _PASSING = frozenset(
     if hasattr(errno, name)
 )
 Result = TypeVar("Result")
-
-
-class PassingError(DataError):
-    """A read that failed in a way that may pass."""
-
-    most_retries: int | None = None  # of this kind of error; None: as many as the configuration says
 
 
 class Retry(NamedTuple):

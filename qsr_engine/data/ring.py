@@ -27,11 +27,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from qsr_engine.data.index import DataError
+from qsr_engine.data.decoding import Pixels
+from qsr_engine.data.errors import DataError
 
-Pixels = NDArray[np.uint8]
 Beside = tuple[list[int], tuple[str, ...]]  # labels, and what was wrong with skipped samples
 Produce = Callable[[int, int, Callable[[], Pixels]], Iterator[Beside]]
 """From process p, P, and a function that gives room for a batch, to what lies beside the batches p, p + P, ..."""
@@ -43,15 +42,15 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["qsr_engine.data.loader"])
 
 
-class _Full(NamedTuple):
-    """A batch lies in a slot."""
+class _Filled(NamedTuple):
+    """Message of a loader process: a batch lies in a slot."""
 
     slot: int
     beside: Beside
 
 
-class _Ended(NamedTuple):
-    """There are no more batches, or there was an error; a traceback where it is none of the user's."""
+class _Finished(NamedTuple):
+    """Message of a loader process: no more batches, or an error; a traceback where it is none of the user's."""
 
     error: DataError | None = None
     traceback: str | None = None
@@ -82,7 +81,7 @@ def run_in_processes(produce: Produce, shape: tuple[int, ...], processes: int) -
     try:
         for loader in cycle(loaders):
             message = loader.receive()
-            if isinstance(message, _Ended):
+            if isinstance(message, _Finished):
                 if message.error is not None:
                     raise message.error
                 if message.traceback is not None:
@@ -108,12 +107,12 @@ class _Loader:
         results.close()
         free.close()
 
-    def receive(self) -> _Full | _Ended:
+    def receive(self) -> _Filled | _Finished:
         """The next message. Raises DataError where the process has died without one."""
         wait([self.results, self.process.sentinel])
         try:
             if self.results.poll():
-                message: _Full | _Ended = self.results.recv()
+                message: _Filled | _Finished = self.results.recv()
                 return message
         except EOFError:
             pass
@@ -206,18 +205,18 @@ def _load(
             slot = slots.popleft() if slots else free.recv_bytes()[0]
         return memory.slot(slot)
 
-    def send(message: _Full | _Ended) -> None:
+    def send(message: _Filled | _Finished) -> None:
         with _until_the_rank_is_gone():
             results.send(message)
 
     try:
         for beside in produce(number, processes, room):
-            send(_Full(slot, beside))
-        send(_Ended())
+            send(_Filled(slot, beside))
+        send(_Finished())
     except DataError as error:
-        send(_Ended(DataError(str(error))))
+        send(_Finished(DataError(str(error))))
     except Exception:
-        send(_Ended(traceback=traceback.format_exc()))
+        send(_Finished(traceback=traceback.format_exc()))
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from qsr_engine.config.qsr import QSRConfig
 from qsr_engine.engines.learning_rate import LearningRate
 from qsr_engine.engines.replica import Replica, check_state_names, make_averager
 from qsr_engine.local_steps.steps import LocalSteps
-from qsr_engine.membership.watchdog import Liveness
+from qsr_engine.membership.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -82,11 +82,12 @@ class Driver:
         record: Callable[[Mapping[str, float]], None],
     ) -> None:
         check_state_names(qsr.averaging.state, replica)
-        watchdog = Liveness.of_this_run(qsr.faults.timeout_seconds, place.across)
+        watchdog = Watchdog.of_this_run(qsr.faults.timeout_seconds, place.across)
         averager = Averager([], None)
         self._local = qsr.strategy != "parallel"  # else the framework itself averages gradients over all ranks
         if self._local:
-            assert place.across is not None and place.inside is not None, "local steps average over the workers"
+            assert place.across is not None, "local steps average over the workers"
+            assert place.inside is not None
             averager = make_averager(replica, qsr, place.across, place.inside, device)
         self.local_steps = LocalSteps(
             qsr, averager, config, replica=replica, parallel_bytes=parallel_bytes, watchdog=watchdog
@@ -182,5 +183,5 @@ class Driver:
 
     def close(self) -> None:
         """Call it before the process group is destroyed."""
-        self.local_steps.liveness.close()
+        self.local_steps.watchdog.close()
         self.local_steps.averager.close()

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from qsr_engine.config.digest import digest
 from qsr_engine.config.strict import ConfigError
 from qsr_engine.membership.facts import check_agreement
-from qsr_engine.membership.hosts import versions
 from qsr_engine.membership.roll_call import roll_call
+from qsr_engine.membership.versions import versions
 
 
 def join_ranks(backend: str, start: Callable[[], Any], *, launched: Sequence[str], command: str) -> None:

@@ -23,12 +23,12 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from qsr_engine.averaging import Averager, CollectiveError, LeftOut
+from qsr_engine.averaging import NOBODY, Averager, CollectiveError, LeftOut
 from qsr_engine.local_steps.averaged import Averaged, Buffers, OptimizerState
 from qsr_engine.local_steps.costs import Costs
 from qsr_engine.local_steps.header import Header, exchange_headers, not_finite
 from qsr_engine.local_steps.rounds import Rounds
-from qsr_engine.membership.watchdog import Liveness, LostRankError
+from qsr_engine.membership.watchdog import LostRankError, Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Boundary:
     """
 
     def __init__(
-        self, rounds: Rounds, costs: Costs, averager: Averager, replica: Averaged, digest: int, watchdog: Liveness
+        self, rounds: Rounds, costs: Costs, averager: Averager, replica: Averaged, digest: int, watchdog: Watchdog
     ) -> None:
         self.averager = averager
         self._rounds, self._costs, self._replica = rounds, costs, replica
@@ -53,6 +53,7 @@ class Boundary:
         self.asked_to_stop = False  # some rank was, as told at the last boundary
         self._distance: torch.Tensor | None = None
         self._squares: list[float] = []  # of the parameters of every rank, before the averaging that is under way
+        self._left_out: LeftOut = NOBODY  # of that averaging
         self._due = False  # a delayed averaging that begins with the next forward
         self._apply_at: int | None = None  # the step after which a delayed averaging takes effect
 
@@ -72,15 +73,15 @@ class Boundary:
             torch.cuda.synchronize()  # so that steps still under way do not count as averaging
         with self._timed():
             self.averager.step = self._rounds.step
-            left_out = self._leave_out(self._exchange_headers())
+            self._left_out = left_out = self._leave_out(self._exchange_headers())
             self._costs.bytes_sent += self.averager.bytes_per_averaging
             self._costs.bytes_sent += self.buffers.average(left_out) + self._optimizer_state.average(left_out)
             self.buffers.same_everywhere()
             overlap = "none" if self._rounds.finished else self._qsr.averaging.overlap
             if overlap == "delayed":
                 self._due = True
-            elif overlap == "none" or not self.averager.start():
-                self.averager.average()
+            elif overlap == "none" or not self.averager.start(left_out):
+                self.averager.average(left_out)
                 self._averaged()
 
     def _exchange_headers(self) -> list[int]:
@@ -98,13 +99,13 @@ class Boundary:
         squares, moved = self.averager.sum_of_squares(), self.averager.moved()
         if self.buffers.have_diverged():  # they would spread, though the parameters are finite
             squares = math.nan
-        rounds, asked = self._rounds, int(self._watchdog.stop_requested)
+        rounds, asked = self._rounds, int(self._watchdog.halt.requested)
         skipped = self._costs.skipped_steps
         return Header(rounds.step, rounds.period, rounds.learning_rate, self._digest, squares, moved, skipped, asked)
 
     def _leave_out(self, workers: list[int]) -> LeftOut:
         """Leave workers out of the averaging that begins; it gives them the mean of the others."""
-        left_out = self.averager.leave_out(workers)
+        left_out = self.averager.left_out(workers)
         if not workers:
             return left_out
         self._costs.leave_out(workers)
@@ -120,7 +121,7 @@ class Boundary:
         return left_out
 
     def _averaged(self) -> None:
-        self._distance = self.averager.relative_distance(self._squares)
+        self._distance = self.averager.relative_distance(self._squares, self._left_out)
         self._replica.refresh()
 
     def begin_forward(self) -> None:

@@ -20,7 +20,7 @@ from qsr_engine.local_steps.averaged import Averaged
 from qsr_engine.local_steps.boundary import Boundary
 from qsr_engine.local_steps.costs import Costs
 from qsr_engine.local_steps.rounds import Rounds
-from qsr_engine.membership.watchdog import Liveness
+from qsr_engine.membership.watchdog import Watchdog
 from qsr_engine.schedule import Mode
 
 
@@ -44,14 +44,14 @@ class LocalSteps:
         *,
         replica: Averaged | None = None,
         parallel_bytes: int = 0,
-        watchdog: Liveness | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
         replica = replica or Averaged()
         self.qsr, self.averager = qsr, averager
-        self.liveness = watchdog or Liveness(None, 0, 1, None)
+        self.watchdog = watchdog or Watchdog(None, 0, 1, None)
         self.rounds = Rounds(qsr, replica.largest_rate)
         self.costs = Costs()
-        self.boundary = Boundary(self.rounds, self.costs, averager, replica, digest, self.liveness)
+        self.boundary = Boundary(self.rounds, self.costs, averager, replica, digest, self.watchdog)
         self._parallel_bytes = parallel_bytes
         self._was_cut = False
 
@@ -126,7 +126,7 @@ class LocalSteps:
 
         A handler of a signal may call it.
         """
-        self.liveness.request_stop()
+        self.watchdog.halt.request()
 
     def finish(self) -> None:
         """End an averaging that runs behind the forward. Only this rank waits. Raises CollectiveError: it failed."""
@@ -140,7 +140,7 @@ class LocalSteps:
 
     def begin_forward(self) -> None:
         """A forward in training begins. Raises LostRankError."""
-        self.liveness.begin(self.step, self.round)
+        self.watchdog.begin(self.step, self.round)
         self.boundary.begin_forward()
 
     def begin_update(self) -> None:
@@ -165,7 +165,7 @@ class LocalSteps:
         rounds, costs, mode = self.rounds, self.costs, self.mode
         rounds.check_unfinished()
         rounds.step += 1
-        self.liveness.done(rounds.step, rounds.round, finished=rounds.finished)
+        self.watchdog.done(rounds.step, rounds.round, finished=rounds.finished)
         costs.parallel_bytes_so_far += self._parallel_bytes
         if mode == "parallel":
             costs.bytes_sent += self._parallel_bytes
@@ -189,9 +189,9 @@ class LocalSteps:
         header of the boundary tells it.
         """
         local = self.mode == "local"
-        if not self.liveness.stop_requested or self.finished or (local and self.rounds.at_end):
+        if not self.watchdog.halt.requested or self.finished or (local and self.rounds.at_end):
             return False
-        if (local and self.qsr.faults.on_signal == "finish_round") or not self.liveness.halt(self.step):
+        if (local and self.qsr.faults.on_signal == "finish_round") or not self.watchdog.halt.at(self.step):
             return False
         self.rounds.cut()
         self._was_cut = True

@@ -17,7 +17,8 @@ from qsr_engine.config.qsr import QSRConfig
 from qsr_engine.config.recipe import Recipe
 from qsr_engine.config.recipe_file import load_recipe, resolve_recipe
 from qsr_engine.config.strict import ConfigError, validate
-from qsr_engine.data.index import DataError, read_index
+from qsr_engine.data.errors import DataError
+from qsr_engine.data.index import read_index
 from qsr_engine.records.runs import strategy_label
 from qsr_engine.schedule import Round, communication_percent, learning_rate, rounds
 

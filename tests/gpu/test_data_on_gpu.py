@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from qsr_engine.data.decoding import Batch, Decoder, decode_batch
+from qsr_engine.data.batches import ImageBatch, decode_batch
+from qsr_engine.data.decoding import Decoder
 from qsr_engine.data.device import Normalise, on_device
+from qsr_engine.data.errors import DataError
 from qsr_engine.data.gpu_decoding import GPUDecoder
-from qsr_engine.data.index import DataError
-from qsr_engine.data.shards import Sample
+from qsr_engine.data.samples import Sample
 from qsr_engine.data.views import TrainView
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -33,10 +34,10 @@ def test_batches_arrive_whole_and_in_order_while_the_gpu_is_busy() -> None:
     """The memory of a batch on the CPU is overwritten as soon as the next one is asked for."""
     room = torch.empty(8, 3, 64, 64, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
 
-    def batches() -> Iterator[Batch]:
+    def batches() -> Iterator[ImageBatch]:
         for number in range(30):
             room.fill_(number)
-            yield Batch(room, torch.full((8,), number))
+            yield ImageBatch(room, torch.full((8,), number))
 
     work = torch.randn(2000, 2000, device=CUDA)
     seen = []

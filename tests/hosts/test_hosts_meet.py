@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.clusters import PREFIX, SCRIPT, rank_on_a_host
-from tests.support.recipes import shortest_recipe
+from tests.support.recipes import recipe_of_four_steps
 
 pytestmark = pytest.mark.launch
 
@@ -46,7 +46,7 @@ def test_a_firewall_between_two_of_three_hosts(cluster: dict[str, str]) -> None:
 @pytest.mark.slow
 def test_a_host_without_ssh(cluster: dict[str, str], tmp_path: Path, digits: Path) -> None:
     """`qsr hosts` names it beforehand; DeepSpeed's launcher starts the others, and they name it when the time is up."""
-    recipe, state = shortest_recipe(tmp_path, digits, "deepspeed"), Path(cluster["QSR_CLUSTER"])
+    recipe, state = recipe_of_four_steps(tmp_path, digits, "deepspeed"), Path(cluster["QSR_CLUSTER"])
     known = {**cluster, "DS_ACCELERATOR": "cpu"}
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:

@@ -27,6 +27,7 @@ from tests.support.recipes import recipe_of_three_workers
 
 pytestmark = pytest.mark.launch
 
+BATCH = 24  # samples of a step
 SECONDS = 2.0  # qsr.faults.timeout_seconds
 LIMIT = 60.0  # for a test's processes, starting them included; a rank that waits for ever is killed then
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -60,7 +61,9 @@ def spoil(place: str, step: int, fault: Callable[[], None]) -> None:
     """Let the fault happen to this process at a place, where `step` steps have been taken."""
     from qsr_engine.averaging import Averager
     from qsr_engine.checkpoint.checkpointer import Checkpointer
-    from qsr_engine.training import loop as train
+    from qsr_engine.training import loop
+    from qsr_engine.training.batches import Batches
+    from qsr_engine.training.evaluation import Evaluation
 
     def before(owner: Any, name: str, taken: Callable[[Any], int]) -> None:
         original = getattr(owner, name)
@@ -72,26 +75,27 @@ def spoil(place: str, step: int, fault: Callable[[], None]) -> None:
 
         setattr(owner, name, spoiled)
 
-    run: Any = train._Run  # type: ignore[attr-defined,unused-ignore]
+    train: Any = loop
+    evaluation: Any = Evaluation
     if place == "a local step":
-        before(run, "_step", lambda self: self.engine.local_steps.step)
+        before(train._Run, "_step", lambda self: self.engine.local_steps.step)
     elif place == "the data":
-        before(run, "_next_batch", lambda self: self.engine.local_steps.step)
+        before(Batches, "next", lambda self: self.images_seen // BATCH)
     elif place == "an averaging":
         before(Averager, "average", lambda self: self.step)
     elif place == "the final model":
-        save, train._save_model = train._save_model, lambda *arguments: (fault(), save(*arguments))[1]  # type: ignore[func-returns-value]
+        save, train.save_model = train.save_model, lambda *arguments: (fault(), save(*arguments))[1]  # type: ignore[func-returns-value]
     elif place == "a batch of an evaluation":
-        original = run._evaluation_batches
+        original = evaluation._batches
 
         def slow(self: Any) -> Iterator[Any]:
             for batch in original(self):
                 fault()
                 yield batch
 
-        run._evaluation_batches = slow
+        evaluation._batches = slow
     elif place == "an evaluation":
-        before(run, "_evaluation_batches", lambda self: self.engine.local_steps.step)
+        before(evaluation, "_batches", lambda self: self._engine.local_steps.step)
     else:
         assert place == "a checkpoint"
         before(Checkpointer, "write", lambda self: self._local_steps.step)
@@ -268,19 +272,19 @@ def test_a_long_evaluation_is_progress(start: Callable[..., Ranks]) -> None:
 
 
 CLEANS_UP = """
-import sys, time
+import time
 from datetime import timedelta
 from torch.distributed import TCPStore
-from qsr_engine import liveness
+from qsr_engine.membership import watchdog
 
-liveness._GRACE = 0.2
-ours = liveness.Liveness(TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=5)), 0, 2, 0.4)
+watchdog._GRACE = 0.2
+ours = watchdog.Watchdog(TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=5)), 0, 2, 0.4)
 ours.done(1, 0)
 try:
     while True:
         ours.moved()
         time.sleep(0.01)
-except liveness.LostRankError as error:
+except watchdog.LostRankError as error:
     assert "rank 1 is lost" in str(error)
     time.sleep(1)
     print("cleaned up")
@@ -301,11 +305,11 @@ def test_a_slow_worker_is_not_lost(start: Callable[..., Ranks]) -> None:
 
 def slow_from_here() -> None:
     """Every step of this worker takes 0.4 s more: slowness itself, and not a wait for something."""
-    from qsr_engine.training import loop as train
+    from qsr_engine.training.batches import Batches
 
-    run: Any = train._Run  # type: ignore[attr-defined,unused-ignore]
-    original = run._next_batch
-    run._next_batch = lambda self: (time.sleep(0.4), original(self))[1]  # type: ignore[func-returns-value]
+    batches: Any = Batches
+    original = batches.next
+    batches.next = lambda self: (time.sleep(0.4), original(self))[1]  # type: ignore[func-returns-value]
 
 
 # --------------------------------------------------------------------------------------------------- signals
@@ -352,19 +356,18 @@ def ask_by_sigusr1() -> None:
 
 
 ENDINGS = """
-import os, sys, threading, time
+import os, sys, time
 from datetime import timedelta
 from torch.distributed import TCPStore
-from qsr_engine import liveness
+from qsr_engine.membership import watchdog
 
-liveness._SHORTEST = 1e-4
+watchdog._LONGEST, watchdog._RANKS_A_SECOND = 1e-4, 1e6
 codes = []
 for end in ["finished", "closed", "running"] * 3:
     child = os.fork()
     if not child:
         store = TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=5))
-        ours = liveness.Liveness(store, 0, 2, 1e-3)
-        ours._seconds = 60.0
+        ours = watchdog.Watchdog(store, 0, 2, 60.0)
         ours.done(1, 0, finished=end == "finished")
         if end == "closed":
             ours.close()

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from qsr_engine.checkpoint.find import find_alone
-from qsr_engine.cli.launcher import hopeless
+from qsr_engine.cli.launched import hopeless
 from qsr_engine.cli.main import main
 from qsr_engine.config.batch import Batch
 from qsr_engine.config.recipe import batch_on_other_ranks
@@ -26,7 +26,7 @@ from qsr_engine.config.recipe_file import load_recipe
 from qsr_engine.config.strict import ConfigError
 from qsr_engine.membership.signals import STOPPED
 from qsr_engine.records.runs import read_run
-from qsr_engine.training.loop import UnsavedError
+from qsr_engine.training.saving import UnsavedError
 from tests.support.launch import interrupted_job, qsr_job
 from tests.support.pool import Processes, free_port, rank_environment
 

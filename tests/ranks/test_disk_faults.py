@@ -450,8 +450,8 @@ def full_at_the_end_job(argv: list[str], file: str) -> tuple[int, str, str]:
     import importlib
 
     train: Any = importlib.import_module("qsr_engine.training.loop")
-    monitor: Any = importlib.import_module("qsr_engine.records.records")
-    owner, name = (train, "_save_model") if file == "model.safetensors" else (monitor.Monitor, "summary")
+    monitor: Any = importlib.import_module("qsr_engine.records.monitor")
+    owner, name = (train, "save_model") if file == "model.safetensors" else (monitor.Monitor, "summary")
     original = getattr(owner, name)
 
     def limited(*args: Any, **kwargs: Any) -> Any:

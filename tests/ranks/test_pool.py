@@ -18,7 +18,8 @@ def linear_job() -> torch.Tensor:
     """A product of so many terms that MKL takes their sum in parts, and so another order of adding shows."""
     torch.manual_seed(0)
     inputs, layer = torch.randn(16, 5, 768), torch.nn.Linear(768, 192)
-    return layer(inputs).detach()
+    outputs: torch.Tensor = layer(inputs)
+    return outputs.detach()
 
 
 def stage_3_job() -> torch.Tensor:

@@ -39,7 +39,7 @@ def meet_job(
     import torch
     import torch.distributed as dist
 
-    from qsr_engine.membership import hosts, network, roll_call
+    from qsr_engine.membership import hosts, network, roll_call, versions
 
     rank = int(os.environ["RANK"])
     sums: list[float] = []
@@ -50,7 +50,7 @@ def meet_job(
         known = {**(environment or {}), **(on_rank or {}).get(rank, {})}
         stack.enter_context(mock.patch.dict(os.environ, known))
         if rank == other_torch:
-            other = {**hosts.versions(), "torch": "0.0"}
+            other = {**versions.versions(), "torch": "0.0"}
             stack.enter_context(mock.patch.object(roll_call, "versions", return_value=other))
         described = network.Door.described
         if rank == closed_door:
@@ -223,15 +223,15 @@ def agents_job(port: int, after: bool, absent: bool) -> str:
     rank = int(os.environ["RANK"])
     agent = {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True", "QSR_START_SECONDS": "5"}
     store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)  # type: ignore[attr-defined]
-    say = roll_call._Call._say
+    answer = roll_call._Call._answer_call
     if rank == 1 and absent:
         return ""
 
-    def say_and_tell(call: Any, name: str) -> None:
-        say(call, name)
+    def answer_and_tell(call: Any, name: str) -> None:
+        answer(call, name)
         store.set(f"answered {rank}", "1")
 
-    with mock.patch.dict(os.environ, agent), mock.patch.object(roll_call._Call, "_say", say_and_tell):
+    with mock.patch.dict(os.environ, agent), mock.patch.object(roll_call._Call, "_answer_call", answer_and_tell):
         if after and rank == 0:
             store.wait(["answered 1"])
         try:
@@ -261,7 +261,7 @@ def versions_job() -> None:
 
     import qsr_engine
     from qsr_engine.engines.fsdp import engine as fsdp
-    from qsr_engine.membership.hosts import versions
+    from qsr_engine.membership.versions import versions
 
     dist.init_process_group("gloo")
     other = {**versions(), **({"torch": "0.0"} if dist.get_rank() == 1 else {})}

@@ -34,6 +34,7 @@ from tests.support.recipes import STEPS, normalised
 def slow_worker_job(argv: list[str], slow: int, delay: float) -> tuple[int, list[bool]]:
     """`qsr train` where one rank is slow at every step. Also: for each gathering, whether it was on a boundary."""
     module: Any = importlib.import_module("qsr_engine.training.loop")
+    figures: Any = importlib.import_module("qsr_engine.training.figures")
     original, gathered = module._Run._step, []
 
     def step(run: Any) -> bool:
@@ -47,12 +48,12 @@ def slow_worker_job(argv: list[str], slow: int, delay: float) -> tuple[int, list
         gathered.append(gather.run.engine.local_steps.on_boundary)  # type: ignore[attr-defined]
         flat(*args)
 
-    flat = module.all_gather_flat
-    module._Run._step, module.all_gather_flat = step, gather
+    flat = figures.all_gather_flat
+    module._Run._step, figures.all_gather_flat = step, gather
     try:
         return qsr_job(argv)[0], gathered
     finally:
-        module._Run._step, module.all_gather_flat = original, flat
+        module._Run._step, figures.all_gather_flat = original, flat
 
 
 def test_every_worker_tells_at_boundaries_how_it_fares(processes: Processes, recipe: Path) -> None:

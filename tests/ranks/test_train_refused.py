@@ -90,7 +90,7 @@ def test_a_folder_in_which_another_process_trains_is_refused(
     processes: Processes, recipe: Path, tmp_path: Path
 ) -> None:
     """A launcher that is killed can leave its ranks behind, and `--resume` would write between their lines."""
-    from qsr_engine.records.records import lock_run_folder
+    from qsr_engine.records.run_folder import lock_run_folder
 
     name = ["--set", "logging.name=held"]
     (tmp_path / "runs" / "held").mkdir(parents=True)

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from qsr_engine.config.recipe_file import load_recipe
 from qsr_engine.data import read_index
 from qsr_engine.data.loader import TrainLoader
-from qsr_engine.training.models import create_model, sincos_positions
+from qsr_engine.training.models import create_model
+from qsr_engine.training.vit import sincos_positions
 from tests.support import reference
 from tests.support.launch import train
 from tests.support.pool import Processes
@@ -83,7 +84,7 @@ def test_the_plain_vit_trains_in_bf16(processes: Processes, recipe: Path, engine
 
 def meta_job() -> dict[str, torch.Tensor]:
     from qsr_engine import initialize_fsdp
-    from qsr_engine.training.models import PlainViT, fill
+    from qsr_engine.training.vit import PlainViT, fill
 
     torch.manual_seed(int(os.environ["RANK"]))
     with torch.device("meta"):

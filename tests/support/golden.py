@@ -187,7 +187,7 @@ def job(setting: Setting, folder: str, load: bool) -> list[dict[str, Any]]:
         at_once = engine.local_steps.finished or not setting.settles_later
         if (boundary and at_once) or (settled and not boundary):
             records.append(record(engine, setting))
-        settled = boundary
+        settled = boundary and setting.settles_later
     return records
 
 

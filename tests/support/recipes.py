@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from qsr_engine.data.decoding import Batch
+from qsr_engine.data.batches import ImageBatch
 from qsr_engine.data.device import Normalise
 
 STEPS = 14
@@ -33,7 +33,7 @@ logging: {{dir: "{tmp_path / "runs"}", every: 3, eval_every: 5}}
     return path
 
 
-def normalised(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def normalised(batch: ImageBatch) -> tuple[torch.Tensor, torch.Tensor]:
     return Normalise(torch.device("cpu"), torch.float32)(batch.images), batch.labels
 
 
@@ -58,7 +58,7 @@ logging: {{dir: "{tmp_path / "runs"}", name: run, every: 1, checkpoint_every: 1,
     return path
 
 
-def shortest_recipe(tmp_path: Path, digits: Path, engine: str) -> Path:
+def recipe_of_four_steps(tmp_path: Path, digits: Path, engine: str) -> Path:
     path = tmp_path / "alone.yaml"
     path.write_text(f"""
 model:

@@ -18,11 +18,13 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from qsr_engine.data.errors import DataError
 from qsr_engine.data.images import Shrink, encode_png, encoder_version, image_suffix, shrink_image
-from qsr_engine.data.index import INDEX_NAME, DataError, Index, Shard, Split, write_index
+from qsr_engine.data.index import INDEX_NAME, Index, Shard, Split
+from qsr_engine.data.writing.folder import refuse_data_set, write_index
 from qsr_engine.data.writing.imagefolder import find_images
-from qsr_engine.data.writing.resuming import RECORD_NAME, Plan, ShardSize, refuse_data_set, write_planned
-from qsr_engine.data.writing.sources import Source
+from qsr_engine.data.writing.resuming import RECORD_NAME, ShardPlan, ShardSize, write_planned
+from qsr_engine.data.writing.stored import StoredImage
 from qsr_engine.data.writing.verifying import scan_shard
 
 SHARD_BYTES = 256_000_000  # seconds of reading on a slow disk, and 600 shards of ImageNet for the ranks to share
@@ -86,7 +88,7 @@ def write_imagefolder(
     }
     sizes = {name: [source.size for source in sources] for name, sources in images.splits.items()}
     load = partial(_load_image, shrink=shrink)
-    return write_planned(out, Plan(images.classes, images.splits, sizes, load, shard_size, identity), processes)
+    return write_planned(out, ShardPlan(images.classes, images.splits, sizes, load, shard_size, identity), processes)
 
 
 def write_digits(out: str | Path, *, samples_per_shard: int = 128, seed: int = 0) -> Index:
@@ -231,7 +233,7 @@ def _write_arrays(
         pixels, labels, _ = splits[item[0]]
         return "png", encode_png(pixels[item[1]]), int(labels[item[1]])
 
-    plan = Plan(
+    plan = ShardPlan(
         classes,
         splits={name: [(name, number) for number in arrays.order] for name, arrays in splits.items()},
         sizes={name: [0] * len(arrays.order) for name, arrays in splits.items()},  # shards end by number of samples
@@ -242,7 +244,7 @@ def _write_arrays(
     return write_planned(Path(out), plan, processes=1)
 
 
-def _load_image(source: Source, *, shrink: Shrink | None) -> tuple[str, bytes, int]:
+def _load_image(source: StoredImage, *, shrink: Shrink | None) -> tuple[str, bytes, int]:
     data = source.read()
     if shrink is not None:
         data = shrink_image(data, shrink, source.where)

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from qsr_engine.data.index import DataError
-from qsr_engine.data.writing import imagenet
-from qsr_engine.data.writing.sources import Listed, Source
+from qsr_engine.data.errors import DataError
+from qsr_engine.data.writing.imagenet import TRAIN, VAL, list_train, list_val
+from qsr_engine.data.writing.stored import ListedImage, StoredImage
 
 SPLIT_FOLDERS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 SUFFIXES = (".jpg", ".jpeg", ".png")  # of image files, in any case
@@ -23,7 +23,7 @@ class Images(NamedTuple):
     """All images of a data set. `digest` is the SHA-256 of their names, sizes, labels and times of modification."""
 
     classes: list[str]
-    splits: dict[str, list[Source]]  # sorted by class and name
+    splits: dict[str, list[StoredImage]]  # sorted by class and name
     digest: str
 
 
@@ -46,7 +46,7 @@ def _find_images(root: Path, split: str | None, out: Path) -> Images:
     if not root.is_dir():
         raise DataError(f"{root}: there is no such folder; name the folder that holds train/ and val/, or the classes")
     folders = {split: root} if split is not None else _split_folders(root)
-    train_tar, val_tar = root / imagenet.TRAIN, root / imagenet.VAL
+    train_tar, val_tar = root / TRAIN, root / VAL
     archives = {"train": train_tar, "val": val_tar} if split is None else {}
     archives = {name: path for name, path in archives.items() if path.is_file() and name not in folders}
     if not folders and not archives:
@@ -55,13 +55,13 @@ def _find_images(root: Path, split: str | None, out: Path) -> Images:
     _refuse_inside(out, folders.values() if root in folders.values() else [root / name for name in SPLIT_FOLDERS])
 
     classes: list[str] | None = None
-    listed: dict[str, Iterator[Listed]] = {}
+    listed: dict[str, Iterator[ListedImage]] = {}
     if "train" in archives:
-        classes, listed["train"] = imagenet.list_train(train_tar)
+        classes, listed["train"] = list_train(train_tar)
     elif folders:
         classes = _class_names(folders.get("train") or next(iter(folders.values())))
     if "val" in archives:
-        classes, listed["val"] = imagenet.list_val(val_tar, classes)
+        classes, listed["val"] = list_val(val_tar, classes)
     assert classes is not None  # each of the three ways above sets it
     _check_names(root, classes)
     for name, folder in folders.items():
@@ -74,7 +74,7 @@ def _find_images(root: Path, split: str | None, out: Path) -> Images:
     return Images(classes, splits, sha256.hexdigest())
 
 
-def _hashed(sha256: hashlib._Hash, split: str, source: Source, identity: str) -> Source:
+def _hashed(sha256: hashlib._Hash, split: str, source: StoredImage, identity: str) -> StoredImage:
     text = f"{split}\0{identity}\0{source.offset}\0{source.size}\0{source.label}\0\0"
     sha256.update(text.encode(errors="surrogateescape"))
     return source
@@ -113,7 +113,7 @@ def _refuse_inside(out: Path, folders: Iterable[Path]) -> None:
             raise DataError(f"{out} is in {folder}, where images are looked for; name a folder outside of it")
 
 
-def _list_folder(folder: Path, classes: list[str], out: Path) -> Iterator[Listed]:
+def _list_folder(folder: Path, classes: list[str], out: Path) -> Iterator[ListedImage]:
     """The images of a split, sorted by class and name."""
     labels = {name: label for label, name in enumerate(classes)}
     names = _class_names(folder)
@@ -129,7 +129,7 @@ def _list_folder(folder: Path, classes: list[str], out: Path) -> Iterator[Listed
         for file in files:
             path = os.path.join(of_class, file)
             size, changed = _measure(path)
-            yield Listed(Source(path, labels[name], size), f"{name}/{file}\0{changed}")
+            yield ListedImage(StoredImage(path, labels[name], size), f"{name}/{file}\0{changed}")
 
 
 def _is_image(file: str) -> bool:

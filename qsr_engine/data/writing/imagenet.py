@@ -17,21 +17,21 @@ from typing import IO
 
 from tqdm import tqdm
 
-from qsr_engine.data.index import DataError
-from qsr_engine.data.writing.sources import Listed, Source
+from qsr_engine.data.errors import DataError
+from qsr_engine.data.writing.stored import ListedImage, StoredImage
 
 TRAIN = "ILSVRC2012_img_train.tar"
 VAL = "ILSVRC2012_img_val.tar"
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 
 
-def list_train(path: Path) -> tuple[list[str], Iterator[Listed]]:
+def list_train(path: Path) -> tuple[list[str], Iterator[ListedImage]]:
     """The sorted WNIDs, which are the classes, and the images sorted by class and name.
 
     Raises:
         DataError: the archive cannot be read, is truncated, or is not a tar of tars.
     """
-    found: dict[str, list[Source]] = {}
+    found: dict[str, list[StoredImage]] = {}
     with _reading(path), open(path, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as outer:
         for member in tqdm(outer, desc=f"listing {path.name}", unit="class", disable=None):
             wnid, suffix = os.path.splitext(os.path.basename(member.name))
@@ -50,14 +50,14 @@ def list_train(path: Path) -> tuple[list[str], Iterator[Listed]]:
         raise DataError(f"{path}: this archive is empty; download it again")
     changed = path.stat().st_mtime_ns
     images_of = (
-        Listed(source._replace(label=label), f"{source.member}\0{changed}")
+        ListedImage(source._replace(label=label), f"{source.member}\0{changed}")
         for label, wnid in enumerate(classes)
         for source in found[wnid]
     )
     return classes, images_of
 
 
-def list_val(path: Path, classes: list[str] | None) -> tuple[list[str], Iterator[Listed]]:
+def list_val(path: Path, classes: list[str] | None) -> tuple[list[str], Iterator[ListedImage]]:
     """The classes, and the images sorted by name, which is the order of the devkit's labels.
 
     Args:
@@ -79,17 +79,17 @@ def list_val(path: Path, classes: list[str] | None) -> tuple[list[str], Iterator
     number_of = {wnid: label for label, wnid in enumerate(classes)}
     changed = path.stat().st_mtime_ns
     images_of = (
-        Listed(source._replace(label=number_of[wnid]), f"{source.member}\0{changed}")
+        ListedImage(source._replace(label=number_of[wnid]), f"{source.member}\0{changed}")
         for source, wnid in zip(images, labels, strict=True)
     )
     return classes, images_of
 
 
-def _source(path: Path, image: tarfile.TarInfo, class_tar: tarfile.TarInfo | None = None) -> Source:
+def _source(path: Path, image: tarfile.TarInfo, class_tar: tarfile.TarInfo | None = None) -> StoredImage:
     if image.size == 0:
         raise DataError(f"{path}: {image.name} is empty; download the archive again")
     offset = image.offset_data + (class_tar.offset_data if class_tar else 0)
-    return Source(str(path), 0, image.size, offset, image.name)
+    return StoredImage(str(path), 0, image.size, offset, image.name)
 
 
 def _read_devkit(path: Path) -> tuple[list[str], list[str]]:

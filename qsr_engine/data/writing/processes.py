@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from ctypes import c_byte
 from typing import TypeVar
 
-from qsr_engine.data.index import DataError
+from qsr_engine.data.errors import DataError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -25,8 +25,8 @@ Result = TypeVar("Result")
 _stop: c_byte | None = None  # of a process that run_jobs() started: 1 when nobody wants its result any more
 
 
-class StoppedError(Exception):
-    """Another job has failed, or the command was interrupted."""
+class UnwantedError(Exception):
+    """Nobody wants the result of this job any more: another one has failed, or the command was interrupted."""
 
 
 def usable_cores() -> int:
@@ -72,9 +72,9 @@ def run_jobs(
 
 
 def check_wanted() -> None:
-    """Raises StoppedError in a process of run_jobs() whose result nobody wants any more. Long jobs call it often."""
+    """Raises UnwantedError in a process of run_jobs() whose result nobody wants any more. Long jobs call it often."""
     if _stop is not None and _stop.value:
-        raise StoppedError
+        raise UnwantedError
 
 
 def _take_finished(waiting: set[Future[Result]], take: Callable[[Result], None]) -> set[Future[Result]]:

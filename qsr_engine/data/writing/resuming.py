@@ -21,19 +21,12 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from qsr_engine.data.index import (
-    INDEX_NAME,
-    DataError,
-    Index,
-    Shard,
-    Split,
-    measure_shard,
-    refuse_existing_index,
-    replacing,
-    write_index,
-)
+from qsr_engine.data.checking import measure_shard
+from qsr_engine.data.errors import DataError
+from qsr_engine.data.index import INDEX_NAME, Index, Shard, Split
+from qsr_engine.data.writing.folder import refuse_data_set, replacing, write_index
 from qsr_engine.data.writing.processes import check_wanted, run_jobs
-from qsr_engine.data.writing.tar import sample_bytes, write_shard
+from qsr_engine.data.writing.shard import sample_bytes, write_shard
 
 Item = TypeVar("Item")
 
@@ -62,7 +55,7 @@ class ShardSize(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan(Generic[Item]):
+class ShardPlan(Generic[Item]):
     """What is written: the samples of each split in their order, and how one of them is read.
 
     `sizes` has the bytes of the images, by split, as they are planned; `load` gives an image's suffix, its bytes and
@@ -85,7 +78,7 @@ class Plan(Generic[Item]):
 
 
 @dataclass(frozen=True)
-class _Job(Generic[Item]):
+class _ShardToWrite(Generic[Item]):
     path: Path
     first: int  # number of its first sample in the split
     items: Sequence[Item]
@@ -93,7 +86,7 @@ class _Job(Generic[Item]):
     recorded: Shard | None  # where this shard was finished before
 
 
-def write_planned(out: Path, plan: Plan[Item], processes: int) -> Index:
+def write_planned(out: Path, plan: ShardPlan[Item], processes: int) -> Index:
     """Write the shards of a plan that are not there yet, then the index.
 
     Raises:
@@ -130,21 +123,15 @@ def write_planned(out: Path, plan: Plan[Item], processes: int) -> Index:
     return index
 
 
-def refuse_data_set(out: Path) -> None:
-    """Raises DataError where a folder has an index.json already, or cannot be looked into."""
-    try:
-        refuse_existing_index(out)
-    except OSError as error:
-        raise DataError(f"{out}: this folder cannot be read: {error.strerror or error}; name another one") from error
-
-
 def _write_missing(
-    out: Path, plan: Plan[Item], shards: dict[str, list[tuple[str, range]]], record: _Record, processes: int
+    out: Path, plan: ShardPlan[Item], shards: dict[str, list[tuple[str, range]]], record: _Record, processes: int
 ) -> dict[str, Shard]:
     """Write, or find whole, every shard. Returns them by name."""
     finished: dict[str, Shard] = {}
     jobs = (
-        _Job(out / name, part.start, plan.splits[split][part.start : part.stop], plan.load, record.finished.get(name))
+        _ShardToWrite(
+            out / name, part.start, plan.splits[split][part.start : part.stop], plan.load, record.finished.get(name)
+        )
         for split, parts in shards.items()
         for name, part in parts
     )
@@ -156,18 +143,18 @@ def _write_missing(
             record.add(shard)
             bar.update(shard.samples)
 
-        run_jobs(_write_job, jobs, min(processes, sum(len(parts) for parts in shards.values())), take)
+        run_jobs(_finish_shard, jobs, min(processes, sum(len(parts) for parts in shards.values())), take)
     return finished
 
 
-def _write_job(job: _Job[Any]) -> Shard:
+def _finish_shard(job: _ShardToWrite[Any]) -> Shard:
     if job.recorded is not None and _is_whole(job.path, job.recorded):
         return job.recorded
     with _cannot_be_written(job.path):
         return write_shard(job.path, _samples(job))
 
 
-def _samples(job: _Job[Any]) -> Iterator[tuple[str, str, bytes, int]]:
+def _samples(job: _ShardToWrite[Any]) -> Iterator[tuple[str, str, bytes, int]]:
     for number, item in enumerate(job.items, job.first):
         check_wanted()
         yield f"{number:08d}", *job.load(item)
