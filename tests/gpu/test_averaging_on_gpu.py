@@ -39,7 +39,7 @@ def _nccl() -> Iterator[None]:
 
 
 def all_reduce_of(tensors: list[torch.Tensor], packed: bool, divides_on_the_way: bool) -> AllReduce:
-    """Over one rank that counts as two. NCCL's own mean leaves it as it is; the sum that is divided by two halves it."""
+    """Over one rank that counts as two. NCCL's own mean leaves it as it is; a sum that is divided halves it."""
     pieces = packed_pieces(tensors, 1_000_000) if packed else [Piece((t,), in_place=True) for t in tensors]
     mean = AllReduce(pieces, None)
     mean.ranks = 2  # so that the collective is launched although there is one rank
