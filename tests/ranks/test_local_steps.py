@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from datetime import timedelta
 from typing import Any, cast
 
 import pytest
@@ -15,6 +13,7 @@ from qsr_engine.config.qsr import QSRConfig
 from qsr_engine.config.strict import validate
 from qsr_engine.local_steps.steps import LocalSteps
 from qsr_engine.schedule import communication_percent, rounds
+from tests.support.absent_ranks import give_up, soon_given_up, stay_away
 from tests.support.bare_local_steps import BLOCKS, make
 from tests.support.pool import Processes
 
@@ -59,8 +58,8 @@ def test_it_goes_on_from_any_step(processes: Processes, break_at: int) -> None:
 
 def absent_job(overlap: str) -> str:
     """Rank 1 comes to the boundary after step 4, and not to its averaging."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=2))
-    across = cast(dist.ProcessGroup, dist.new_group([0, 1], timeout=timedelta(seconds=2)))
+    dist.init_process_group("gloo")
+    across = cast(dist.ProcessGroup, dist.new_group([0, 1]))
     options = {"shared_memory": False, "overlap": overlap, **({"delay_steps": 1} if overlap == "delayed" else {})}
     qsr = validate(QSRConfig, {**BLOCKS[2], "averaging": options}, where="test")
     model = torch.nn.Linear(3, 2, bias=False)
@@ -69,13 +68,14 @@ def absent_job(overlap: str) -> str:
         averager.overlap_with(model, [(model.weight, 0, 0, 6)], refresh=lambda part: None)
     state = LocalSteps(qsr, averager, digest=1)
 
-    def stay_away(*left_out: Any) -> None:
-        time.sleep(4)
+    def not_here(*left_out: Any) -> None:
+        stay_away(0)
         raise KeyError("it stayed away")
 
     if dist.get_rank() == 1:
         for name in ("average", "start", "snapshot"):
-            setattr(averager, name, stay_away)
+            setattr(averager, name, not_here)
+    soon_given_up(across)
     try:
         for _ in range(6):
             state.begin_forward()
@@ -86,6 +86,8 @@ def absent_job(overlap: str) -> str:
         return str(error)
     except KeyError:
         return ""
+    finally:
+        give_up(dist.get_rank())
     return "nothing was raised"
 
 
