@@ -86,6 +86,10 @@ class Combination:
 
 
 COMBINATIONS = list(itertools.starmap(Combination, itertools.product(STAGES, PRECISIONS, OPTIMIZERS)))
+LOW_PRECISION = [
+    Combination(0, "bf16", "AdamW"),
+    *(Combination(stage, precision, "AdamW") for stage in (1, 2, 3) for precision in ("bf16", "fp16")),
+]
 
 
 def pretend_fp16() -> None:

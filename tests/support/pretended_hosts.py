@@ -28,3 +28,9 @@ def on_hosts(hosts: list[int], what: Callable[..., Any], **kwargs: Any) -> Any:
     """A job: another one on pretended hosts."""
     with pretended(hosts):
         return what(**kwargs)
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "TwoLevelSharedMemory": {},  # it is chosen by the topology alone
+    "TwoLevelCollectives": {"two_level": True, "shared_memory": False},
+}
