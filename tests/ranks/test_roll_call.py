@@ -28,7 +28,7 @@ from tests.support.pool import JobError, Processes, free_port
 SCRIPT = Path(__file__).parents[2] / "launch" / "cluster.sh"
 PREFIX = "qsrroll"  # of the test's own cluster; others may be up
 HERE = socket.gethostname()
-SHORT = {"QSR_START_SECONDS": "2"}
+SHORT = {"QSR_START_SECONDS": "4"}  # in which those that come must have come, at times of their own
 # Seconds that an error may take above the limit: rank 0 has 5 to tell the others, and a loaded machine takes its time.
 SLACK = 10.0
 
@@ -92,7 +92,7 @@ def meet_job(
     return time.monotonic() - started, "", sums
 
 
-def told(processes: Processes, ranks: int, limit: float = 2.0, absent: tuple[int, ...] = (), **kwargs: Any) -> str:
+def told(processes: Processes, ranks: int, limit: float = 4.0, absent: tuple[int, ...] = (), **kwargs: Any) -> str:
     """What the ranks that came are told; all of them the same, in time."""
     found = processes.run(meet_job, ranks=ranks, absent=absent, **kwargs)
     came = [result for rank, result in enumerate(found) if rank not in absent]
@@ -122,7 +122,7 @@ def test_hosts_reach_one_another(processes: Processes) -> None:
 def test_missing_ranks_are_named(processes: Processes) -> None:
     on_rank = {rank: {"LOCAL_SIZE": "2"} for rank in range(4)}
     text = told(processes, 4, absent=(1, 3), environment=SHORT, on_rank=on_rank)
-    assert text.startswith("2 of 4 ranks did not come within 2 s (QSR_START_SECONDS):\n")
+    assert text.startswith("2 of 4 ranks did not come within 4 s (QSR_START_SECONDS):\n")
     assert f"  missing: ranks 1, 3 of {HERE}\n" in text, "the others of each host came, and say its name"
     assert f"  there: ranks 0, 2 of {HERE}\n" in text
     text = told(processes, 4, absent=(2, 3), environment=SHORT, on_rank=on_rank)
@@ -187,9 +187,9 @@ def test_two_hosts_with_the_same_address(processes: Processes) -> None:
 
 
 def test_nobody_listens(processes: Processes) -> None:
-    text = told(processes, 2, absent=(0,), environment=SHORT)
+    text = told(processes, 2, absent=(0,), environment={"QSR_START_SECONDS": "1"})
     assert f"rank 1 on {HERE} did not reach rank 0 at 127.0.0.1:" in text
-    assert "in 2 s (QSR_START_SECONDS): that host answers, and nobody listens on the port" in text
+    assert "in 1 s (QSR_START_SECONDS): that host answers, and nobody listens on the port" in text
 
 
 def unresolved_job() -> str:
@@ -329,11 +329,11 @@ logging: {{dir: "{tmp_path / "runs"}"}}
 @pytest.mark.parametrize("engine", ["deepspeed", "fsdp"])
 def test_qsr_train_ends_without_a_traceback(engine: str, tmp_path: Path, digits: Path) -> None:
     recipe = write_recipe(tmp_path, digits, engine)
-    environment = {**rank_environment(0, 2, free_port()), "QSR_START_SECONDS": "1"}
+    environment = {**rank_environment(0, 2, free_port()), "QSR_START_SECONDS": "3"}
     words = [sys.executable, "-m", "qsr_engine", "train", str(recipe)]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
-    assert "qsr: error (rank 0): 1 of 2 ranks did not come within 1 s (QSR_START_SECONDS):\n" in done.stderr
+    assert "qsr: error (rank 0): 1 of 2 ranks did not come within 3 s (QSR_START_SECONDS):\n" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -378,13 +378,13 @@ def test_a_firewall_between_two_of_three_hosts(cluster: dict[str, str]) -> None:
     assert ranks_on_hosts(cluster) == ["met\n"] * 3
     drop = ["ip", "-n", f"{PREFIX}2", "route", "add", "blackhole", "10.213.7.3/32"]
     subprocess.run(drop, check=True)
-    said = ranks_on_hosts(cluster, QSR_START_SECONDS="4")
+    said = ranks_on_hosts(cluster, QSR_START_SECONDS="10")
     assert said[0].startswith("hosts do not reach one another:\n")
     assert said == said[:1] * 3
     assert f"  from {PREFIX}2 (rank 1) to {PREFIX}3 (rank 2) at 10.213.7.3, port " in said[0]
     assert f"  from {PREFIX}3 (rank 2) to {PREFIX}2 (rank 1) at 10.213.7.2, port " in said[0]
     assert said[0].count("\n  from ") == 2, "host 1 reaches both"
-    assert "no answer in 4 s" in said[0], "host 3 sends, and the answer is dropped"
+    assert "no answer in 10 s" in said[0], "host 3 sends, and the answer is dropped"
 
 
 def test_a_host_without_ssh(cluster: dict[str, str], tmp_path: Path, digits: Path) -> None:
