@@ -14,6 +14,7 @@ from qsr_engine.averaging import Averager, CollectiveError, flat_buckets
 from qsr_engine.config.qsr import QSRConfig
 from qsr_engine.config.strict import validate
 from qsr_engine.local_steps.steps import LocalSteps
+from qsr_engine.membership.watchdog import _set_timeout
 from qsr_engine.schedule import communication_percent, rounds
 from tests.support.bare_local_steps import BLOCKS, make
 from tests.support.pool import Processes
@@ -59,8 +60,8 @@ def test_it_goes_on_from_any_step(processes: Processes, break_at: int) -> None:
 
 def absent_job(overlap: str) -> str:
     """Rank 1 comes to the boundary after step 4, and not to its averaging."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=2))
-    across = cast(dist.ProcessGroup, dist.new_group([0, 1], timeout=timedelta(seconds=2)))
+    dist.init_process_group("gloo")
+    across = cast(dist.ProcessGroup, dist.new_group([0, 1]))
     options = {"shared_memory": False, "overlap": overlap, **({"delay_steps": 1} if overlap == "delayed" else {})}
     qsr = validate(QSRConfig, {**BLOCKS[2], "averaging": options}, where="test")
     model = torch.nn.Linear(3, 2, bias=False)
@@ -68,6 +69,7 @@ def absent_job(overlap: str) -> str:
     if overlap == "next_forward":
         averager.overlap_with(model, [(model.weight, 0, 0, 6)], refresh=lambda part: None)
     state = LocalSteps(qsr, averager, digest=1)
+    _set_timeout(timedelta(seconds=2), across)  # not of what both ranks come to, at times of their own
 
     def stay_away(*left_out: Any) -> None:
         time.sleep(4)
