@@ -6,6 +6,7 @@ DeepSpeed. The command `qsr` trains recipes. DeepSpeed and torch are imported wh
 the command line stays quick.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from qsr_engine.config.strict import ConfigError
@@ -13,23 +14,20 @@ from qsr_engine.membership.hosts import HostError
 
 if TYPE_CHECKING:
     from qsr_engine.engines.attach import attach
-    from qsr_engine.engines.deepspeed.engine import initialize, zero_init
-    from qsr_engine.engines.fsdp.engine import initialize_fsdp
+    from qsr_engine.engines.deepspeed.initialize import initialize, zero_init
+    from qsr_engine.engines.fsdp.initialize import initialize_fsdp
 
 __all__ = ["ConfigError", "HostError", "attach", "initialize", "initialize_fsdp", "zero_init"]
 
+_PLACES = {
+    "attach": "qsr_engine.engines.attach",
+    "initialize": "qsr_engine.engines.deepspeed.initialize",
+    "initialize_fsdp": "qsr_engine.engines.fsdp.initialize",
+    "zero_init": "qsr_engine.engines.deepspeed.initialize",
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name in ("initialize", "zero_init"):
-        from qsr_engine.engines.deepspeed import engine as deepspeed
-
-        return getattr(deepspeed, name)
-    if name == "initialize_fsdp":
-        from qsr_engine.engines.fsdp.engine import initialize_fsdp
-
-        return initialize_fsdp
-    if name == "attach":
-        from qsr_engine.engines.attach import attach
-
-        return attach
+    if name in _PLACES:
+        return getattr(importlib.import_module(_PLACES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,5 @@
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -6,15 +7,23 @@ import torch
 from hypothesis import settings
 
 from qsr_engine.data import write_digits
+from tests.support.pool import Processes
+from tests.support.recipes import small_recipe
+from tests.support.skips import Skips
 
 # In continuous integration every run tries the same examples, so that a change is judged by what it changed.
 settings.register_profile("ci", derandomize=True, deadline=None)
 settings.register_profile("local", deadline=None)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
-# The processes of tests/distributed use one thread each. With another number of threads a matrix product adds in
+# The processes of the pool use one thread each. With another number of threads a matrix product adds in
 # another order, and the oracle would differ from them in the last bit.
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # pytest-xdist's workers send their reports to the process that shows them
+        config.pluginmanager.register(Skips())
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +32,17 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("digits")
     write_digits(folder)
     return folder
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, digits: Path) -> Path:
+    """A recipe that trains in a second; one file, as a user writes it."""
+    return small_recipe(tmp_path, digits)
+
+
+@pytest.fixture(scope="session")
+def processes() -> Iterator[Processes]:
+    """One pool for the whole session of this process."""
+    pool = Processes()
+    yield pool
+    pool.stop()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -14,26 +13,6 @@ from torch import Tensor, nn
 
 from qsr_engine.checkpoint.find import find_alone
 from qsr_engine.checkpoint.manifest import MODEL_FILE, CheckpointError, Manifest
-from qsr_engine.config.digest import digest
-
-
-def describe(model: nn.Module) -> dict[str, str]:
-    """Name, type and shape of every parameter and buffer; it must be the same on every rank."""
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    return {
-        name: f"{str(t.dtype).removeprefix('torch.')} {list(getattr(t, 'ds_shape', t.shape))}" for name, t in tensors
-    }
-
-
-def averaged_buffers(module: nn.Module) -> list[Tensor]:
-    """Those that a boundary averages."""
-    return [buffer for buffer in module.buffers() if buffer.is_floating_point()]
-
-
-def order_label(groups: Mapping[str, Any]) -> str:
-    """Which parameters are in which group of the optimizer, in which order, in a few characters for a layout."""
-    counts = [len(group) for group in groups.values() if isinstance(group, Mapping)]
-    return f"groups of {counts} parameters, in the order {digest(groups):x}"
 
 
 def named_state(module: nn.Module, full: Callable[[Tensor], Tensor], keep: bool) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsr_engine.checkpoint.manifest import CheckpointError
+from qsr_engine.config.digest import flatten
+from qsr_engine.local_steps.averaged import Averaged
 
 log = logging.getLogger(__name__)
 _SAME_MODEL = ("model",)  # of a layout: what must be the same for anything to be taken over
@@ -31,7 +33,7 @@ def check_same_model(folder: Path, found: Mapping[str, tuple[Any, Any]]) -> None
         )
 
 
-def policy(
+def optimizer_state_from(
     folder: Path, found: Mapping[str, tuple[Any, Any]], on_other_workers: str, may_differ: frozenset[str]
 ) -> str:
     """What happens to the optimizer's state in a run with another layout: "mean" or "fresh".
@@ -43,7 +45,7 @@ def policy(
         return "fresh"
     others = {key: values for key, values in found.items() if key not in may_differ}
     if others:
-        spelled = ", ".join(f"{key} was {then!r} and is {now!r}" for key, (then, now) in sorted(others.items()))
+        spelled = _spelled(others)
         raise CheckpointError(
             f"{folder}: {spelled}, so the workers' optimizer states do not fit this run and cannot be averaged; write "
             "qsr.on_other_workers 'fresh' to take the parameters and start the optimizer anew, or go on as before"
@@ -51,15 +53,15 @@ def policy(
     return "mean"
 
 
-def say(folder: Path, found: Mapping[str, tuple[Any, Any]], chosen: str) -> None:
+def warn_of_other_layout(folder: Path, found: Mapping[str, tuple[Any, Any]], source: str) -> None:
     """On rank 0, loudly: what was taken over and what was not."""
     if dist.get_rank() != 0:
         return
-    spelled = ", ".join(f"{key} was {then!r} and is {now!r}" for key, (then, now) in sorted(found.items()))
+    spelled = _spelled(found)
     state = {
         "mean": "Every worker's optimizer starts from the mean of the saved workers' states.",
         "fresh": "The optimizer starts anew, without the state that was saved.",
-    }[chosen]
+    }[source]
     log.warning(
         "%s: %s. The parameters, the step and the scheduler are taken over. %s Random states start anew, so "
         "this is not the run that was saved; a script sees to it itself where its data goes on.",
@@ -69,18 +71,33 @@ def say(folder: Path, found: Mapping[str, tuple[Any, Any]], chosen: str) -> None
     )
 
 
+def warn_of_other_configuration(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """On rank 0: a run may go on with another configuration, but not in silence."""
+    found = differences(dict(flatten(saved)), dict(flatten(now)))
+    if found and dist.get_rank() == 0:
+        log.warning("%s: the run goes on with another configuration: %s", folder, _spelled(found, "; "))
+
+
 @torch.no_grad()
-def mean_of_states(masters: Any, load_worker: Callable[[int], Any], workers: int) -> None:
-    """Load the saved workers one after another, and leave the mean of their optimizer states in the optimizer.
+def mean_of_states(replica: Averaged, loaded: Iterable[None]) -> None:
+    """Leave the mean of the saved workers' optimizer states in the optimizer.
 
     State that is not floating point (step counters as integers) and single numbers are those of the last one loaded;
     workers have counted the same steps but for overflows.
+
+    Args:
+        loaded: loads the saved workers one after another, and yields after each.
     """
     sums: dict[tuple[int, str], Tensor] = {}
-    for worker in range(workers):
-        load_worker(worker)
-        for place, name, value in masters.state_tensors():
+    workers = 0
+    for _ in loaded:
+        workers += 1
+        for place, name, value in replica.state_tensors():
             key = (place, name)
             sums[key] = sums.get(key, 0.0) + value.to(torch.float64, copy=True)
-    for place, name, value in masters.state_tensors():
+    for place, name, value in replica.state_tensors():
         value.copy_(sums[place, name] / workers)
+
+
+def _spelled(found: Mapping[str, tuple[Any, Any]], between: str = ", ") -> str:
+    return between.join(f"{key} was {then!r} and is {now!r}" for key, (then, now) in sorted(found.items()))

@@ -1,4 +1,4 @@
-"""The launchers that start the ranks of `qsr train` and `qsr plan --measure`, and what they tell a rank.
+"""The launchers that start the ranks of `qsr train` and `qsr plan --measure`.
 
 DeepSpeed's launcher starts the engine `deepspeed`, torchrun the engine `fsdp`.
 """
@@ -19,72 +19,15 @@ from types import FrameType
 
 import psutil
 
+from qsr_engine.cli.launched import LAUNCH, asked_file
 from qsr_engine.config.batch import check_world_size
 from qsr_engine.config.recipe import Recipe, resolve_recipe_batch
-from qsr_engine.config.strict import ConfigError
 from qsr_engine.membership.signals import SIGNALS, STOPPED, STOPPED_FILE
 
-_LAUNCH = "QSR_ENGINE_LAUNCH"  # in the environment of all processes of one launch
 # Rank 0 serves the store in which the ranks meet, a new one for every start. Else torchrun's agent of rank 0 serves one
 # for all of them (torch 2.14): a rank may read the address of one that is dead there, and where that agent is lost the
 # other agents go on to name its store (DynamicRendezvousHandler.next_rendezvous).
 _OWN_STORES = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
-
-
-def started_by_a_launcher() -> bool:
-    """Whether a launcher started this rank: RANK is set. Raises ConfigError if what it sets beside it is not right."""
-    if "RANK" not in os.environ:
-        return False
-    numbers = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
-    found = {**numbers, "MASTER_ADDR": os.environ.get("MASTER_ADDR")}
-    wrong = [name for name, value in numbers.items() if value is None or not value.isdecimal()]
-    wrong += [] if found["MASTER_ADDR"] else ["MASTER_ADDR"]
-    if not wrong and int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
-        wrong = ["RANK", "WORLD_SIZE"]
-    if wrong:
-        spelled = ", ".join(f"{name}={found[name]}" if found[name] is not None else f"no {name}" for name in wrong)
-        raise ConfigError(
-            f"RANK is set, so a launcher is taken to have started this process, and found was: {spelled}. deepspeed "
-            "and torchrun set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; unset RANK to start one"
-        )
-    return True
-
-
-def restarted() -> bool:
-    """Whether torchrun's agent has started this rank again, after another one had died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
-def hopeless() -> str | None:
-    """In a rank that was started again: the error of an earlier attempt that would come again; None if there is none.
-
-    torchrun starts ranks again whatever their exit code is.
-    """
-    file = _error_file()
-    return file.read_text(encoding="utf-8") if restarted() and file is not None and file.exists() else None
-
-
-def stopped_already() -> bool:
-    """In a rank that was started again: whether the run was asked to stop in the meantime."""
-    path = os.environ.get(STOPPED_FILE)
-    return restarted() and path is not None and _LAUNCH in os.environ and _asked_file(Path(path)).exists()
-
-
-def no_restart(error: Exception) -> None:
-    """Note an error of this rank after which starting it again is of no use."""
-    file = _error_file()
-    if file is not None:
-        file.write_text(str(error), encoding="utf-8")
-
-
-def _error_file() -> Path | None:
-    """Beside the file that says that a run has stopped when asked to; only where launch() has started the rank."""
-    path = os.environ.get(STOPPED_FILE)
-    return Path(path).with_name("error") if path and _LAUNCH in os.environ else None
-
-
-def _asked_file(stopped: Path) -> Path:
-    return stopped.with_name("asked")
 
 
 def launch(recipe: Recipe, ranks: int | None, words: Sequence[str], *, resume: bool = False, restarts: int = 0) -> int:
@@ -136,14 +79,14 @@ def _run(command: list[str], more: Mapping[str, str] | None = None) -> int:
         stopped = Path(folder) / "stopped"
         # Of a rank that dies the others would print some 30 lines of the store's C++ frames.
         quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
-        environment = {**quiet, **os.environ, **(more or {}), _LAUNCH: launch, STOPPED_FILE: str(stopped)}
+        environment = {**quiet, **os.environ, **(more or {}), LAUNCH: launch, STOPPED_FILE: str(stopped)}
         process = subprocess.Popen(command, start_new_session=True, env=environment)
 
         def react(signum: int, _: FrameType | None) -> None:
             received.append(signum)
             ranks = []
             if signum in SIGNALS and len(received) == 1:
-                _asked_file(stopped).touch()
+                asked_file(stopped).touch()
                 ranks = _ranks_of(launch)
             for rank in ranks:
                 with contextlib.suppress(psutil.Error):
@@ -170,7 +113,7 @@ def _processes_of(launch: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.pid != os.getpid() and process.environ().get(_LAUNCH) == launch:
+            if process.pid != os.getpid() and process.environ().get(LAUNCH) == launch:
                 found.append(process)
     return found
 

@@ -86,3 +86,8 @@ def load_fsdp_config(config: str | os.PathLike[str] | Mapping[str, Any]) -> FSDP
     if lines:
         raise ConfigError("\n".join(lines))
     return validate(FSDPConfig, {**raw, "qsr": qsr}, where=where)
+
+
+def shared_part(config: FSDPConfig) -> dict[str, Any]:
+    """The part of a configuration that must be the same on every rank."""
+    return config.model_dump(exclude={"tensorboard"})

@@ -36,7 +36,7 @@ class RecipeQSR(QSRConfig):
 class ModelConfig(StrictModel):
     """A model by name, with keyword arguments for its constructor.
 
-    `timm/NAME`, `torchvision/NAME`, or `qsr/NAME` for the package's own (`qsr_engine.models`).
+    `timm/NAME`, `torchvision/NAME`, or `qsr/NAME` for the package's own (`training/vit.py`).
     """
 
     name: Annotated[str, Field(pattern=r"^(timm|torchvision|qsr)/[\w.\-]+$")]

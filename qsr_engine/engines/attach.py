@@ -21,7 +21,9 @@ from typing import Any
 
 from qsr_engine.config.deepspeed import read_deepspeed_config
 from qsr_engine.config.strict import ConfigError
-from qsr_engine.engines.deepspeed.engine import LocalStepEngine, initialize, replace_deepspeed_initialize
+from qsr_engine.engines.deepspeed.engine import LocalStepEngine
+from qsr_engine.engines.deepspeed.initialize import initialize
+from qsr_engine.engines.deepspeed.internals import replace_deepspeed_initialize
 
 
 @contextlib.contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from qsr_engine.config.strict import ConfigError
 from qsr_engine.local_steps.steps import LocalSteps
 
@@ -14,12 +16,12 @@ class LearningRate:
     A group's own factor is its `lr_scale`.
 
     Args:
-        optimizer: has `param_groups`; asked each time, since DeepSpeed makes new ones.
+        optimizer: torch's; its `param_groups` are asked each time, since DeepSpeed makes new ones.
     Raises:
         ConfigError: the groups have different learning rates and no lr_scale.
     """
 
-    def __init__(self, optimizer: Any, local_steps: LocalSteps) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, local_steps: LocalSteps) -> None:
         self._optimizer = optimizer
         self._state = local_steps
         self._given: list[float] = []  # to each group, last
@@ -46,11 +48,6 @@ class LearningRate:
                     f"step {self._state.step} would have the learning rate {group['lr']}, and qsr.lr says "
                     f"{expected}: something else sets it, a scheduler perhaps; leave that out, or qsr.lr"
                 )
-
-
-def largest_rate(param_groups: list[dict[str, Any]]) -> float:
-    """From which H follows where there is no `qsr.lr`: the largest of the groups' gives the smallest H."""
-    return max(float(group["lr"]) for group in param_groups)
 
 
 def _check_one(param_groups: list[dict[str, Any]]) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from qsr_engine.averaging.collectives import Group, all_gather_flat
+from qsr_engine.averaging import all_gather_flat
+from qsr_engine.averaging.errors import Group
 from qsr_engine.config.digest import digest, flatten
-
-_LINES = 20  # differences that an error spells out
+from qsr_engine.membership.spelling import first_lines, spell_ranks
 
 
 class AgreementError(RuntimeError):
@@ -39,10 +39,9 @@ def check_agreement(facts: Mapping[str, Any], device: torch.device, group: Group
         if len(found) > 1:
             lines.append(f"  {key}: " + "; ".join(f"{value} on {spell_ranks(ranks)}" for value, ranks in found.items()))
     if lines:
-        more = [f"  ... and {len(lines) - _LINES} more"] if len(lines) > _LINES else []
         raise AgreementError(
             "the ranks were not started alike:\n"
-            + "\n".join(lines[:_LINES] + more)
+            + first_lines(lines)
             + "\nStart every rank with the same configuration and the same versions."
         )
 
@@ -53,9 +52,3 @@ def ranks_by_value(values: Sequence[Any]) -> dict[Any, list[int]]:
     for rank, value in enumerate(values):
         found.setdefault(value, []).append(rank)
     return found
-
-
-def spell_ranks(ranks: Sequence[int]) -> str:
-    """Ranks in a message, the first few of many."""
-    shown = ", ".join(str(rank) for rank in ranks[:8]) + (", ..." if len(ranks) > 8 else "")
-    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"

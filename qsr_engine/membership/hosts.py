@@ -1,4 +1,4 @@
-"""What must be alike on all hosts of a run, and `qsr hosts`, which asks the hosts of a hostfile before a run.
+"""`qsr hosts`: the hosts of a hostfile are asked before a run whether they answer, and with which versions.
 
 The launcher of DeepSpeed starts the same command on every host by ssh: the same folder, the same path of Python. So
 every host is asked through that ssh and with that Python. Nothing here imports torch: the answer takes a second.
@@ -6,22 +6,19 @@ every host is asked through that ssh and with that Python. Nothing here imports 
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import importlib.util
 import json
 import os
-import platform
 import re
 import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-NOT_INSTALLED = "not installed"
+from qsr_engine.membership.versions import differences, versions
+
 _SSH_SECONDS = 5  # in which a host must take the connection
 _ANSWER_SECONDS = 60.0  # in which it must have answered; Python may start from a slow network disk
 _AT_ONCE = 64  # hosts asked at once
@@ -33,68 +30,6 @@ _SLOTS = re.compile(r"^(\S+)\s+slots=(\d+)")  # as DeepSpeed reads a line
 
 class HostError(RuntimeError):
     """Hosts of a run cannot work together: one is missing or not reached, or their versions differ."""
-
-
-def versions() -> dict[str, str]:
-    """What must be the same on every host: Python, torch, DeepSpeed, timm and this package with its sources.
-
-    Read anew at every call, which takes milliseconds: all ranks of a run ask at the same moment, and processes that
-    were started at other moments, between which a file was saved, shall not differ for it.
-    """
-    found = {"python": ".".join(platform.python_version_tuple()[:2]), "torch": _torch_version()}
-    found |= {name: _version(name) for name in ("deepspeed", "timm")}
-    return {**found, "qsr_engine": f"{_version('qsr_engine')}, sources {_sources()}"}
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return NOT_INSTALLED
-
-
-def _torch_version() -> str:
-    """With the part after + (cpu, cu130), which the metadata of PyPI's wheel leaves out; read without importing it."""
-    spec = importlib.util.find_spec("torch")
-    if spec is not None and spec.origin is not None:
-        path = Path(spec.origin).with_name("version.py")
-        line = re.search(r"^__version__ = ['\"](.+)['\"]", path.read_text() if path.exists() else "", re.MULTILINE)
-        if line:
-            return line[1]
-    return _version("torch")
-
-
-def _sources() -> str:
-    """Digest of this package's Python files: two checkouts may have the same version and other code."""
-    folder = Path(__file__).parents[1]
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:12]
-
-
-def differences(facts: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """One line for every fact that is not the same everywhere: its values and who has them.
-
-    Args:
-        facts: for every one who reports (a host, a rank) the values by name, as versions() gives them.
-    """
-    lines = []
-    for name in sorted({name for values in facts.values() for name in values}):
-        who: dict[str, list[str]] = {}
-        for one, values in facts.items():
-            who.setdefault(values.get(name, NOT_INSTALLED), []).append(one)
-        if len(who) > 1:
-            lines.append(f"  {name}: " + "; ".join(f"{value} on {some(names)}" for value, names in who.items()))
-    return lines
-
-
-def some(names: Sequence[str], most: int = 8) -> str:
-    """Names in a row, the first few of many."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-# ------------------------------------------------------------------------------------------------- qsr hosts
 
 
 def read_hostfile(path: str | os.PathLike[str]) -> dict[str, int]:
@@ -156,7 +91,7 @@ def check_hosts(path: str | os.PathLike[str], ssh: Sequence[str] = ()) -> str:
 def _ask(host: str, ssh: Sequence[str]) -> dict[str, str] | str:
     """A host's versions, or what is wrong with it."""
     folder, python = Path.cwd(), sys.executable
-    code = "import json, qsr_engine.membership.hosts as hosts; print(json.dumps(hosts.versions()))"
+    code = "import json; from qsr_engine.membership.versions import versions; print(json.dumps(versions()))"
     # As DeepSpeed's launcher does it: this folder, first in Python's path, and this Python.
     command = (
         f"cd {shlex.quote(str(folder))} || exit {_NO_FOLDER}; "
@@ -177,18 +112,18 @@ def _ask(host: str, ssh: Sequence[str]) -> dict[str, str] | str:
         return f"took the connection and gave no answer in {_ANSWER_SECONDS:.0f} s; is its disk or network at fault?"
     except FileNotFoundError:
         raise HostError("there is no ssh on this host; install OpenSSH's client, which the launcher needs") from None
-    said = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
+    complaint = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
     if done.returncode == _SSH_FAILED:
-        return f"ssh does not get in ({said}); `ssh {host} true` must work without a password"
+        return f"ssh does not get in ({complaint}); `ssh {host} true` must work without a password"
     if done.returncode == _NO_FOLDER:
         return f"has no folder {folder}; the launcher changes to it on every host"
     if done.returncode in _NOT_FOUND:
-        return f"has no Python at {python} ({said}); install the environment at the same path"
+        return f"has no Python at {python} ({complaint}); install the environment at the same path"
     try:
         answer = json.loads(done.stdout.splitlines()[-1])
         return {str(name): str(value) for name, value in answer.items()}
     except (ValueError, IndexError, AttributeError):
-        return f"qsr_engine cannot be imported there by {python} ({said}); install the same environment"
+        return f"qsr_engine cannot be imported there by {python} ({complaint}); install the same environment"
 
 
 def _table(head: list[tuple[str, ...]], rows: Iterable[tuple[str, ...]]) -> str:

@@ -1,53 +1,47 @@
-"""Who is lost, by what every rank says of itself: beats, and the judgement over them. Nothing here talks or waits."""
+"""Who is lost, by what every rank says of itself in its beats. Nothing here talks or waits."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import time
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Mapping
+
+from qsr_engine.membership.beats import Beat, State, Word
+from qsr_engine.membership.halt import target
+from qsr_engine.membership.spelling import first_lines, spell_ranks
 
 _SUSPECT = 10.0  # silence that is too long once a rank was asked to stop, perhaps by a launcher that saw another die
 MISSED = 4  # beats; whoever misses them after a collective has failed is taken to be gone
 
-State = Literal["starting", "running", "failed", "finished", "closed", "ended"]
 
-
-@dataclasses.dataclass(frozen=True)
-class Beat:
-    """What a rank says of itself."""
-
-    number: int = 0
-    moves: int = 0  # grows while the main thread gets on
-    state: State = "starting"
-    waiting: bool = False  # the main thread is in a collective, or in halt()
-    stop: bool = False
-    heard: bool = False  # it has the verdict
-    step: int = 0
-    begun: int = 0  # the step under way
-    halted: int = -1  # the step after which it stands in halt(); -1 where it does not
-    round: int = 0
-    host: str = ""
-    place: str = ""  # where the main thread is
-
-    def encode(self) -> str:
-        return json.dumps(dataclasses.astuple(self))
-
-    @classmethod
-    def decode(cls, text: bytes) -> Beat:
-        return cls(*json.loads(text))
+def moment(interval: float) -> float:
+    """Seconds in which whoever lives has given several signs of it, with so many seconds between beats."""
+    return max(1.0, MISSED * interval)
 
 
 class Judge:
     """Who is lost, from one reading of the beats to the next; rank 0's own clock counts."""
 
-    def __init__(self, ranks: int, seconds: float | None, interval: float) -> None:
-        self._ranks, self._seconds = ranks, seconds
-        self._soon = max(1.0, MISSED * interval)
+    def __init__(self, seconds: float | None, interval: float) -> None:
+        self._seconds = seconds
+        self._soon = moment(interval)
         self._looked: float | None = None  # when it judged last
         self._beats: dict[int, tuple[int, float]] = {}  # of each rank: last number, and when it changed
         self._moves: dict[int, tuple[int, float]] = {}
+
+    def of_all(self, beats: Mapping[int, Beat]) -> Word:
+        """What rank 0 finds in the beats of all ranks."""
+        lost = self.lost(beats)
+        return Word(
+            stop=any(beat.stop for beat in beats.values()),
+            verdict=verdict_of(lost, beats) if lost else None,
+            target=target(beats),
+            all_heard=self.all_heard(beats),
+        )
+
+    def of_rank_0(self, beats: Mapping[int, Beat]) -> Word:
+        """What another rank finds in the beat of rank 0 and its own: who judges all may be lost itself."""
+        lost = self.lost(beats)
+        return Word(verdict=verdict_of({0: lost[0]}, beats) if 0 in lost else None)
 
     def lost(self, beats: Mapping[int, Beat], now: float | None = None) -> dict[int, str]:
         """The lost ranks, and why each is."""
@@ -92,19 +86,6 @@ class Judge:
         for seen in (self._beats, self._moves):
             seen.update({rank: (number, since + missed) for rank, (number, since) in seen.items()})
 
-    def target(self, beats: Mapping[int, Beat]) -> tuple[int, bool] | None:
-        """For ranks in halt(): the step of the foremost rank, and whether all stand after it; None where none halts.
-
-        A rank that had passed this step before it heard of the stop may be in a collective of the boundary (records, an
-        evaluation), which needs those that halt: then all take one step more.
-        """
-        if all(beat.halted < 0 for beat in beats.values()):
-            return None
-        furthest = max(max(beat.halted, beat.begun) for beat in beats.values())
-        if any(beat.halted < 0 and beat.waiting and beat.begun == beat.step == furthest for beat in beats.values()):
-            furthest += 1
-        return furthest, len(beats) == self._ranks and all(beat.halted == furthest for beat in beats.values())
-
     def all_heard(self, beats: Mapping[int, Beat]) -> bool:
         """Whether everybody that still speaks has the verdict."""
         return all(beat.heard or rank == 0 for rank, beat in beats.items() if not self._is_silent(rank))
@@ -120,10 +101,5 @@ def verdict_of(lost: Mapping[int, str], beats: Mapping[int, Beat]) -> str:
         f"after step {beats[rank].step}"
         for rank, why in sorted(lost.items())
     ]
-    more = [f"  ... and {len(lines) - 20} more"] if len(lines) > 20 else []
-    name = f"rank {next(iter(lost))} is" if len(lost) == 1 else f"ranks {_list(sorted(lost))} are"
-    return f"{name} lost (qsr.faults.timeout_seconds):\n" + "\n".join(lines[:20] + more)
-
-
-def _list(ranks: Sequence[int]) -> str:
-    return ", ".join(map(str, ranks[:20])) + (", ..." if len(ranks) > 20 else "")
+    ranks = f"{spell_ranks(sorted(lost), 20)} {'is' if len(lost) == 1 else 'are'}"
+    return f"{ranks} lost (qsr.faults.timeout_seconds):\n{first_lines(lines)}"

@@ -32,7 +32,7 @@ import psutil
 import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]  # there at run time
 
-from qsr_engine.membership.hosts import HostError, differences, some, versions
+from qsr_engine.membership.hosts import HostError
 from qsr_engine.membership.network import Door, addresses, check_interfaces, partners, unreached
 from qsr_engine.membership.rendezvous import (
     GRACE_SECONDS,
@@ -43,12 +43,14 @@ from qsr_engine.membership.rendezvous import (
     moments,
     start_seconds,
 )
+from qsr_engine.membership.spelling import first_lines, some
+from qsr_engine.membership.versions import differences, versions
 
 _RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _CONNECT_SECONDS = 10.0  # in which one host must take another's connection
 _REACHING_SECONDS = 2 * _CONNECT_SECONDS + GRACE_SECONDS  # for doors to open, and to be tried
+_PROBLEMS = 20  # that an error spells out
 _CALL = "qsr_engine/roll call"  # key under which rank 0 says the name of the call
-_LINES = 20  # that an error spells out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,14 +124,14 @@ class _Call:
     def meet(self) -> None:
         """Raises HostError if the ranks cannot go on, DistError if the store is lost."""
         name, outcome = self._first_outcome()
-        self._heard(name, 1, outcome)
+        self._take(name, 1, outcome)
         if len(outcome["nodes"]) < 2:
             return
         with self._door(name, outcome["nodes"]):
             text = self._wait(f"{name}/outcome 2", _REACHING_SECONDS + GRACE_SECONDS)
         if text is None:
             raise HostError(f"{self.me}: rank 0 was lost while the hosts tried to reach one another")
-        self._heard(name, 2, json.loads(text))
+        self._take(name, 2, json.loads(text))
 
     def _first_outcome(self) -> tuple[str, dict[str, Any]]:
         """The name of the call, and what rank 0 says when all have come or the time is up."""
@@ -140,7 +142,7 @@ class _Call:
             current = self._store.get(_CALL).decode()
             if current != name:
                 name = current
-                self._say(name)
+                self._answer_call(name)
             if self._store.check([f"{name}/outcome 1"]):
                 outcome: dict[str, Any] = json.loads(self._store.get(f"{name}/outcome 1"))
                 if outcome["tokens"].get(str(self._answer.rank)) == self._answer.token:
@@ -150,10 +152,10 @@ class _Call:
             f"({VARIABLE}); it was not started, it has ended (its message says why), or this rank came too late"
         )
 
-    def _say(self, name: str) -> None:
+    def _answer_call(self, name: str) -> None:
         self._store.set(f"{name}/rank {self._answer.rank}", json.dumps(dataclasses.asdict(self._answer)))
 
-    def _heard(self, name: str, number: int, outcome: Mapping[str, Any]) -> None:
+    def _take(self, name: str, number: int, outcome: Mapping[str, Any]) -> None:
         """Let rank 0 know that it may end, and raise the outcome's error."""
         self._store.add(f"{name}/heard {number}", 1)
         if outcome["error"]:
@@ -211,7 +213,7 @@ class _Leader(_Call):
 
     def meet(self) -> None:
         name = secrets.token_hex(8)
-        self._say(name)
+        self._answer_call(name)
         self._store.set(_CALL, name)
         answers = self._gather(name)
         tokens = {str(answer.rank): answer.token for answer in answers}
@@ -259,7 +261,7 @@ class _Leader(_Call):
         return failures
 
 
-# ------------------------------------------------------------------------------------------------- what is said
+# ------------------------------------------------------------------------------------------------- hosts
 
 
 def _node() -> str:
@@ -277,9 +279,27 @@ def _nodes(answers: Sequence[_Answer]) -> list[list[Any]]:
     return [[a.rank, a.host if names.count(a.host) == 1 else a.node] for a in first.values()]
 
 
+def _hosts_of_launcher() -> list[str]:
+    """The host of every rank, as DeepSpeed's launcher was told; [] where something else started this process.
+
+    The launcher has the names in its command line, --world_info=BASE64 of {host: [device, ...]}, and gives them to
+    nobody.
+    """
+    try:
+        words = psutil.Process(os.getppid()).cmdline()
+        world = next(word.partition("=")[2] for word in words if word.startswith("--world_info="))
+        hosts = json.loads(base64.urlsafe_b64decode(world))
+        return [host for host, devices in hosts.items() for _ in devices]
+    except (psutil.Error, StopIteration, ValueError, AttributeError, TypeError):
+        return []
+
+
+# ------------------------------------------------------------------------------------------------- what errors say
+
+
 def _problems(answers: Sequence[_Answer]) -> str | None:
-    told = list(dict.fromkeys(answer.problem for answer in answers if answer.problem))
-    return "\n".join(told[:_LINES]) if told else None
+    found = list(dict.fromkeys(answer.problem for answer in answers if answer.problem))
+    return "\n".join(found[:_PROBLEMS]) if found else None
 
 
 def _missing(answers: Sequence[_Answer], ranks: int, seconds: float) -> str | None:
@@ -298,10 +318,9 @@ def _missing(answers: Sequence[_Answer], ranks: int, seconds: float) -> str | No
         present.setdefault(host, []).append(rank)
     lines = [f"  missing: {_ranks(numbers)} of {host}" for host, numbers in absent.items()]
     lines += [f"  there: {_ranks(numbers)} of {host}" for host, numbers in present.items()]
-    more = [f"  ... and {len(lines) - _LINES} more hosts"] if len(lines) > _LINES else []
     return (
         f"{ranks - len(came)} of {ranks} ranks did not come within {seconds:g} s ({VARIABLE}):\n"
-        + "\n".join(lines[:_LINES] + more)
+        + first_lines(lines, " hosts")
         + f"\nHas the launcher reached those hosts (`qsr hosts HOSTFILE`), did those ranks end with a message of their "
         f"own, and do those hosts reach {master()} (MASTER_ADDR:MASTER_PORT)? If they are only slow to start, set "
         f"{VARIABLE} to more seconds."
@@ -323,10 +342,9 @@ def _other_versions(answers: Sequence[_Answer]) -> str | None:
 def _not_reached(failures: Sequence[str]) -> str | None:
     if not failures:
         return None
-    more = [f"  ... and {len(failures) - _LINES} more"] if len(failures) > _LINES else []
     return (
         "hosts do not reach one another:\n"
-        + "\n".join([f"  {text}" for text in failures[:_LINES]] + more)
+        + first_lines([f"  {text}" for text in failures])
         + "\nTraining connects every host to others on ports that the system chooses: open all of them between the "
         "hosts, or name the interface of another network by GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME."
     )
@@ -334,18 +352,3 @@ def _not_reached(failures: Sequence[str]) -> str | None:
 
 def _ranks(ranks: Sequence[int]) -> str:
     return ("rank " if len(ranks) == 1 else "ranks ") + some([str(rank) for rank in ranks])
-
-
-def _hosts_of_launcher() -> list[str]:
-    """The host of every rank, as DeepSpeed's launcher was told; [] where something else started this process.
-
-    The launcher has the names in its command line, --world_info=BASE64 of {host: [device, ...]}, and gives them to
-    nobody.
-    """
-    try:
-        words = psutil.Process(os.getppid()).cmdline()
-        world = next(word.partition("=")[2] for word in words if word.startswith("--world_info="))
-        hosts = json.loads(base64.urlsafe_b64decode(world))
-        return [host for host, devices in hosts.items() for _ in devices]
-    except (psutil.Error, StopIteration, ValueError, AttributeError, TypeError):
-        return []

@@ -22,7 +22,7 @@ from qsr_engine.data.index import read_index
 from qsr_engine.planning.cost import HIDDEN_BY_BACKWARD, HIDDEN_BY_FORWARD, LARGEST_CV, CostModel, Network, StepTime
 
 _ELEMENT_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0}
-_BLOCK = 512  # elements of fp16 and int8 that share one scale of 4 bytes on the wire, as in averaging/wire.py
+_BLOCK = 512  # elements of fp16 and int8 that share one scale of 4 bytes on the wire, as in averaging/compressed.py
 CLASSES = 1000  # of a model whose data nobody has seen: ImageNet's
 
 Variation = Annotated[float, Field(ge=0, le=LARGEST_CV)]

@@ -16,7 +16,7 @@ from qsr_engine.config.recipe_file import load_recipe
 from qsr_engine.config.strict import ConfigError
 from qsr_engine.config.units import seconds_text
 from qsr_engine.planning.cost import Fit, Observed, fit_two_runs
-from qsr_engine.records.records import RECIPE, SUMMARY
+from qsr_engine.records.run_folder import RECIPE, SUMMARY
 from qsr_engine.records.runs import ReportError, Run, read_run
 
 # Keys of a resolved recipe that do not change what a step or an averaging costs.

@@ -23,14 +23,13 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from qsr_engine.averaging.shared_memory import hosts_of
+from qsr_engine.averaging.choose import hosts_of
 from qsr_engine.checkpoint.together import gathered
 from qsr_engine.config.batch import Batch, check_world_size
 from qsr_engine.config.recipe import Recipe, resolve_recipe_batch
 from qsr_engine.planning.calibration import CLASSES, CostSettings, class_count
 from qsr_engine.planning.cost import Network
-from qsr_engine.training.from_recipe import Engine, make_engine
-from qsr_engine.training.loop import DTYPES, share_cores
+from qsr_engine.training.from_recipe import DTYPES, Engine, make_engine, share_cores
 from qsr_engine.training.models import create_model
 
 BOUNDARIES = 4  # the first one is not counted
@@ -158,9 +157,9 @@ def _boundaries(engine: Engine, steps: _Steps) -> float:
     """Median seconds of a boundary with its averaging; the rank that waits least for others counts."""
     seconds = []
     for _ in range(BOUNDARIES):
-        before = engine.local_steps.seconds_averaging
+        before = engine.local_steps.costs.seconds_averaging
         assert steps.step(), "every round is one step long"
-        seconds.append(engine.local_steps.seconds_averaging - before)
+        seconds.append(engine.local_steps.costs.seconds_averaging - before)
     return statistics.median(float(min(row)) for row in zip(*gathered(seconds[1:]), strict=True))
 
 

@@ -1,21 +1,16 @@
-"""Files that grow by whole pieces, on a disk that may be full for a while: JSON lines, and TensorBoard's events.
+"""A file that grows by whole pieces, on a disk that may be full for a while.
 
 A piece that cannot be written waits in memory, and no part of it is left in the file. Once the file is open, nothing
-here raises because of the disk: training is worth more than its records. Imports no torch,
-and TensorBoard only where an event file is opened, so that the command line starts quickly.
+here raises because of the disk: training is worth more than its records.
 """
 
 from __future__ import annotations
 
 import os
-import socket
-import time
 import warnings
 from collections import deque
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 MOST_WAITING = 2**24  # bytes of pieces that wait; beyond them the oldest are given up
 
@@ -94,42 +89,3 @@ class AppendedFile:
         self._file.truncate(self._end)
         self._file.seek(self._end)  # else the next piece would leave a hole before it
         self._torn = False
-
-
-class EventFile:
-    """Scalars for TensorBoard, in an event file of its own.
-
-    torch's SummaryWriter writes in a thread, which ends for good at its first error and leaves a part of an event.
-
-    Args:
-        folder: TensorBoard's run.
-        from_step: events that other files of the folder hold for later steps do not count; 0 in a new run.
-    Raises:
-        OSError: it cannot be opened.
-    """
-
-    def __init__(self, folder: Path, *, from_step: int = 0) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        self._event, self._summary = Event, Summary
-        seconds, nanoseconds = divmod(time.time_ns(), 10**9)
-        # TensorBoard reads the files of a folder by their names, so the whole time comes first, in fixed width.
-        name = f"events.out.tfevents.{seconds:010d}.{nanoseconds:09d}.{socket.gethostname()}.{os.getpid()}"
-        self._file = AppendedFile(folder / name, new=True)
-        self._records = RecordWriter(self._file)  # which makes one write of a record
-        self._write(file_version="brain.Event:2")
-        if from_step:
-            self._write(step=from_step + 1, session_log=SessionLog(status=SessionLog.START))
-
-    def add(self, scalars: Iterable[tuple[str, float]], step: int) -> None:
-        """Write (tag, value) pairs at a step; TensorBoard keeps values in fp32."""
-        values = [self._summary.Value(tag=tag, simple_value=float(value)) for tag, value in scalars]
-        self._write(step=step, summary=self._summary(value=values))
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _write(self, **content: Any) -> None:
-        self._records.write(self._event(wall_time=time.time(), **content).SerializeToString())

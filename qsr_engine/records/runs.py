@@ -18,7 +18,8 @@ from typing import Any
 
 import yaml
 
-from qsr_engine.records.records import METRICS, RECIPE, SUMMARY, WORKERS, Record, WorkersRecord
+from qsr_engine.records.records import Record, WorkersRecord
+from qsr_engine.records.run_folder import METRICS, RECIPE, SUMMARY, WORKERS
 
 
 class ReportError(RuntimeError):
@@ -33,8 +34,8 @@ class Run:
     path: Path
     strategy: str  # a label such as `qsr H>=4 alpha=0.0175`
     recipe: dict[str, Any]
-    records: list[dict[str, Any]]  # at least one; the fields of monitor.Record
-    workers: list[dict[str, Any]]  # of the last number of workers; monitor.WorkersRecord; none in a run of long ago
+    records: list[dict[str, Any]]  # at least one; the fields of Record
+    workers: list[dict[str, Any]]  # of the last number of workers; WorkersRecord; none in a run of long ago
     worker_counts: list[int]  # how many workers it had, one after another; several where it went on with others
     finished: bool
     total_steps: int

@@ -1,7 +1,8 @@
-"""The engine that a recipe names, with the configuration that it reads."""
+"""The engine that a recipe names, with the configuration that it reads, and what a rank of it needs beside it."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -16,14 +17,17 @@ from qsr_engine.config.batch import Batch
 from qsr_engine.config.recipe import Recipe
 from qsr_engine.local_steps.steps import LocalSteps
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 class Engine(Protocol):
     """What both engines show."""
 
     module: nn.Module
     device: torch.device
-    local_steps: LocalSteps
-    averaged_model: Callable[[], AbstractContextManager[None]]  # entered while the averaged model is read
+
+    @property
+    def local_steps(self) -> LocalSteps: ...
 
     @property
     def seconds_averaging(self) -> float | None: ...
@@ -43,6 +47,8 @@ class Engine(Protocol):
     def load_checkpoint(self, load_dir: Path) -> tuple[str | None, dict[str, Any] | None]: ...
 
     def averaged_state_dict(self) -> dict[str, Tensor]: ...
+
+    def while_model_is_read(self, context: Callable[[], AbstractContextManager[None]]) -> None: ...
 
 
 def make_engine(recipe: Recipe, batch: Batch, model: nn.Module) -> Engine:
@@ -119,3 +125,12 @@ def without_decay_of_norms_and_biases(parameters: Iterable[nn.Parameter]) -> lis
         {"params": [parameter for parameter in given if parameter.ndim <= 1], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def share_cores() -> None:
+    """On a CPU, give each rank of this host its share of the cores, unless OMP_NUM_THREADS says another number."""
+    on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available()
+    if on_cpu and "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        here = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1"  # deepspeed's, torchrun's
+        torch.set_num_threads(max(1, cores // int(here)))

@@ -15,9 +15,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qsr_engine.checkpoint.manifest import CheckpointError, Manifest, digest_of
+from tests.fuzz.mutations import EXAMPLES, mutated
 
 CORPUS = sorted((Path(__file__).parent / "corpus" / "manifest").iterdir())
-EXAMPLES = int(os.environ.get("QSR_FUZZ_EXAMPLES", "0"))
 fuzzed = settings(max_examples=EXAMPLES or 150, derandomize=not EXAMPLES, deadline=None)
 
 TOKENS = [
@@ -45,20 +45,6 @@ def check(content: bytes) -> None:
     assert 0 <= manifest.step < 2**63
     assert manifest.saved_at - manifest.saved_at == 0, "it is finite"
     assert repr(manifest)
-
-
-def mutated(seeds: list[bytes], tokens: list[bytes]) -> st.SearchStrategy[bytes]:
-    """A seed in which a few parts are replaced by tokens, other bytes or parts of another seed."""
-    part = st.one_of(st.sampled_from(tokens), st.binary(max_size=4), st.sampled_from(seeds).map(lambda seed: seed[:80]))
-    edit = st.tuples(st.integers(0, 10**4), st.integers(0, 60), part)
-
-    def apply(seed: bytes, edits: list[tuple[int, int, bytes]]) -> bytes:
-        for place, length, new in edits:
-            at = place % (len(seed) + 1)
-            seed = seed[:at] + new + seed[at + length :]
-        return seed
-
-    return st.builds(apply, st.sampled_from(seeds), st.lists(edit, max_size=5))
 
 
 @pytest.mark.parametrize("path", CORPUS, ids=lambda path: str(path.name))

@@ -19,7 +19,7 @@ from qsr_engine.config.fsdp import load_fsdp_config
 from qsr_engine.config.recipe import resolve_recipe_batch
 from qsr_engine.config.recipe_file import dump_recipe, load_recipe, resolve_recipe
 from qsr_engine.config.strict import ConfigError
-from tests.fuzz.test_fuzz_manifest import EXAMPLES, mutated
+from tests.fuzz.mutations import EXAMPLES, mutated
 
 CORPUS = sorted((Path(__file__).parent / "corpus" / "recipe").iterdir())
 RECIPES = [path.read_bytes() for path in CORPUS if path.suffix == ".yaml"]

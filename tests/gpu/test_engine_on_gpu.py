@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ranks.test_combinations import (
+from tests.support import reference, training
+from tests.support.combinations import (
     COMBINATIONS,
     DTYPES,
     Combination,
@@ -21,7 +22,6 @@ from tests.ranks.test_combinations import (
     whole_masters,
     whole_parameters,
 )
-from tests.support import reference, training
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu", reason="needs a GPU"

@@ -16,8 +16,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.ranks.test_fsdp_engine import BF16, MODELS, batch_of, expected, furthest, start, state_of
 from tests.support import training
+from tests.support.fsdp_engine import BF16, MODELS, batch_of, expected, furthest, start, state_of
 from tests.support.training import QSR
 
 pytestmark = pytest.mark.skipif(

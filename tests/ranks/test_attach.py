@@ -20,8 +20,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.ranks.test_deepspeed_engine import collectives_across_workers
 from tests.support import training
+from tests.support.counting import collectives_across_workers
 from tests.support.pool import JobError, Processes
 from tests.support.training import QSR
 

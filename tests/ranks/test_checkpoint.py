@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from tests.ranks.test_combinations import NO_COMPILER, Combination, start, take_step, whole_masters, whole_parameters
 from tests.support import training
+from tests.support.combinations import NO_COMPILER, Combination, start, take_step, whole_masters, whole_parameters
 from tests.support.pool import JobError, Processes
 from tests.support.training import QSR
 
@@ -691,7 +691,7 @@ def states_job(combination: Combination, folder: str, qsr: dict[str, Any], load:
         while engine.local_steps.step < 4:
             take_step(engine, combination)
         engine.save_checkpoint(folder)
-    masters = engine._masters
+    masters = engine._driver.replica
     state = {name: [t.clone() for t in masters.state(name) if t is not None] for name in ("exp_avg", "exp_avg_sq")}
     found = {"masters": whole_masters(engine), "state": state, "step": engine.local_steps.step}
     return {**found, "end": finish(engine, combination)["masters"] if load else None}

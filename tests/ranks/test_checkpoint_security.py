@@ -19,8 +19,8 @@ from qsr_engine.checkpoint.find import find
 from qsr_engine.checkpoint.manifest import CheckpointError, Manifest, sha256
 from qsr_engine.checkpoint.together import gathered
 from qsr_engine.engines.fsdp import files as fsdp_checkpoint
-from tests.ranks import test_fsdp_engine
-from tests.ranks.test_combinations import Combination, start, take_step
+from tests.support import fsdp_engine
+from tests.support.combinations import Combination, start, take_step
 from tests.support.pool import Processes
 from tests.support.training import QSR
 
@@ -55,7 +55,7 @@ def forge(folder: Path, name: str, content: bytes) -> None:
 def engine_of(kind: str) -> tuple[Any, Any]:
     qsr = {**QSR, "worker_size": 1 if kind == "stage 0" else 2}
     if kind == "fsdp":
-        return test_fsdp_engine.start(qsr), test_fsdp_engine.take_step
+        return fsdp_engine.start(qsr), fsdp_engine.take_step
     combination = Combination(int(kind[-1]), "fp32", "AdamW")
     return start(combination, qsr), lambda engine: take_step(engine, combination)
 

@@ -15,63 +15,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from tests.support import training
+from tests.support.deepspeed_engine import STAGE_1, count_job, start, step
 from tests.support.pool import JobError, Processes
 from tests.support.training import QSR
 
-STAGE_1: dict[str, Any] = {
-    "bf16": {"enabled": True},
-    "zero_optimization": {"stage": 1},
-    "zero_allow_untested_optimizer": True,
-}
-
-
-def start(qsr: dict[str, Any], model: nn.Module | None = None, **config: Any) -> Any:
-    import qsr_engine
-
-    model = model or training.make_model(torch.float32)
-    return qsr_engine.initialize(
-        model=model,
-        optimizer=partial(training.make_optimizer, "sgd"),
-        config={"train_micro_batch_size_per_gpu": training.BATCH, "gradient_clipping": 1.0, "qsr": qsr, **config},
-    )[0]
-
-
-def step(engine: Any, number: int | None = None) -> bool:
-    import torch.distributed as dist
-
-    number = engine.local_steps.step if number is None else number
-    dtype = next(engine.module.parameters()).dtype
-    inputs, targets = training.batch(dist.get_rank(), number, dtype=dtype)
-    engine.backward(training.loss(engine(inputs), targets))
-    return bool(engine.step())
-
-
 # -------------------------------------------------------------------- invariant 1: silence between boundaries
-
-
-def collectives_across_workers(worker_size: int) -> int:
-    """Collectives that this process has issued so far on groups with ranks of more than one worker.
-
-    torch counts the collectives of every process group itself, whoever issues them and by whatever function.
-    """
-    from torch.distributed import distributed_c10d as c10d
-
-    total = 0
-    for group in c10d._world.pg_map:
-        workers = {rank // worker_size for rank in c10d.get_process_group_ranks(group)}
-        if len(workers) > 1:
-            total += group._get_sequence_number_for_group()  # type: ignore[attr-defined]
-    return total
-
-
-def count_job(qsr: dict[str, Any], config: dict[str, Any], clip: float) -> list[tuple[bool, int]]:
-    engine = start(qsr, **{**config, "gradient_clipping": clip})
-    counts = []
-    while not engine.local_steps.finished:
-        before = collectives_across_workers(qsr.get("worker_size", 1))
-        boundary = step(engine)
-        counts.append((boundary, collectives_across_workers(qsr.get("worker_size", 1)) - before))
-    return counts
 
 
 @pytest.mark.parametrize(("clip", "shared"), [(0.0, True), (1.0, False)])
@@ -299,8 +247,8 @@ def group_job(groups: list[dict[str, Any]]) -> list[float]:
     engine, *_ = qsr_engine.initialize(
         model=model, optimizer=torch.optim.SGD(parameters, lr=0.1), config={"train_batch_size": 8, "qsr": QSR}
     )
-    engine.local_steps.step = 3  # the end of the warm-up
-    engine._learning_rate.set()
+    engine.local_steps.rounds.step = 3  # the end of the warm-up
+    engine._driver.learning_rate.set()
     return [group["lr"] for group in engine.optimizer.param_groups]
 
 
@@ -423,7 +371,7 @@ def buffers_job(strategy: str, buffers: str, worker_size: int) -> list[torch.Ten
     while not engine.local_steps.finished:
         step(engine)
     after_run = norm.running_mean.clone()
-    engine.local_steps.average_buffers()
+    engine.local_steps.boundary.buffers.average()
     return [after_run, norm.running_mean.clone()]
 
 
@@ -470,11 +418,11 @@ def tied_job() -> list[torch.Tensor]:
     before: list[torch.Tensor] = []
     original = engine.local_steps.averager.average
 
-    def spy() -> None:
+    def spy(left_out: Any) -> None:
         gathered = [torch.empty_like(model.encoder.weight) for _ in range(dist.get_world_size())]
         dist.all_gather(gathered, model.encoder.weight.detach().contiguous())
         before[:] = gathered
-        original()
+        original(left_out)
 
     engine.local_steps.averager.average = spy
     while not engine.local_steps.finished:

@@ -32,9 +32,9 @@ from safetensors.torch import load_file
 from qsr_engine.checkpoint.find import find
 from qsr_engine.checkpoint.manifest import CheckpointError, Manifest
 from qsr_engine.checkpoint.together import gathered
-from tests.ranks import test_fsdp_engine
-from tests.ranks.test_combinations import Combination, start, take_step
-from tests.ranks.test_train import (
+from tests.support import fsdp_engine
+from tests.support.combinations import Combination, start, take_step
+from tests.support.launch import (
     qsr_job,
     records,
 )
@@ -97,7 +97,7 @@ class Faults:
 def engine_of(kind: str) -> tuple[Any, Callable[[Any], Any]]:
     """An engine and a function that takes one step with it."""
     if kind == "fsdp":
-        return test_fsdp_engine.start(QSR), test_fsdp_engine.take_step
+        return fsdp_engine.start(QSR), fsdp_engine.take_step
     combination = Combination(int(kind[-1]), "fp32", "AdamW")
     return start(combination, QSR), lambda engine: take_step(engine, combination)
 
@@ -238,15 +238,15 @@ def test_a_write_that_is_cut_in_any_file_leaves_the_last_whole_one(
 REAL = """
 import os, sys, warnings
 from pathlib import Path
-from tests.distributed import test_fsdp_engine
-from tests.distributed.training import QSR
+from tests.support import fsdp_engine
+from tests.support.training import QSR
 from qsr_engine.checkpoint.find import find
 from qsr_engine.checkpoint.manifest import CheckpointError
 from qsr_engine.checkpoint.write import _discard
 folder, remount = Path(sys.argv[1]), sys.argv[2]
-engine = test_fsdp_engine.start(QSR)
+engine = fsdp_engine.start(QSR)
 while engine.local_steps.step < 2:
-    test_fsdp_engine.take_step(engine)
+    fsdp_engine.take_step(engine)
 saved, failed = [], None
 while failed is None:
     try:
@@ -263,11 +263,11 @@ for old in saved[:-1]:
 engine.save_checkpoint(folder, tag="again", keep=1)
 assert sorted(p.name for p in folder.iterdir()) == ["again", "latest"]
 if remount == "read-only":
-    original = engine._write_checkpoint
-    def becomes_read_only(*args):
-        original(*args)
+    original = engine._checkpointer.write
+    def becomes_read_only(*args, **kwargs):
+        original(*args, **kwargs)
         assert os.system(f"mount -o remount,ro {folder}") == 0
-    engine._write_checkpoint = becomes_read_only
+    engine._checkpointer.write = becomes_read_only
     try:
         engine.save_checkpoint(folder, tag="never")
     except CheckpointError as error:
@@ -275,7 +275,7 @@ if remount == "read-only":
     else:
         raise AssertionError("a read-only file system was written")
     assert find(folder)[0].name == "again"
-    del engine._write_checkpoint
+    del engine._checkpointer.write
     assert os.system(f"mount -o remount,rw {folder}") == 0
     engine.save_checkpoint(folder, tag="after", keep=1)
     assert sorted(p.name for p in folder.iterdir()) == ["after", "latest"]
@@ -401,22 +401,22 @@ def undeletable_job(folder: str) -> list[str]:
 
 def failing_run_job(argv: list[str], until: int) -> tuple[int, str, str, list[str]]:
     """`qsr train` where the file of rank 1 finds no room in the first so many checkpoints; also what was warned of."""
-    resumable: Any = importlib.import_module("qsr_engine.engines.resumable")
+    checkpointer: Any = importlib.import_module("qsr_engine.checkpoint.checkpointer")
 
-    saves, original = [], resumable.write_rank
+    saves, original = [], checkpointer.write_rank
 
     def write(path: Path, state: dict[str, Any]) -> None:
         saves.append(path)
         with files_of_at_most(1000 if len(saves) <= until and dist.get_rank() == 1 else None):
             original(path, state)
 
-    resumable.write_rank = write
+    checkpointer.write_rank = write
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             result = qsr_job(argv)
     finally:
-        resumable.write_rank = original
+        checkpointer.write_rank = original
     return *result, [str(warning.message) for warning in said if "checkpoint" in str(warning.message)]
 
 
@@ -450,8 +450,8 @@ def full_at_the_end_job(argv: list[str], file: str) -> tuple[int, str, str]:
     import importlib
 
     train: Any = importlib.import_module("qsr_engine.training.loop")
-    monitor: Any = importlib.import_module("qsr_engine.records.records")
-    owner, name = (train, "_save_model") if file == "model.safetensors" else (monitor.Monitor, "summary")
+    monitor: Any = importlib.import_module("qsr_engine.records.monitor")
+    owner, name = (train, "save_model") if file == "model.safetensors" else (monitor.Monitor, "summary")
     original = getattr(owner, name)
 
     def limited(*args: Any, **kwargs: Any) -> Any:

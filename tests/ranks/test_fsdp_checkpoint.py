@@ -15,7 +15,8 @@ from torch import nn
 
 from qsr_engine.checkpoint.manifest import CheckpointError
 from qsr_engine.engines.fsdp import files as fsdp_checkpoint
-from tests.ranks.test_fsdp_engine import (
+from tests.support import training
+from tests.support.fsdp_engine import (
     BF16,
     MODELS,
     STRATEGIES,
@@ -28,7 +29,6 @@ from tests.ranks.test_fsdp_engine import (
     state_of,
     take_step,
 )
-from tests.support import training
 from tests.support.pool import JobError, Processes
 from tests.support.training import QSR
 

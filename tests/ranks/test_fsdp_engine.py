@@ -10,194 +10,33 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from timm.models.resnet import BasicBlock, ResNet
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from tests.ranks.test_deepspeed_engine import collectives_across_workers
 from tests.support import reference, training
+from tests.support.fsdp_engine import (
+    BF16,
+    ENDS,
+    LR,
+    STRATEGIES,
+    assert_silent,
+    batch_of,
+    config_of,
+    expected,
+    furthest,
+    mlp,
+    scheduled,
+    start,
+    take_step,
+    train_job,
+    vit,
+)
 from tests.support.pool import JobError, Processes
-from tests.support.training import QSR
+from tests.support.training import QSR, memory_of
 
-LR = QSR["lr"]
-BF16: dict[str, Any] = {"bf16": {"enabled": True}}
 Batches = Callable[[int, int, int], tuple[torch.Tensor, torch.Tensor]]  # rank, step, micro-batch
 
 
-# ------------------------------------------------------------------------------------------- models to train
-
-
-def mlp(dtype: torch.dtype = torch.float32) -> nn.Module:
-    return training.make_model(dtype)
-
-
-def vit() -> nn.Module:
-    """Three blocks of a real vision transformer, with sizes that two ranks do not divide evenly."""
-    torch.manual_seed(7)
-    sizes: dict[str, Any] = {"img_size": 8, "patch_size": 4, "embed_dim": 18, "depth": 3, "num_heads": 3}
-    model: nn.Module = VisionTransformer(**sizes, mlp_ratio=1.5, num_classes=training.OUTPUTS)
-    return model
-
-
-def resnet() -> nn.Module:
-    """A real ResNet with batch norm, narrow."""
-    torch.manual_seed(7)
-    layers, channels = (2, 2, 1, 1), (4, 6, 8, 8)
-    model: nn.Module = ResNet(BasicBlock, layers, num_classes=training.OUTPUTS, channels=channels, stem_width=4)
-    return model
-
-
-MODELS: dict[str, Callable[[], nn.Module]] = {"mlp": mlp, "vit": vit, "resnet": resnet}
-
-
-def image_batch(rank: int, step: int, micro: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1_000_000 * rank + 1_000 * step + micro)
-    images = torch.randn(training.BATCH, 3, 8, 8, generator=generator)
-    return images, images.mean((2, 3)).sin()
-
-
-def batch_of(model: str, rank: int, step: int, micro: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    if model == "mlp":
-        return training.batch(rank, step, micro, dtype=torch.float32)
-    return image_batch(rank, step, micro)
-
-
-def config_of(qsr: dict[str, Any], **more: Any) -> dict[str, Any]:
-    return {"train_micro_batch_size_per_gpu": training.BATCH, "gradient_clipping": 0.0, "qsr": qsr, **more}
-
-
-def start(
-    qsr: dict[str, Any], model: nn.Module | None = None, optimizer: str = "adamw", given: Any = None, **config: Any
-) -> Any:
-    import qsr_engine
-
-    return qsr_engine.initialize_fsdp(
-        model=mlp() if model is None else model,
-        optimizer=partial(training.make_optimizer, optimizer),
-        config=config_of(qsr, **config),
-        **(given or {}),
-    )
-
-
-def start_deepspeed(qsr: dict[str, Any], model: nn.Module, optimizer: str, stage: int) -> Any:
-    import qsr_engine
-
-    return qsr_engine.initialize(
-        model=model,
-        optimizer=partial(training.make_optimizer, optimizer),
-        config=config_of(qsr, zero_optimization={"stage": stage}, zero_allow_untested_optimizer=True),
-    )[0]
-
-
-def take_step(engine: Any, model: str = "mlp") -> bool:
-    import torch.distributed as dist
-
-    boundary = False
-    for micro in range(engine.gradient_accumulation_steps()):
-        inputs, targets = batch_of(model, dist.get_rank(), engine.local_steps.step, micro)
-        engine.backward(training.loss(engine(inputs).float(), targets))
-        boundary = engine.step()
-    return bool(boundary)
-
-
-def state_of(engine: Any) -> dict[str, torch.Tensor]:
-    """The averaged model, on rank 0, with the layers of DeepSpeed's and FSDP's engine alike."""
-    state: dict[str, torch.Tensor] = engine.averaged_state_dict()
-    return state
-
-
-def fingerprint(engine: Any) -> float:
-    """Of what this rank holds; ranks with the same place in their worker must have the same."""
-    return float(engine.local_steps.averager.sum_of_squares())
-
-
-def train_job(
-    qsr: dict[str, Any],
-    model: str = "mlp",
-    optimizer: str = "adamw",
-    stage: int | None = None,
-    given: Any = None,
-    **config: Any,
-) -> dict[str, Any]:
-    """Train to the end, with DeepSpeed where a stage is given; count the collectives across workers in every step."""
-    made = MODELS[model]()
-    if stage is None:
-        engine = start(qsr, made, optimizer, given, **config)
-    else:
-        engine = start_deepspeed(qsr, made, optimizer, stage)
-    worker_size = qsr.get("worker_size", 1)
-    counts, ends = [], []
-    while not engine.local_steps.finished:
-        before = collectives_across_workers(worker_size)
-        boundary = take_step(engine, model)
-        counts.append((boundary, collectives_across_workers(worker_size) - before))
-        if boundary:
-            ends.append(engine.local_steps.step)
-    return {
-        "state": state_of(engine),
-        "fingerprint": fingerprint(engine),
-        "counts": counts,
-        "ends": ends,
-        "masters": type(engine._masters).__name__,
-        "way": engine.local_steps.averager.way,
-    }
-
-
-def expected(
-    qsr: dict[str, Any], workers: int, model: str = "mlp", optimizer: str = "adamw", accumulation: int = 1, **more: Any
-) -> dict[str, torch.Tensor]:
-    """The model after training, from the reference."""
-    compute = more.get("compute_dtype") or torch.float32
-
-    def micro_batch(rank: int, step: int, micro: int) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs, targets = batch_of(model, rank, step, micro)
-        return inputs.to(compute), targets
-
-    models, _ = reference.simulate(
-        MODELS[model],
-        partial(training.make_optimizer, optimizer),
-        lambda rank, step: [micro_batch(rank, step, micro) for micro in range(accumulation)],
-        qsr,
-        workers,
-        worker_size=qsr.get("worker_size", 1),
-        loss=lambda outputs, targets: training.loss(outputs.float(), targets),
-        average_buffers=True,
-        **more,
-    )
-    return {name: tensor.detach() for name, tensor in models[0].state_dict().items()}
-
-
-def furthest(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
-    """The largest difference of two models, in all parameters and buffers."""
-    assert set(found) == set(wanted)
-    return max(float((found[name].double() - value.double()).abs().max()) for name, value in wanted.items())
-
-
-def assert_silent(results: list[dict[str, Any]], worker_size: int) -> None:
-    """No collective crosses workers between boundaries, and after one all workers hold the same."""
-    for rank, result in enumerate(results):
-        assert all(count == 0 for boundary, count in result["counts"] if not boundary)
-        assert all(count > 0 for boundary, count in result["counts"] if boundary)
-        assert result["fingerprint"] == results[rank % worker_size]["fingerprint"]
-
-
 # -------------------------------------------------------------------------------------- equality with others
-
-SWITCHING = {"h_base": 3, "switch_step": 5, "total_steps": 12, "lr": LR}
-STRATEGIES: dict[str, dict[str, Any]] = {
-    "qsr": QSR,
-    "constant": {"strategy": "constant", "h_base": 3, "total_steps": 12, "lr": LR},
-    "parallel": {"strategy": "parallel", "total_steps": 12, "lr": LR},
-    "post_local": {"strategy": "post_local", **SWITCHING},
-    "swap": {"strategy": "swap", **SWITCHING},
-}
-ENDS = {
-    "qsr": [2, 4, 6, 8, 12],
-    "constant": [3, 6, 9, 12],
-    "parallel": [*range(1, 13)],
-    "post_local": [1, 2, 3, 4, 5, 8, 11, 12],
-    "swap": [3, 5, 12],
-}
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -387,11 +226,6 @@ def test_fewer_bits_on_the_wire(processes: Processes, wire: str) -> None:
     assert_silent(results, 2)
 
 
-def scheduled(step: int) -> float:
-    """A schedule of the caller's own."""
-    return 0.04 - 0.003 * step
-
-
 def monitor_job(folder: str, scheduler: bool) -> list[float]:
     """Learning rates of a run that TensorBoard sees; from a scheduler, or from qsr.lr."""
     import qsr_engine
@@ -445,26 +279,16 @@ def boundary_job(worker_size: int, shared: bool, hidden: int) -> dict[str, Any]:
         parts = [part for part in engine.module.modules() if isinstance(part, FSDPModule)]
         of_fsdp = [p for part in parts for g in part._get_fsdp_state()._fsdp_param_groups for p in g.fsdp_params]
         pointers = [parameter._sharded_param_data.data_ptr() for parameter in of_fsdp]
-        return [*pointers, *(shard.data_ptr() for shard in engine._masters.held())]
+        return [*pointers, *(shard.data_ptr() for shard in engine._driver.replica.masters())]
 
     peaks: dict[bool, int] = {}
+    ended: list[bool] = []
     before = held()
     while not engine.local_steps.finished:
         engine.backward(engine(inputs).square().mean())
-        with torch.profiler.profile(profile_memory=True) as profiler:
-            boundary = engine.step()
-        peaks[boundary] = max(most_memory(profiler), peaks.get(boundary, 0))
+        _, most = memory_of(lambda: ended.append(engine.step()))
+        peaks[ended[-1]] = max(most, peaks.get(ended[-1], 0))
     return {"moved": held() != before, "extra": peaks[True] - peaks[False], "model": size}
-
-
-def most_memory(profiler: Any) -> int:
-    """The most bytes that torch held at a time, beyond what it held at the beginning."""
-    events = profiler.profiler.kineto_results.events()
-    most = kept = 0
-    for _, change in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
-        kept += change
-        most = max(most, kept)
-    return most
 
 
 @pytest.mark.parametrize(("worker_size", "shared"), [(1, True), (1, False), (2, True), (2, False)])

@@ -13,23 +13,22 @@ import pytest
 import torch
 from torch import nn
 
-from tests.ranks.test_deepspeed_engine import collectives_across_workers
-from tests.ranks.test_fsdp_engine import (
+from tests.support import reference, training
+from tests.support.counting import collectives_across_workers
+from tests.support.fsdp_engine import (
     BF16,
     config_of,
     expected,
     furthest,
     image_batch,
     mlp,
-    most_memory,
     start,
     state_of,
     take_step,
     vit,
 )
-from tests.support import reference, training
 from tests.support.pool import JobError, Processes
-from tests.support.training import QSR
+from tests.support.training import QSR, memory_of
 
 SHARDS = {**QSR, "worker_size": 2}
 
@@ -185,11 +184,11 @@ def meta_job(worker_size: int, init: bool, depth: int) -> dict[str, Any]:
             for parameter in module.parameters(recurse=False):
                 parameter.fill_(0.5)
 
-    with torch.profiler.profile(profile_memory=True) as profiler:
-        # Mapping the other workers' shared memory would count as taking it.
-        qsr = {**QSR, "worker_size": worker_size, "averaging": {"shared_memory": False}}
-        engine = start(qsr, model, given={"init": fill} if init else None)
-    most = most_memory(profiler)
+    # Mapping the other workers' shared memory would count as taking it.
+    qsr = {**QSR, "worker_size": worker_size, "averaging": {"shared_memory": False}}
+    started: list[Any] = []
+    _, most = memory_of(lambda: started.append(start(qsr, model, given={"init": fill} if init else None)))
+    (engine,) = started
     state = state_of(engine)
     take_step(engine)
     return {"state": state, "most": most, "whole": sum(p.numel() * 4 for p in model.parameters())}

@@ -15,25 +15,8 @@ from qsr_engine.config.qsr import QSRConfig
 from qsr_engine.config.strict import validate
 from qsr_engine.local_steps.steps import LocalSteps
 from qsr_engine.schedule import communication_percent, rounds
+from tests.support.bare_local_steps import BLOCKS, make
 from tests.support.pool import Processes
-
-LR = {"schedule": "linear", "peak": 0.1, "warmup_steps": 4}
-BLOCKS: list[dict[str, Any]] = [
-    {"strategy": "qsr", "h_base": 2, "alpha": 0.15, "total_steps": 31, "lr": LR},
-    {"strategy": "qsr", "h_base": 50, "alpha": 0.15, "total_steps": 7, "lr": LR},
-    {"strategy": "constant", "h_base": 4, "total_steps": 10, "lr": LR},
-    {"strategy": "parallel", "total_steps": 5, "lr": LR},
-    {"strategy": "post_local", "h_base": 3, "switch_step": 4, "total_steps": 12, "lr": LR},
-    {"strategy": "swap", "h_base": 3, "switch_step": 4, "total_steps": 12, "lr": LR},
-]
-
-
-def make(block: dict[str, Any]) -> LocalSteps:
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
-    qsr = validate(QSRConfig, block, where="test")
-    averager = Averager([torch.full((4,), float(dist.get_rank()))], None)
-    return LocalSteps(qsr, averager, digest=1, optimizer_lr=lambda: 0.0, parallel_bytes=averager.bytes_per_averaging)
 
 
 def walk_job(block: dict[str, Any], break_at: int | None) -> dict[str, Any]:
@@ -50,7 +33,7 @@ def walk_job(block: dict[str, Any], break_at: int | None) -> dict[str, Any]:
     return {
         "seen": seen,
         "averagings": state.averagings,
-        "percent": 100 * state.bytes_sent / state.parallel_bytes_so_far,
+        "percent": 100 * state.bytes_sent / state.costs.parallel_bytes_so_far,
     }
 
 
@@ -84,9 +67,9 @@ def absent_job(overlap: str) -> str:
     averager = Averager(flat_buckets(model.parameters(), 1000), across, qsr.averaging)
     if overlap == "next_forward":
         averager.overlap_with(model, [(model.weight, 0, 0, 6)], refresh=lambda part: None)
-    state = LocalSteps(qsr, averager, digest=1, optimizer_lr=lambda: 0.0)
+    state = LocalSteps(qsr, averager, digest=1)
 
-    def stay_away() -> None:
+    def stay_away(*left_out: Any) -> None:
         time.sleep(4)
         raise KeyError("it stayed away")
 

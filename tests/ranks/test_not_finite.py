@@ -24,15 +24,15 @@ from qsr_engine.config.qsr import AveragingConfig, OuterConfig, QSRConfig
 from qsr_engine.config.strict import ConfigError, validate
 from qsr_engine.local_steps.header import BoundaryError, Header, not_finite
 from qsr_engine.records.runs import read_run
-from tests.ranks import test_fsdp_engine as fsdp
-from tests.ranks import test_local_steps as alone
-from tests.ranks.test_combinations import Combination
-from tests.ranks.test_combinations import start as start_deepspeed
-from tests.ranks.test_deepspeed_engine import count_job
-from tests.ranks.test_train import qsr_job, recipe  # noqa: F401  # a fixture
-from tests.ranks.test_two_level import TWO_OF_TWO, on_hosts
+from tests.support import bare_local_steps as alone
+from tests.support import fsdp_engine as fsdp
 from tests.support import training
+from tests.support.combinations import Combination
+from tests.support.combinations import start as start_deepspeed
+from tests.support.deepspeed_engine import count_job
+from tests.support.launch import qsr_job
 from tests.support.pool import Processes
+from tests.support.pretended_hosts import TWO_OF_TWO, on_hosts
 from tests.support.training import QSR
 
 LEAVE_OUT: dict[str, Any] = {"faults": {"not_finite": "leave_out"}}
@@ -76,8 +76,7 @@ def way_job(way: str, bad: int) -> float:
         dist.all_gather_object(told, averager.sum_of_squares())
         headers = [header_of(squares) for squares in told]
         assert not_finite(headers, 1) == left_out
-        averager.leave_out(left_out)
-        averager.average()
+        averager.average(averager.left_out(left_out))
         good = [other for other in range(ranks) if other not in left_out]
         for dtype, part in ((torch.float64, tensors[: len(SIZES)]), (torch.float32, tensors[len(SIZES) :])):
             workers = [training.flat(values(other, round_, dtype)) for other in good]
@@ -88,7 +87,8 @@ def way_job(way: str, bad: int) -> float:
         everybody = torch.stack([training.flat([*values(w, round_), *values(w, round_, torch.float32)]) for w in good])
         mean = everybody.mean(0)
         expected = ((everybody - mean).square().sum(1).mean().sqrt() / mean.norm()).item()
-        distance = averager.relative_distance([header.sum_of_squares for header in headers])
+        squares = [header.sum_of_squares for header in headers]
+        distance = averager.relative_distance(squares, averager.left_out(left_out))
         assert distance is not None
         assert distance.item() == pytest.approx(expected, rel=1e-6)  # of fp32 values, a part of it
         alike = torch.cat([tensor.double() for tensor in tensors])
@@ -112,9 +112,9 @@ def shards_job() -> tuple[float, float]:
     bucket = everybody[rank].clone()
     averager = Averager([bucket], None, AveragingConfig(shared_memory=False), shard_group=dist.group.WORLD)
     of_workers = [math.nan, *(worker.square().sum().item() for worker in everybody[1:])]
-    averager.leave_out([0])
-    averager.average()
-    distance = averager.relative_distance([squares for squares in of_workers for _ in range(3)])
+    left_out = averager.left_out([0])
+    averager.average(left_out)
+    distance = averager.relative_distance([squares for squares in of_workers for _ in range(3)], left_out)
     assert distance is not None
     mean = torch.stack(everybody[1:]).mean(0)
     spread = torch.stack([(worker - mean).square().sum() for worker in everybody[1:]]).mean().sqrt()
@@ -131,7 +131,7 @@ def packed_job() -> bool:
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), 100_000
     tensors = [torch.full((size,), float(rank)), torch.full((size,), math.nan if rank == 0 else 4.0)]
-    average_packed(tensors, None, 1_000_000, LeftOut(1, rank == 0))
+    average_packed(tensors, None, 1_000_000, LeftOut((0,), 1, rank == 0))
     return all(bool((tensor == mean).all()) for tensor, mean in zip(tensors, (1.5, 4.0), strict=True))
 
 
@@ -163,8 +163,7 @@ def like_two_job(options: dict[str, Any], outer: dict[str, Any] | None) -> None:
                 tensor.copy_(value)
         if rank == 0:
             three[0][17] = math.nan
-        averager.leave_out([0])
-        averager.average()
+        averager.average(averager.left_out([0]))
         if for_two is not None:
             for_two.average()
             assert torch.equal(training.flat(three), training.flat(two))
@@ -198,7 +197,7 @@ def forgotten_job() -> list[bool]:
 
     averager.average()
     after_all = carries()
-    averager.leave_out([0])
+    averager.average(averager.left_out([0]))
     return [after_all, carries()]
 
 
@@ -213,10 +212,10 @@ def test_a_cuda_graph_is_left_aside_where_a_rank_is_left_out(monkeypatch: pytest
 
     class Plain:
         pieces = (SimpleNamespace(device=torch.device("cuda")),)
-        bytes_sent, divisor = 0, 3
+        bytes_sent, ranks = 0, 3
 
-        def run(self, order: Any) -> Iterator[tuple[int, None]]:
-            ran.append(self.divisor)
+        def _run(self, order: Any, divisor: int) -> Iterator[tuple[int, None]]:
+            ran.append(divisor)
             yield from ((index, None) for index in order)
 
     graph = SimpleNamespace(replay=lambda: ran.append("replayed"), reset=lambda: None)
@@ -224,9 +223,8 @@ def test_a_cuda_graph_is_left_aside_where_a_rank_is_left_out(monkeypatch: pytest
     monkeypatch.setattr(Captured, "_capture", lambda self, order: graph)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     mean: Any = Captured(Plain(), None)  # type: ignore[arg-type]
-    for divisor in (2, 3, 2, 3):
-        mean.divisor = divisor
-        assert list(mean.run([0])) == [(0, None)]
+    for left_out in (1, 0, 1, 0):
+        assert list(mean.run([0], LeftOut(ranks=left_out))) == [(0, None)]
     mean.close()
     assert ran == [2, "replayed", 2, "replayed"]
 
@@ -261,7 +259,7 @@ class _Boundary:
 
 def state_of(engine: Any) -> dict[str, Tensor]:
     found: dict[str, list[Tensor]] = {}
-    for _, name, value in engine._masters.state_tensors():
+    for _, name, value in engine._driver.replica.state_tensors():
         found.setdefault(name, []).append(value)
     return {name: training.flat(tensors).clone() for name, tensors in found.items()}
 
@@ -278,18 +276,18 @@ def make_engine(kind: str, qsr: dict[str, Any]) -> tuple[Any, torch.dtype]:
 
 def engine_job(kind: str, qsr: dict[str, Any], bad: list[int], how: str) -> dict[str, Any]:
     """Train to the end, with ranks that go bad at step AT: by a NaN in a batch, or by one in a parameter."""
-    from qsr_engine.local_steps import steps as local_steps
+    from qsr_engine.local_steps import boundary as at_boundary
 
     engine, dtype = make_engine(kind, {**QSR, **LEAVE_OUT, **qsr})
     state, rank, warned = engine.local_steps, dist.get_rank(), []
     handler = logging.Handler()
     handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
-    local_steps.log.addHandler(handler)
+    at_boundary.log.addHandler(handler)
 
     def go_bad() -> None:
         if rank in bad and how != "batch":
             state.averager.buckets[0][1] = float(how)
-            for _, _, value in engine._masters.state_tensors():
+            for _, _, value in engine._driver.replica.state_tensors():
                 value.fill_(float(how))
 
     boundary = _Boundary(engine, go_bad)
@@ -310,14 +308,14 @@ def engine_job(kind: str, qsr: dict[str, Any], bad: list[int], how: str) -> dict
             found["state"] = state_of(engine)
             with torch.no_grad():
                 found["outputs"] = engine.module(training.batch(0, 0, dtype=dtype)[0]).clone()
-    local_steps.log.removeHandler(handler)
+    at_boundary.log.removeHandler(handler)
     found |= {"before": boundary.masters, "state_before": boundary.state, "losses": losses}
-    found |= {"left_out": state.left_out, "figure": state.figures()["left_out"]}
+    found |= {"left_out": state.costs.left_out, "figure": state.figures()["left_out"]}
     return {**found, "end": training.flat(state.averager.buckets).clone(), "finite_state": all_finite(engine)}
 
 
 def all_finite(engine: Any) -> bool:
-    values = [v for state in engine._masters.base_optimizer.state.values() for v in state.values()]
+    values = [v for state in engine._driver.replica.optimizer.state.values() for v in state.values()]
     tensors = [getattr(v, "_local_tensor", v) for v in values if isinstance(v, Tensor)]
     return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
@@ -426,7 +424,10 @@ def buffers_job(policy: str, bad: list[int], where: str) -> dict[str, Any]:
         while not engine.local_steps.finished:
             fsdp.take_step(engine)
             if engine.local_steps.step == AT:
-                found |= {"after": training.flat(model.buffers()).clone(), "left_out": engine.local_steps.left_out}
+                found |= {
+                    "after": training.flat(model.buffers()).clone(),
+                    "left_out": engine.local_steps.costs.left_out,
+                }
     except BoundaryError as error:
         found["said"] = str(error)
     return {**found, "masters": boundary.masters, "at": engine.local_steps.step}
@@ -474,13 +475,13 @@ def test_nothing_crosses_workers_between_boundaries(processes: Processes) -> Non
 
 def old_checkpoint_job() -> list[Any]:
     state = alone.make(alone.BLOCKS[0])
-    state.left_out = {1: 2}
+    state.costs.left_out = {1: 2}
     saved = state.state_dict()
     found: list[Any] = []
     for values_ in (saved, {key: value for key, value in saved.items() if key != "left_out"}):
         state = alone.make(alone.BLOCKS[0])
         state.load_state_dict(values_)
-        found.append(state.left_out)
+        found.append(state.costs.left_out)
     return found
 
 
@@ -531,7 +532,7 @@ def bad_train_job(argv: list[str]) -> tuple[int, str]:
 @pytest.mark.parametrize("policy", ["leave_out", "stop"])
 def test_a_recipe_goes_on_after_a_loss_that_is_not_finite(
     processes: Processes,
-    recipe: Path,  # noqa: F811
+    recipe: Path,
     policy: str,
 ) -> None:
     sets = [f"qsr.faults.not_finite={policy}", "qsr.alpha=0", "logging.every=1", "logging.name=bad"]  # rounds of 2

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ranks.test_deepspeed_equals_reference import assert_all_equal, block, expected, train
-from tests.ranks.test_fsdp_engine import mlp, start, start_deepspeed, state_of, take_step
 from tests.support import reference, training
+from tests.support.deepspeed_run import assert_all_equal, block, expected, train
+from tests.support.fsdp_engine import mlp, start, start_deepspeed, state_of, take_step
 from tests.support.pool import Processes
 
 OUTERS: dict[str, dict[str, Any]] = {

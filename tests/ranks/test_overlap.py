@@ -14,63 +14,24 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from tests.ranks.test_deepspeed_engine import start, step
+from qsr_engine.averaging import Averager
+from qsr_engine.config.qsr import AveragingConfig
 from tests.support import training
+from tests.support.deepspeed_engine import start, step
+from tests.support.odd_model import make
 from tests.support.pool import Processes
 from tests.support.training import QSR
-
-WIDTH = training.FEATURES
-
-
-class Odd(nn.Module):
-    """Shared weights, checkpointing, a layer called twice and one never, weights read from outside or from a list."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(WIDTH, training.OUTPUTS)
-        self.encoder = nn.Linear(WIDTH, WIDTH, bias=False)
-        self.decoder = nn.Linear(WIDTH, WIDTH, bias=False)
-        self.decoder.weight = self.encoder.weight
-        self.twice = nn.Linear(WIDTH, WIDTH)
-        self.again = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))
-        self.outside = nn.Linear(WIDTH, WIDTH, bias=False)
-        self.never = nn.Linear(WIDTH, WIDTH)
-        self.attention = nn.MultiheadAttention(WIDTH, 2)
-        self.recurrent = nn.LSTM(WIDTH, WIDTH)
-        self.listed = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
-        self.list = [parameter for parameter in self.listed.parameters() if parameter.ndim == 2]
-        self.scale = nn.Parameter(torch.ones(WIDTH))
-        self.fail = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x * (1 + self.list[0].mean())  # before its layer reads it
-        x = self.twice(torch.tanh(self.twice(self.encoder(x))))
-        x = nn.functional.linear(x, self.outside.weight)
-        if self.fail:
-            raise KeyError("in the middle of a forward")
-        x = checkpoint(self.again, x, use_reentrant=False)
-        x, _ = self.attention(x[None], x[None], x[None])
-        x, _ = self.recurrent(x)
-        x = self.listed[0](self.decoder(x[0])) @ self.list[1]
-        out: Tensor = self.head(x * self.scale)
-        return out
-
-
-def make(averaging: dict[str, Any], **config: Any) -> Any:
-    torch.manual_seed(3)
-    return start({**QSR, "averaging": {"bucket_mb": 0.0006, **averaging}}, Odd(), **config)
 
 
 def be_slow() -> None:
     """Let every piece of an averaging take 10 ms more, so that a read that does not wait reads the wrong value."""
-    from qsr_engine.averaging import collectives, shared_memory, wire
+    from qsr_engine.averaging import allreduce, compressed, shared_memory
 
     for way, method in (
-        (collectives.AllReduce, "_finish"),
+        (allreduce.AllReduce, "_finish"),
         (shared_memory.SharedMemory, "_average_part"),
-        (wire.Compressed, "_apply"),
+        (compressed.Compressed, "_apply"),
     ):
         fast = getattr(way, method)
         if not hasattr(fast, "fast"):
@@ -84,12 +45,12 @@ def be_slow() -> None:
 
 
 def be_fast() -> None:
-    from qsr_engine.averaging import collectives, shared_memory, wire
+    from qsr_engine.averaging import allreduce, compressed, shared_memory
 
     for way, method in (
-        (collectives.AllReduce, "_finish"),
+        (allreduce.AllReduce, "_finish"),
         (shared_memory.SharedMemory, "_average_part"),
-        (wire.Compressed, "_apply"),
+        (compressed.Compressed, "_apply"),
     ):
         setattr(way, method, getattr(getattr(way, method), "fast", getattr(way, method)))
 
@@ -234,11 +195,32 @@ def test_a_loaded_checkpoint_ends_what_was_under_way(processes: Processes, tmp_p
         assert refused.startswith("step 9 is inside a round")
 
 
+def nothing_job() -> tuple[float, float]:
+    """ZeRO leaves a rank without a part of a model that is small: nothing to average, behind steps and a forward."""
+    dist.init_process_group("gloo")
+    delayed = Averager([], None, AveragingConfig(overlap="delayed", delay_steps=1))
+    delayed.snapshot()
+    delayed.apply()
+    behind, model = Averager([], None, AveragingConfig(overlap="next_forward")), nn.Identity()
+    behind.overlap_with(model, [], lambda part: None)
+    model(torch.ones(1))
+    assert behind.start()
+    behind.finish()
+    first, second = (averager.relative_distance([0.0, 0.0]) for averager in (delayed, behind))
+    assert first is not None
+    assert second is not None
+    return first.item(), second.item()
+
+
+def test_a_rank_with_nothing_to_average_takes_part(processes: Processes) -> None:
+    assert processes.run(nothing_job) == [(0.0, 0.0)] * 2
+
+
 LEAVES_EARLY = """
 import torch, torch.distributed as dist
 from torch import nn
 from qsr_engine.averaging import Averager, flat_buckets
-from qsr_engine.config import AveragingConfig
+from qsr_engine.config.qsr import AveragingConfig
 dist.init_process_group("gloo")
 model = nn.Linear(2000, 2000, bias=False)
 options = AveragingConfig(overlap="next_forward", shared_memory=False, bucket_mb=0.1)

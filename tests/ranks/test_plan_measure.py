@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,56 +11,8 @@ from qsr_engine.config.recipe import Recipe
 from qsr_engine.config.recipe_file import load_recipe
 from qsr_engine.planning.cost import Network
 from qsr_engine.planning.measure import STEPS, _of_network, _of_steps, _relative_rate, measure
-from tests.ranks.test_train import bin_folder, launch, qsr_job
+from tests.support.launch import qsr_job
 from tests.support.pool import Processes
-
-RECIPE = """
-model: {name: timm/vit_tiny_patch16_224, kwargs: {img_size: 8, patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2}}
-data: {shards: nowhere, image_size: 8, train_samples: 1437}
-batch: {train_batch_size: 32}
-optimizer: {type: AdamW, gradient_clipping: 1.0}
-qsr:
-  strategy: qsr
-  h_base: 2
-  alpha: 0.006
-  lr: {schedule: cosine, peak: 3e-3, warmup_epochs: 1}
-  averaging: {overlap: next_forward}
-epochs: 3
-logging: {dir: nowhere}
-"""
-
-
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    """Without shards: random pictures are measured with."""
-    path = tmp_path / "small.yaml"
-    path.write_text(RECIPE)
-    return path
-
-
-def test_a_real_launch(recipe: Path, tmp_path: Path) -> None:
-    command = [str(bin_folder() / "qsr"), "plan", str(recipe), "--measure", "--ranks", "2", "--step-cv", "0.25"]
-    done = launch(*command, "--save", "measured.json", "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    costs = found["costs"]
-    saved = json.loads((tmp_path / "measured.json").read_text())
-    assert saved == costs
-    assert costs["step_cv"] == 0.25, "the command line goes before what was measured"
-    assert costs["step_seconds"] > 0
-    assert (costs["workers"], costs["workers_per_host"], costs["bandwidth"]) == (2, 2, None)
-    assert costs["measured"]["averaging"] == "SharedMemory"
-    assert len(costs["measured"]["step_seconds_by_rank"]) == 2
-    assert costs["step_seconds"] == pytest.approx(sum(costs["measured"]["step_seconds_by_rank"]) / 2)
-    # The plan's averaging is the one that was measured: 2 workers send the payload once, after two messages.
-    averaging = 4 * costs["parameters"] / costs["local_bandwidth"] + 2 * costs["local_latency"]
-    # Buckets are padded, and what a small all-reduce takes counts for half of an averaging at most.
-    assert averaging == pytest.approx(costs["measured"]["averaging_seconds"], rel=0.05)
-    (own,) = [row for row in found["strategies"] if row["own"]]
-    assert own["hours_compute"] == pytest.approx(found["total_steps"] * costs["step_seconds"] / 3600)
-
-    again = launch(str(bin_folder() / "qsr"), "plan", str(recipe), "--costs", "measured.json", "--json", cwd=tmp_path)
-    assert json.loads(again.stdout)["strategies"] == found["strategies"]
 
 
 def measure_job(path: Path, overrides: list[str]) -> dict[str, Any]:
@@ -96,12 +47,6 @@ def test_rank_0_prints_in_a_launchers_ranks(processes: Processes, recipe: Path) 
     assert "measured: " in first[1]
     assert "* qsr H>=2 alpha=0.006" in first[1]
     assert second[1] == ""
-
-
-def test_batches_that_do_not_divide(recipe: Path, tmp_path: Path) -> None:
-    done = launch(str(bin_folder() / "qsr"), "plan", str(recipe), "--measure", "--ranks", "5", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "train_batch_size is 32" in done.stderr
 
 
 # --------------------------------------------------------------------------- what is made of the times, by hand

@@ -1,32 +1,23 @@
 """The roll call before the first process group: hosts that cannot meet, and what each rank is told.
 
 Every rank is a process with a launcher's environment. Where hosts must differ, a job changes what its rank reports of
-itself, and says so; the last test has hosts of its own.
+itself, and says so; tests/hosts has hosts of their own.
 """
 
 from __future__ import annotations
 
-import base64
-import json
 import os
-import shutil
-import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 
-from tests.support.pool import JobError, Processes, free_port
+from tests.support.pool import JobError, Processes
 
-SCRIPT = Path(__file__).parents[2] / "launch" / "cluster.sh"
-PREFIX = "qsrroll"  # of the test's own cluster; others may be up
 HERE = socket.gethostname()
 SHORT = {"QSR_START_SECONDS": "2"}
 # Seconds that an error may take above the limit: rank 0 has 5 to tell the others, and a loaded machine takes its time.
@@ -48,7 +39,7 @@ def meet_job(
     import torch
     import torch.distributed as dist
 
-    from qsr_engine.membership import hosts, network, roll_call
+    from qsr_engine.membership import hosts, network, roll_call, versions
 
     rank = int(os.environ["RANK"])
     sums: list[float] = []
@@ -59,7 +50,7 @@ def meet_job(
         known = {**(environment or {}), **(on_rank or {}).get(rank, {})}
         stack.enter_context(mock.patch.dict(os.environ, known))
         if rank == other_torch:
-            other = {**hosts.versions(), "torch": "0.0"}
+            other = {**versions.versions(), "torch": "0.0"}
             stack.enter_context(mock.patch.object(roll_call, "versions", return_value=other))
         described = network.Door.described
         if rank == closed_door:
@@ -127,22 +118,6 @@ def test_missing_ranks_are_named(processes: Processes) -> None:
     assert f"  there: ranks 0, 2 of {HERE}\n" in text
     text = told(processes, 4, absent=(2, 3), environment=SHORT, on_rank=on_rank)
     assert "  missing: ranks 2, 3 of host number 1\n" in text, "which nobody has named"
-
-
-def test_the_launcher_names_the_missing_host(tmp_path: Path) -> None:
-    """DeepSpeed's launcher has the hosts in its command line; here a stand-in has them, and starts rank 0."""
-    world = base64.urlsafe_b64encode(json.dumps({"node-a": [0], "node-b": [0, 1]}).encode()).decode()
-    rank = "from qsr_engine.membership.roll_call import roll_call\nwith roll_call('gloo'): pass"
-    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}], check=True)"
-    environment = {**rank_environment(0, 3, free_port()), "QSR_START_SECONDS": "0.5"}
-    words = [sys.executable, "-c", launcher, f"--world_info={world}"]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60, check=False)
-    assert "missing: ranks 1, 2 of node-b\n" in done.stderr
-
-
-def rank_environment(rank: int, ranks: int, port: int, master: str = "127.0.0.1") -> dict[str, str]:
-    ours = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": ranks, "MASTER_ADDR": master, "MASTER_PORT": port}
-    return {**os.environ, "DS_ACCELERATOR": "cpu", **{name: str(value) for name, value in ours.items()}}
 
 
 def test_other_versions_are_named(processes: Processes) -> None:
@@ -248,15 +223,15 @@ def agents_job(port: int, after: bool, absent: bool) -> str:
     rank = int(os.environ["RANK"])
     agent = {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True", "QSR_START_SECONDS": "5"}
     store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)  # type: ignore[attr-defined]
-    say = roll_call._Call._say
+    answer = roll_call._Call._answer_call
     if rank == 1 and absent:
         return ""
 
-    def say_and_tell(call: Any, name: str) -> None:
-        say(call, name)
+    def answer_and_tell(call: Any, name: str) -> None:
+        answer(call, name)
         store.set(f"answered {rank}", "1")
 
-    with mock.patch.dict(os.environ, agent), mock.patch.object(roll_call._Call, "_say", say_and_tell):
+    with mock.patch.dict(os.environ, agent), mock.patch.object(roll_call._Call, "_answer_call", answer_and_tell):
         if after and rank == 0:
             store.wait(["answered 1"])
         try:
@@ -286,7 +261,7 @@ def versions_job() -> None:
 
     import qsr_engine
     from qsr_engine.engines.fsdp import engine as fsdp
-    from qsr_engine.membership.hosts import versions
+    from qsr_engine.membership.versions import versions
 
     dist.init_process_group("gloo")
     other = {**versions(), **({"torch": "0.0"} if dist.get_rank() == 1 else {})}
@@ -308,110 +283,3 @@ def test_versions_are_compared_where_others_made_the_process_group(processes: Pr
         assert error[0] == "AgreementError"
         assert "  versions.torch: " in error[1]
         assert "'0.0' on rank 1\n" in error[1]
-
-
-def write_recipe(tmp_path: Path, digits: Path, engine: str) -> Path:
-    path = tmp_path / "alone.yaml"
-    path.write_text(f"""
-model:
-  name: timm/vit_tiny_patch16_224
-  kwargs: {{img_size: 8, patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2}}
-engine: {engine}
-data: {{shards: "{digits}", image_size: 8}}
-batch: {{train_batch_size: 6}}
-optimizer: {{type: AdamW, gradient_clipping: 1.0}}
-qsr: {{strategy: constant, h_base: 2, total_steps: 4, lr: {{schedule: constant, peak: 1e-3}}}}
-logging: {{dir: "{tmp_path / "runs"}"}}
-""")
-    return path
-
-
-@pytest.mark.parametrize("engine", ["deepspeed", "fsdp"])
-def test_qsr_train_ends_without_a_traceback(engine: str, tmp_path: Path, digits: Path) -> None:
-    recipe = write_recipe(tmp_path, digits, engine)
-    environment = {**rank_environment(0, 2, free_port()), "QSR_START_SECONDS": "1"}
-    words = [sys.executable, "-m", "qsr_engine", "train", str(recipe)]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2
-    assert "qsr: error (rank 0): 1 of 2 ranks did not come within 1 s (QSR_START_SECONDS):\n" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-# ------------------------------------------------------------------------------------------------- real hosts
-
-
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """Three hosts; the environment for launch/cluster.sh."""
-    if os.geteuid() != 0:
-        pytest.skip("network namespaces need root")
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
-    missing = [name for name in ("ip", "tc", "sshd", "ssh", "pdsh") if not shutil.which(name, path=path)]
-    if missing:
-        pytest.skip(f"not installed: {', '.join(missing)}")
-    tried = subprocess.run(["ip", "netns", "add", f"{PREFIX}try"], capture_output=True, text=True, check=False)
-    if tried.returncode:
-        pytest.skip(f"no network namespaces here: {tried.stderr.strip()}")
-    subprocess.run(["ip", "netns", "del", f"{PREFIX}try"], check=True)
-    known = {**os.environ, "QSR_PREFIX": PREFIX, "QSR_CLUSTER": str(tmp_path / "cluster"), "PATH": path}
-    done = subprocess.run([str(SCRIPT), "up", "3"], env=known, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    yield known
-    subprocess.run([str(SCRIPT), "down"], env=known, capture_output=True, timeout=120, check=True)
-
-
-def ranks_on_hosts(cluster: dict[str, str], **more: str) -> list[str]:
-    """One rank on each of the three hosts; what each says."""
-    rank = "import sys; from qsr_engine import HostError; from qsr_engine.membership.roll_call import roll_call\n"
-    rank += "try:\n  with roll_call('gloo'): print('met')\nexcept HostError as error: print(error)"
-    started = []
-    for number in range(3):
-        ours = {**cluster, "QSR_HOST": str(number + 1), **more}
-        environment = {**rank_environment(number, 3, 29500, f"{PREFIX}1"), **ours}
-        words = [str(SCRIPT), "run", sys.executable, "-c", rank]
-        started.append(subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True))
-    return [process.communicate(timeout=120)[0] for process in started]
-
-
-def test_a_firewall_between_two_of_three_hosts(cluster: dict[str, str]) -> None:
-    """Hosts 2 and 3 reach host 1, and not one another: what one sends the other is dropped."""
-    assert ranks_on_hosts(cluster) == ["met\n"] * 3
-    drop = ["ip", "-n", f"{PREFIX}2", "route", "add", "blackhole", "10.213.7.3/32"]
-    subprocess.run(drop, check=True)
-    said = ranks_on_hosts(cluster, QSR_START_SECONDS="4")
-    assert said[0].startswith("hosts do not reach one another:\n")
-    assert said == said[:1] * 3
-    assert f"  from {PREFIX}2 (rank 1) to {PREFIX}3 (rank 2) at 10.213.7.3, port " in said[0]
-    assert f"  from {PREFIX}3 (rank 2) to {PREFIX}2 (rank 1) at 10.213.7.2, port " in said[0]
-    assert said[0].count("\n  from ") == 2, "host 1 reaches both"
-    assert "no answer in 4 s" in said[0], "host 3 sends, and the answer is dropped"
-
-
-def test_a_host_without_ssh(cluster: dict[str, str], tmp_path: Path, digits: Path) -> None:
-    """`qsr hosts` names it beforehand; DeepSpeed's launcher starts the others, and they name it when the time is up."""
-    recipe, state = write_recipe(tmp_path, digits, "deepspeed"), Path(cluster["QSR_CLUSTER"])
-    known = {**cluster, "DS_ACCELERATOR": "cpu"}
-
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        words = (str(SCRIPT), "run", *words)
-        return subprocess.run(words, env=known, capture_output=True, text=True, timeout=240, check=False)
-
-    hosts = str(state / "hosts")
-    assert run("qsr", "hosts", hosts).stdout.count(f"\n{PREFIX}") == 3
-    os.kill(int((state / "sshd3.pid").read_text()), signal.SIGTERM)
-    until_it_takes_nobody = f"while ssh {PREFIX}3 true 2>/dev/null; do :; done"
-    assert run("sh", "-c", until_it_takes_nobody).returncode == 0
-    asked = run("qsr", "hosts", hosts)
-    assert asked.returncode == 2
-    assert f"\n  {PREFIX}3: ssh does not get in (" in asked.stderr
-    assert f"\n  {PREFIX}2: " not in asked.stderr
-
-    # The launcher gives the ranks what stands in the file that DS_ENV_FILE names. The two hosts start at times of
-    # their own on a loaded machine; so the limit is longer than elsewhere here.
-    train = f"exec deepspeed --hostfile {hosts} --module qsr_engine train {recipe}"
-    done = run("sh", "-c", f"echo QSR_START_SECONDS=20 >>$DS_ENV_FILE; {train}")
-    assert done.returncode != 0
-    for host, rank in ((1, 0), (2, 1)):
-        prefix = f"{PREFIX}{host}: "
-        assert f"{prefix}qsr: error (rank {rank}): 1 of 3 ranks did not come within 20 s" in done.stderr
-        assert f"{prefix}  missing: rank 2 of {PREFIX}3\n" in done.stderr

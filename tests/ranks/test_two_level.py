@@ -6,7 +6,6 @@ Nothing here crosses a network; what the port of a host carries is counted by be
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import time
 import warnings
@@ -22,41 +21,21 @@ from torch import Tensor
 from qsr_engine.averaging import Averager, CollectiveError, flat_buckets, ring_bytes
 from qsr_engine.config.qsr import AveragingConfig
 from qsr_engine.local_steps.header import Header, exchange_headers
-from tests.ranks.test_deepspeed_engine import STAGE_1, start, step
-from tests.ranks.test_overlap import make
 from tests.support import reference, training
+from tests.support.deepspeed_engine import STAGE_1, start, step
+from tests.support.odd_model import make
 from tests.support.pool import JobError, Processes
+from tests.support.pretended_hosts import APART, TWO_OF_TWO, on_hosts, pretended
 from tests.support.training import QSR
 
 WAYS: dict[str, dict[str, Any]] = {
     "TwoLevelSharedMemory": {},  # it is chosen by the topology alone
     "TwoLevelCollectives": {"two_level": True, "shared_memory": False},
 }
-TWO_OF_TWO = [0, 0, 1, 1]  # the host of each rank
-APART = [0, 1, 0, 1]
-
-
-@contextlib.contextmanager
-def pretended(hosts: list[int]) -> Iterator[None]:
-    """This process believes to be on the host that the list gives for its rank."""
-    from qsr_engine.averaging import shared_memory
-
-    true = shared_memory._host
-    shared_memory._host = lambda: (*(true() or ()), f"pretended {hosts[int(os.environ['RANK'])]}")
-    try:
-        yield
-    finally:
-        shared_memory._host = true
-
-
-def on_hosts(hosts: list[int], what: Callable[..., Any], **kwargs: Any) -> Any:
-    """A job: another one on pretended hosts."""
-    with pretended(hosts):
-        return what(**kwargs)
 
 
 def hosts_job() -> tuple[list[list[int]], list[list[int]]]:
-    from qsr_engine.averaging.shared_memory import hosts_of
+    from qsr_engine.averaging.choose import hosts_of
 
     dist.init_process_group("gloo")
     true = hosts_of(None)
@@ -143,15 +122,15 @@ def test_where_it_cannot_be_done_true_names_the_topology(processes: Processes, h
 
 
 def crowded_job(**options: Any) -> tuple[str, list[str]]:
-    from qsr_engine.averaging import shared_memory
+    from qsr_engine.averaging import choose
 
-    free, shared_memory._free = shared_memory._free, lambda: 1000
+    free, choose._free = choose._free, lambda: 1000
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             return way_job(**options), [str(w.message) for w in caught if "/dev/shm" in str(w.message)]
     finally:
-        shared_memory._free = free
+        choose._free = free
 
 
 @pytest.mark.parametrize(("two_level", "way"), [("auto", "AllReduce"), (True, "TwoLevelCollectives")])

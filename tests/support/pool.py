@@ -2,7 +2,8 @@
 
 A job is a function of a test module; it runs on the first `ranks` processes of the pool, each with the environment
 that a launcher gives (RANK, WORLD_SIZE, ...), and its results come back in the order of the ranks. A process group
-that the job started is destroyed after it. A job that exceeds its time limit fails, and the pool is started anew.
+that the job started is destroyed after it. A job that exceeds its time limit fails, as one does whose process dies, and
+the pool is started anew.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
-from multiprocessing.connection import Connection
+from contextlib import ExitStack, suppress
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 JOB_SECONDS = 120.0
-MOST_THREADS = 250  # stage 3 leaves some behind with every engine; above this the pool is started anew
+MOST_THREADS = 1000  # stage 3 leaves some behind with every engine; above this the pool is started anew
 
 
 class JobError(AssertionError):
@@ -54,19 +55,35 @@ class Processes:
         while len(self._children) < ranks:
             self._start()
         port = free_port()
-        pipes = [pipe for _, pipe in self._children[:ranks]]
-        for rank, pipe in enumerate(pipes):
-            pipe.send((job, kwargs, rank_environment(rank, ranks, port)))
+        for rank, (_, pipe) in enumerate(self._children[:ranks]):
+            with suppress(BrokenPipeError):  # a child that has died is seen below
+                pipe.send((job, kwargs, rank_environment(rank, ranks, port)))
+        try:
+            outcomes = self._collected(ranks, seconds)
+        except BaseException:
+            self.stop()  # the others may wait for ever, and answers that come later would be taken for another job's
+            raise
+        self._crowded = any(threads > MOST_THREADS for _, threads in outcomes)
+        return [outcome for outcome, _ in outcomes]
+
+    def _collected(self, ranks: int, seconds: float) -> list[tuple[tuple[str, Any], int]]:
+        """What each rank sends. Raises JobError as soon as one has died, or when the time is up."""
+        found: dict[int, tuple[tuple[str, Any], int]] = {}
         deadline = time.monotonic() + seconds
-        outcomes = []
-        for rank, pipe in enumerate(pipes):
-            if not pipe.poll(max(0.0, deadline - time.monotonic())):
-                self.stop()
-                raise JobError(f"rank {rank} gave no result within {seconds} s", [None] * ranks)
-            outcome, threads = pipe.recv()
-            outcomes.append(outcome)
-            self._crowded = self._crowded or threads > MOST_THREADS
-        return outcomes
+        while len(found) < ranks:
+            missing = {rank: self._children[rank] for rank in range(ranks) if rank not in found}
+            watched = [watched for process, pipe in missing.values() for watched in (pipe, process.sentinel)]
+            if not wait(watched, max(0.0, deadline - time.monotonic())):
+                raise JobError(f"ranks {[*missing]} gave no result within {seconds} s", [None] * ranks)
+            for rank, (process, pipe) in missing.items():
+                if pipe.poll():
+                    try:
+                        found[rank] = pipe.recv()
+                    except EOFError:
+                        process.join()
+                if not process.is_alive() and rank not in found:
+                    raise JobError(f"rank {rank} died, with exit code {process.exitcode}", [None] * ranks)
+        return [found[rank] for rank in range(ranks)]
 
     def _start(self) -> None:
         here, there = mp.Pipe()
@@ -101,6 +118,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+undo = ExitStack()  # of this process: what a job has changed for itself alone; closed after it
+
+
 def _serve(pipe: Connection) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     import cpuinfo  # deepspeed's; every CPUAdam asks it, and it starts a process for its answer
@@ -122,10 +142,12 @@ def _serve(pipe: Connection) -> None:
         except BaseException as error:  # everything goes back to the test
             outcome = ("error", (type(error).__name__, str(error), traceback.format_exc()))
         faulthandler.cancel_dump_traceback_later()
+        undo.close()
         with suppress(Exception):
             _destroy_engines()
         with suppress(Exception):
             _leave_process_group()
+        _restore_linear()
         gc.collect()
         if first:  # so that later searches and collections need not look at all of torch and deepspeed again
             gc.freeze()
@@ -158,3 +180,15 @@ def _leave_process_group() -> None:
     # the processes here differ in the jobs that they have done.
     deepspeed.zero.Init.param_id = 0
     DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+
+
+def _restore_linear() -> None:
+    """An engine at stage 3 puts a function of DeepSpeed's in the place of torch.nn.functional.linear, for good.
+
+    It adds the bias after the product, where torch begins the sum with it. Last bits differ as soon as MKL takes the
+    sum in parts (768 terms do), and what a job computes would depend on the jobs before it.
+    """
+    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
+    from torch import nn
+
+    nn.functional.linear = getattr(InsertPostInitMethodToModuleSubClasses, "linear_bk", nn.functional.linear)

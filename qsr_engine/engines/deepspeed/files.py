@@ -4,22 +4,96 @@ what is read runs no code.
     worker-00000/deepspeed/    DeepSpeed's own files of this worker, as its save_checkpoint() writes them
     worker-00000/latest        "deepspeed", so that DeepSpeed and its zero_to_fp32.py read the worker's folder
 
-Does not import deepspeed; the engine gives DeepSpeed's functions and classes. What else a checkpoint holds: see
-resumable.py.
+What else a checkpoint holds: see checkpoint/checkpointer.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+from torch import Tensor
 from torch.serialization import safe_globals
 
 from qsr_engine.checkpoint.manifest import CheckpointError
+from qsr_engine.checkpoint.model_file import named_state, read_model
+from qsr_engine.engines.deepspeed.groups import WorkerGroups
+from qsr_engine.engines.deepspeed.internals import deepspeed_uses, without_barriers
+from qsr_engine.engines.replica import Replica
 
 DEEPSPEED_TAG = "deepspeed"
+# Beside tensors and plain values these are in the files of DeepSpeed, which keep no code of their own.
+_IN_CHECKPOINTS: list[type] = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+
+
+class DeepSpeedFiles:
+    """DeepSpeed's files of one worker; see checkpoint.checkpointer.WorkerFiles."""
+
+    folder = DEEPSPEED_TAG
+    may_differ = frozenset({"workers"})
+
+    def __init__(self, engine: DeepSpeedEngine, replica: Replica, groups: WorkerGroups | None) -> None:
+        self._engine, self._replica, self._groups = engine, replica, groups
+
+    def write(self, folder: Path, *, without_frozen: bool) -> None:
+        engine = self._engine
+        writer = engine.checkpoint_engine
+        files = engine.checkpoint_engine = GuardedFiles(writer, _IN_CHECKPOINTS)
+        try:
+            with deepspeed_uses(self._groups), without_barriers():
+                DeepSpeedEngine.save_checkpoint(
+                    engine,
+                    str(folder),
+                    tag=DEEPSPEED_TAG,
+                    client_state={},
+                    save_latest=False,
+                    exclude_frozen_parameters=without_frozen,
+                )
+        finally:
+            engine.checkpoint_engine = writer
+        if files.error is not None:
+            raise files.error
+        (folder / "latest").write_text(DEEPSPEED_TAG, encoding="utf-8")
+
+    def check(self, folder: Path) -> None:
+        if self._engine.load_universal_checkpoint():
+            raise CheckpointError(
+                "checkpoint.load_universal is true, and DeepSpeed then runs code that it finds in files; write false"
+            )
+        files = GuardedFiles(self._engine.checkpoint_engine, _IN_CHECKPOINTS)
+        for path in sorted((folder / self.folder).glob("*.pt")):
+            files.check(path)
+
+    def load(self, folder: Path, own: Mapping[str, Any], **options: Any) -> None:
+        engine = self._engine
+        reader = engine.checkpoint_engine
+        engine.checkpoint_engine = GuardedFiles(reader, _IN_CHECKPOINTS)
+        try:
+            with deepspeed_uses(self._groups):
+                path, _ = DeepSpeedEngine.load_checkpoint(engine, str(folder), tag=DEEPSPEED_TAG, **options)
+        finally:
+            engine.checkpoint_engine = reader
+        if path is None:
+            raise CheckpointError(f"{folder}: DeepSpeed found nothing to load here")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def model(self, *, keep: bool) -> dict[str, Tensor]:
+        with deepspeed_uses(self._groups):
+            return named_state(self._engine.module, self._replica.whole, keep)
+
+    def read_model(self, folder: Path, only: set[str] | None) -> None:
+        with deepspeed_uses(self._groups):
+            read_model(folder, self._engine.module, self._replica.put, only)
+            if only is None:
+                self._replica.refresh()
 
 
 class GuardedFiles:

@@ -1,29 +1,167 @@
-"""Which DeepSpeed this package works with: its internals, which the engine relies on, change between minor releases."""
+"""What is changed of DeepSpeed's insides, and the check that they are there. Each change is undone, or says why not.
+
+DeepSpeed asks these groups       deepspeed_uses: it keeps them in one global variable
+no barrier at the end of a save   without_barriers: the others would wait for a rank that failed
+stage 3's check of all ranks      is made inside the worker; for good, and without workers it is DeepSpeed's own
+reductions over one rank          leave_out_reduction
+a collective for CPUs             leave_out_shared_memory_collective
+deepspeed.initialize itself       replace_deepspeed_initialize
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
-OLDEST, BEFORE = (0, 19, 8), (0, 20)  # the same bounds stand in pyproject.toml; the tests run the newest
+import deepspeed
+import deepspeed.comm
+import deepspeed.ops
+import torch.distributed as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero import partitioned_param_coordinator
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import groups as deepspeed_groups
+
+from qsr_engine.engines.deepspeed.groups import WorkerGroups
+from qsr_engine.engines.deepspeed.version import check_internals, check_version
+
+_NEEDED: dict[Any, tuple[str, ...]] = {
+    DeepSpeedEngine: ("forward", "step", "allreduce_gradients", "save_checkpoint", "load_checkpoint", "destroy"),
+    partitioned_param_coordinator: ("assert_ints_same_as_other_ranks",),
+    deepspeed_groups: ("mpu",),
+    DeepSpeedZeroOptimizer: ("update_lp_params", "get_param_id", "reduce_ready_partitions_and_remove_grads"),
+    DeepSpeedZeroOptimizer_Stage3: (
+        "_partition_all_parameters",
+        "_get_param_partition_rank",
+        "_reassign_or_swap_out_partitioned_parameters",
+        "_finalize_offload_gradient_accumulation",
+        "invalidate_secondary_tensor",
+    ),
+}
+check_version(deepspeed.__version__)
+check_internals(
+    {f"{owner.__name__}.{name}": hasattr(owner, name) for owner, names in _NEEDED.items() for name in names},
+    deepspeed.__version__,
+)
+
+deepspeed_initialize = deepspeed.initialize  # itself, also while replace_deepspeed_initialize() has another one there
 
 
-def check_version(version: str) -> None:
-    """Raises ImportError, saying what to install, for a DeepSpeed that is too old or too new."""
-    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
-    if OLDEST <= numbers < BEFORE:
+@contextlib.contextmanager
+def deepspeed_uses(workers: WorkerGroups | None) -> Iterator[None]:
+    """Let DeepSpeed ask these groups, None for all ranks.
+
+    DeepSpeed keeps them in one global variable and reads it at every step, so that a second engine in the process
+    would silently reduce over the groups of the first.
+    """
+    before = deepspeed_groups.mpu
+    deepspeed_groups.mpu = workers
+    try:
+        yield
+    finally:
+        deepspeed_groups.mpu = before
+
+
+@contextlib.contextmanager
+def without_barriers() -> Iterator[None]:
+    """DeepSpeed's save_checkpoint() ends in a barrier, where the other ranks would wait for one that failed.
+
+    What it waits for is done otherwise: the folders exist before it, and checkpoint.write meets all ranks after it.
+    """
+    before = deepspeed.comm.barrier
+    deepspeed.comm.barrier = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        deepspeed.comm.barrier = before
+
+
+def _compare_inside_the_worker(ints: list[int]) -> None:
+    """Stage 3 checks in its first forwards that all ranks run the same modules in the same order.
+
+    DeepSpeed broadcasts from rank 0 to all ranks for it, also across workers. Here the ranks of a worker compare
+    theirs; without workers it is DeepSpeed's own check.
+    """
+    workers = deepspeed_groups.mpu
+    if not isinstance(workers, WorkerGroups):
+        _compare_with_all_ranks(ints)
         return
-    oldest, before = (".".join(map(str, bound)) for bound in (OLDEST, BEFORE))
-    raise ImportError(
-        f"qsr_engine works with DeepSpeed {oldest} and later ones before {before}, and {version} is installed; its "
-        f"internals differ between minor releases. Install it with: pip install 'deepspeed>={oldest},<{before}'"
-    )
+    found: list[list[int]] = [[] for _ in range(workers.get_data_parallel_world_size())]
+    if len(found) > 1:
+        dist.all_gather_object(found, ints, group=workers.worker)
+        if any(other != ints for other in found):
+            raise RuntimeError(
+                f"the ranks {dist.get_process_group_ranks(workers.worker)} of a worker run different modules or "
+                "parameters under ZeRO stage 3, so their collectives would not match; a worker's ranks must take the "
+                f"same path through the model. Numbers of modules or parameters found: {[len(o) for o in found]}"
+            )
 
 
-def check_internals(found: Mapping[str, bool], version: str) -> None:
-    """Raises ImportError, naming what is missing, for a DeepSpeed that was changed or is not what its version says."""
-    missing = [name for name, there in found.items() if not there]
-    if missing:
-        raise ImportError(
-            f"this DeepSpeed ({version}) lacks {', '.join(missing)}, which local steps need; install an unchanged "
-            f"release: pip install --force-reinstall 'deepspeed=={'.'.join(map(str, OLDEST))}'"
-        )
+_compare_with_all_ranks = partitioned_param_coordinator.assert_ints_same_as_other_ranks
+partitioned_param_coordinator.assert_ints_same_as_other_ranks = _compare_inside_the_worker
+
+
+def keep_checks_inside_the_worker(engine: DeepSpeedEngine, groups: WorkerGroups) -> None:
+    """Also where the model is called without the engine (`engine.module(...)`), as evaluations do."""
+    coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+    reset_step = coordinator.reset_step
+
+    def reset_step_inside_the_worker() -> None:
+        with deepspeed_uses(groups):
+            reset_step()
+
+    coordinator.reset_step = reset_step_inside_the_worker
+
+
+def leave_out_reduction(engine: DeepSpeedEngine) -> bool:
+    """Have DeepSpeed use the gradients of a worker of one rank where backward left them.
+
+    DeepSpeed reduces over one rank as over many: it copies every gradient into a bucket, the bucket into a flat tensor,
+    divides by 1, and copies back. The bits stay the same, and a step takes a tenth longer.
+
+    Stage 0 has a switch for it. ZeRO-1 goes over the parameters at the end of a backward, reduces every gradient, and
+    then takes the gradients from where it found them; only the reducing is left out.
+
+    Where a reduction does more than reduce, it stays: ZeRO-2 partitions with it, gradient accumulation in another type
+    than the model's fills its buffer with it, and `communication_data_type` rounds with it.
+
+    Returns:
+        Whether the reduction is left out.
+    """
+    if not engine.zero_optimization():
+        engine.enable_backward_allreduce = False
+        return True
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() != 1 or not hasattr(optimizer, "reduce_ready_partitions_and_remove_grads"):
+        return False
+    dtypes = {optimizer.dtype, optimizer.communication_data_type, optimizer.gradient_accumulation_dtype}
+    if len(dtypes) > 1 or optimizer.cpu_offload or optimizer.overlap_comm:
+        return False
+    optimizer.reduce_ready_partitions_and_remove_grads = _leave_in_place
+    return True
+
+
+def _leave_in_place(parameter: Any, group: int) -> None:
+    """The sum over one rank is the gradient that is there."""
+
+
+def leave_out_shared_memory_collective() -> None:
+    """Before the process group starts: DeepSpeed would compile a collective for CPUs that only its inference calls.
+
+    Compiling takes a minute and a C++ compiler.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@contextlib.contextmanager
+def replace_deepspeed_initialize(function: Callable[..., tuple[Any, Any, Any, Any]]) -> Iterator[None]:
+    """`deepspeed.initialize` is this function for all who call it by that name, until the block ends."""
+    leave_out_shared_memory_collective()
+    before = deepspeed.initialize
+    deepspeed.initialize = function
+    try:
+        yield
+    finally:
+        deepspeed.initialize = before

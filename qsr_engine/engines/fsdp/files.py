@@ -15,10 +15,11 @@ import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -28,8 +29,124 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from qsr_engine.checkpoint.manifest import CheckpointError
+from qsr_engine.checkpoint.model_file import named_state, read_model
+from qsr_engine.engines.replica import Replica
 
 FOLDER = "fsdp"
+
+
+class Counted(Protocol):
+    """What is saved of the engine, and what it does before its parameters are read or changed."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    global_steps: int
+    global_samples: int
+    micro_steps: int
+
+    def hold_masters(self) -> None: ...
+
+
+class FSDPFiles:
+    """The FSDP engine's files of one worker; see checkpoint.checkpointer.WorkerFiles.
+
+    Args:
+        named: the parameters by their names.
+        group: the ranks that write one worker's folder together; None for all ranks.
+    """
+
+    folder = FOLDER
+    may_differ = frozenset({"workers", "worker_size", "precision"})
+
+    def __init__(
+        self, engine: Counted, named: Mapping[str, nn.Parameter], replica: Replica, group: dist.ProcessGroup | None
+    ) -> None:
+        self._engine, self._named, self._replica, self._group = engine, named, replica, group
+        self._optimizer = engine.optimizer
+
+    def write(self, folder: Path, *, without_frozen: bool) -> None:
+        self._engine.hold_masters()
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self._named.items():
+            if parameter.requires_grad or not without_frozen:
+                tensors[f"parameters/{name}"] = parameter.detach()
+            for key, value in self._optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"state/{name}/{key}"] = value
+        write(folder / FOLDER, tensors, self._group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What of the optimizer is no tensor, and the engine's counters."""
+        plain = {
+            name: {k: v for k, v in self._optimizer.state.get(parameter, {}).items() if not isinstance(v, Tensor)}
+            for name, parameter in self._named.items()
+        }
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
+        engine = self._engine
+        return {
+            "counts": [engine.global_steps, engine.global_samples, engine.micro_steps],
+            "plain": {name: values for name, values in plain.items() if values},
+            "groups": groups,
+        }
+
+    def check(self, folder: Path) -> None:
+        names(folder / FOLDER)
+
+    @torch.no_grad()
+    def load(self, folder: Path, own: Mapping[str, Any], **options: Any) -> None:
+        """In place: the parameters stay where they are, and so does optimizer state that is there already."""
+        strange = sorted(set(options) - {"load_module_strict", "load_optimizer_states", "load_lr_scheduler_states"})
+        if strange:
+            raise CheckpointError(f"load_checkpoint({strange[0]}=...) means nothing to the FSDP engine; leave it out")
+        self._engine.hold_masters()
+        into: dict[str, Tensor] = {}
+        loaded: dict[str, dict[str, Any]] = {}
+        for key, entry in names(folder / FOLDER).items():
+            kind, _, rest = key.partition("/")
+            name, _, what = rest.rpartition("/") if kind == "state" else (rest, "", "")
+            if name not in self._named:
+                raise CheckpointError(f"{folder}: it has a parameter {name!r}, which this model has not")
+            parameter = self._named[name]
+            if kind == "parameters":
+                into[key] = parameter.detach()
+                continue
+            value = self._optimizer.state.get(parameter, {}).get(what)
+            if not isinstance(value, Tensor) or value.shape != entry.size or value.dtype != entry.properties.dtype:
+                value = self._empty_state(parameter, what, entry)
+            into[key] = value
+            loaded.setdefault(name, {})[what] = value
+        read(folder / FOLDER, into, self._group)
+        self._take_over(loaded, own)
+
+    def _empty_state(self, parameter: Tensor, what: str, entry: Any) -> Tensor:
+        if entry.size == parameter.shape:
+            return torch.zeros_like(parameter, dtype=entry.properties.dtype, requires_grad=False)
+        group: dict[str, Any] = next(
+            (g for g in self._optimizer.param_groups if any(p is parameter for p in g["params"])), {}
+        )
+        on_host = what == "step" and not (group.get("capturable") or group.get("fused"))  # as torch's own load does
+        return torch.zeros(entry.size, dtype=entry.properties.dtype, device="cpu" if on_host else self._engine.device)
+
+    def _take_over(self, loaded: Mapping[str, dict[str, Any]], own: Mapping[str, Any]) -> None:
+        self._optimizer.zero_grad()
+        for name, parameter in self._named.items():
+            values = {**loaded.get(name, {}), **own["plain"].get(name, {})}
+            self._optimizer.state.pop(parameter, None)
+            if values:
+                self._optimizer.state[parameter] = values
+        for group, saved in zip(self._optimizer.param_groups, own["groups"], strict=True):
+            group.update(saved)
+        engine = self._engine
+        engine.global_steps, engine.global_samples, engine.micro_steps = own["counts"]
+
+    def read_model(self, folder: Path, only: set[str] | None) -> None:
+        self._engine.hold_masters()
+        read_model(folder, self._engine.module, self._replica.put, only)
+
+    def model(self, *, keep: bool) -> dict[str, Tensor]:
+        self._engine.hold_masters()
+        return named_state(self._engine.module, self._replica.whole, keep)
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from qsr_engine.cli.launcher import started_by_a_launcher
+from qsr_engine.cli.launched import started_by_a_launcher
 from qsr_engine.cli.main import main
 from qsr_engine.config.strict import ConfigError
 from qsr_engine.data import Index
@@ -114,7 +114,7 @@ def test_files_that_nobody_foresaw_are_one_line(
     def fail(_: str) -> Index:
         raise OSError(errno.EIO, os.strerror(errno.EIO), "some/file")
 
-    monkeypatch.setattr("qsr_engine.cli.main.index_shards", fail)
+    monkeypatch.setattr("qsr_engine.cli.shards.index_shards", fail)
     assert main(["shards", "index", str(tmp_path)]) == 2
     assert capsys.readouterr().err == "qsr: error: some/file: Input/output error\n"
 

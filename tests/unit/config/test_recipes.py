@@ -12,7 +12,8 @@ import torch
 from qsr_engine.config.recipe import Recipe, resolve_recipe_batch
 from qsr_engine.config.recipe_file import load_recipe
 from qsr_engine.planning.plan import Plan, make_plan
-from qsr_engine.training.models import create_model, has_batch_norm
+from qsr_engine.training.batch_norm import has_batch_norm
+from qsr_engine.training.models import create_model
 
 FOLDER = Path(__file__).parents[3] / "configs" / "imagenet"
 PATHS = sorted(FOLDER.glob("*.yaml"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qsr_engine.engines.deepspeed.internals import BEFORE, OLDEST, check_internals, check_version
+from qsr_engine.engines.deepspeed.version import BEFORE, OLDEST, check_internals, check_version
 
 
 @pytest.mark.parametrize("version", ["0.19.8", "0.19.9", "0.19.12+cu128"])

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from qsr_engine.cli.main import main
-from qsr_engine.membership.hosts import HostError, differences, read_hostfile, versions
+from qsr_engine.membership.hosts import HostError, read_hostfile
 from qsr_engine.membership.network import addresses, check_interfaces, matching, partners
+from qsr_engine.membership.versions import differences, versions
 
 # ssh [OPTION ...] HOST COMMAND: the host `good` is this one; the others fail as their names say.
 SSH = """#!/bin/bash
@@ -101,23 +102,23 @@ def test_versions_tell_sources_apart() -> None:
     """The torch that is imported, with its build; and a digest that is not that of no files."""
     import torch
 
-    from qsr_engine.membership import hosts
+    from qsr_engine.membership import versions as module
 
     assert versions()["torch"] == torch.__version__
     empty = "e3b0c44298fc"  # of sha256 of nothing
-    assert len(hosts._sources()) == len(empty)
-    assert hosts._sources() != empty
+    assert len(module._sources()) == len(empty)
+    assert module._sources() != empty
 
 
 def test_a_change_of_a_source_file_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qsr_engine.membership import hosts
+    from qsr_engine.membership import versions as module
 
-    monkeypatch.setattr(hosts, "__file__", str(tmp_path / "membership" / "hosts.py"))
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "membership" / "versions.py"))
     digests = set()
     for name, text in (("a.py", "1"), ("a.py", "2"), ("b.py", ""), ("data/c.py", "")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-        digests.add(hosts._sources())
+        digests.add(module._sources())
     assert len(digests) == 4
 
 

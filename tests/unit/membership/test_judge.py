@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from qsr_engine.membership.judge import Beat, Judge, verdict_of
+from qsr_engine.membership.beats import Beat
+from qsr_engine.membership.halt import target
+from qsr_engine.membership.judge import Judge, verdict_of
 
 
 def beats(**changes: Any) -> dict[int, Beat]:
@@ -25,7 +27,7 @@ MOVING: dict[str, dict[str, Any]] = {f"rank_{rank}": {"number": 1, "moves": 1} f
 
 
 def test_a_judge_goes_by_its_own_clock() -> None:
-    judge = Judge(3, 10.0, 0.5)
+    judge = Judge(10.0, 0.5)
     assert judge.lost(beats(), now=0.0) == {}
     assert looks(judge, beats(**MOVING), 0.5, 10.0) == {}
     found = looks(judge, beats(**MOVING), 10.5, 10.5)
@@ -34,14 +36,14 @@ def test_a_judge_goes_by_its_own_clock() -> None:
 
 
 def test_a_judge_that_was_stopped_itself_does_not_count_that_time() -> None:
-    judge = Judge(3, 10.0, 0.5)
+    judge = Judge(10.0, 0.5)
     assert looks(judge, beats(**MOVING), 0.0, 5.0) == {}
     assert looks(judge, beats(**MOVING), 1000.0, 1003.0) == {}, "5 s, a look of at most 2 s, and 3 s"
     assert list(looks(judge, beats(**MOVING), 1003.5, 1006.0)) == [0, 1, 2]
 
 
 def test_a_rank_that_never_gave_a_sign_is_lost() -> None:
-    judge = Judge(3, 10.0, 0.5)
+    judge = Judge(10.0, 0.5)
     assert list(looks(judge, {**beats(**MOVING), 2: Beat()}, 0.0, 9.5)) == []
     assert 2 in looks(judge, {**beats(**MOVING), 2: Beat()}, 10.0, 10.5)
 
@@ -56,7 +58,7 @@ def test_a_rank_that_never_gave_a_sign_is_lost() -> None:
     ],
 )
 def test_silence_after_the_end_matters_to_who_needs_that_rank(state: str, other: dict[str, Any], lost: bool) -> None:
-    judge = Judge(3, 10.0, 0.5)
+    judge = Judge(10.0, 0.5)
     found: dict[int, str] = {}
     for second in range(13):
         seen = beats(rank_0={"number": second, **other}, rank_1={"number": second}, rank_2={"state": state})
@@ -76,7 +78,7 @@ def test_silence_after_the_end_matters_to_who_needs_that_rank(state: str, other:
     ],
 )
 def test_who_is_stalled(changes: dict[str, Any], lost: bool) -> None:
-    judge = Judge(3, 10.0, 0.5)
+    judge = Judge(10.0, 0.5)
     found: dict[int, str] = {}
     for half_seconds in range(22):
         rank_2 = {**changes, "number": half_seconds if "number" in changes else 0}
@@ -87,7 +89,7 @@ def test_who_is_stalled(changes: dict[str, Any], lost: bool) -> None:
 
 def test_who_dies_in_a_long_step_is_silent() -> None:
     """Its step is over the limit before its silence is, and is not what is wrong."""
-    judge = Judge(3, 10.0, 0.5)
+    judge = Judge(10.0, 0.5)
     for second in range(4):
         assert judge.lost(beats(rank_2={"number": second}), now=float(second)) == {}
     seen = beats(**MOVING, rank_2={"number": 3})
@@ -96,19 +98,18 @@ def test_who_dies_in_a_long_step_is_silent() -> None:
 
 
 def test_whoever_waits_for_an_ended_rank_learns_it_soon() -> None:
-    judge = Judge(3, 600.0, 0.5)
+    judge = Judge(600.0, 0.5)
     waits = {"rank_0": {"waiting": True}, "rank_2": {"state": "ended"}}
     assert judge.lost(beats(**waits), now=0.0) == {}
     assert list(looks(judge, beats(**waits), 0.5, 3.0)) == [2]
 
 
 def test_the_step_at_which_all_halt() -> None:
-    judge = Judge(3, None, 0.5)
-    assert judge.target(beats()) is None
-    assert judge.target(beats(rank_0={"halted": 5}, rank_1={"begun": 8}, rank_2={"begun": 3})) == (8, False)
-    assert judge.target(beats(**{f"rank_{r}": {"halted": 8, "begun": 8} for r in range(3)})) == (8, True)
+    assert target(beats()) is None
+    assert target(beats(rank_0={"halted": 5}, rank_1={"begun": 8}, rank_2={"begun": 3})) == (8, False)
+    assert target(beats(**{f"rank_{r}": {"halted": 8, "begun": 8} for r in range(3)})) == (8, True)
     logs = {"step": 8, "begun": 8, "waiting": True}
-    assert judge.target(beats(**{f"rank_{r}": {"halted": 8, "begun": 8} for r in (0, 1)}, rank_2=logs)) == (9, False)
+    assert target(beats(**{f"rank_{r}": {"halted": 8, "begun": 8} for r in (0, 1)}, rank_2=logs)) == (9, False)
 
 
 def test_many_lost_ranks_are_counted() -> None:

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from qsr_engine.config.strict import ConfigError
-from qsr_engine.records.records import TAGS, Monitor, Record, WorkersRecord, check_run_folder, open_run_folder
+from qsr_engine.records.monitor import Monitor
+from qsr_engine.records.records import TAGS, Record, WorkersRecord
 
 RECORD = Record(
     step=10,
@@ -179,58 +179,8 @@ def test_progress_bar_on_a_terminal(tmp_path: Path, columns: int) -> None:
         assert shown == "step 330/660  round 2  H 4  lr 0.0021  loss 0.532  1234 images/s  accuracy 91.2 %\r\n"
 
 
-def test_a_new_folder_gets_the_recipe(tmp_path: Path) -> None:
-    folder = tmp_path / "runs" / "digits"
-    check_run_folder(folder)
-    assert not folder.parent.exists()
-    open_run_folder(folder, "seed: 0\n")
-    assert (folder / "recipe.yaml").read_text() == "seed: 0\n"
-    (tmp_path / "empty").mkdir()
-    open_run_folder(tmp_path / "empty", "seed: 1\n")
-
-
-@pytest.mark.parametrize("name", ["recipe.yaml", "metrics.jsonl", "events.out.tfevents.1.host", "notes.txt"])
-def test_a_folder_that_holds_anything_is_refused(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text("kept")
-    refusals: list[Callable[[], None]] = [lambda: check_run_folder(tmp_path), lambda: open_run_folder(tmp_path, "")]
-    for refuse in refusals:
-        with pytest.raises(ConfigError) as error:
-            refuse()
-        for part in (str(tmp_path), name, "--set logging.name=NAME", "delete the folder"):
-            assert part in str(error.value)
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "kept")]
-
-
-def test_a_place_where_no_folder_can_be_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    for path, reason in [
-        (tmp_path / "file", "is a file"),
-        (tmp_path / "file" / "run", "is a file"),
-        (tmp_path / ("x" * 300), "name too long"),
-    ]:
-        with pytest.raises(ConfigError, match=f"(?i){reason}") as error:
-            open_run_folder(path, "")
-        assert "--set logging.dir=DIR" in str(error.value)
-
-
-def test_a_place_without_permission_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root, who runs CI, may write anywhere
-    with pytest.raises(ConfigError, match="no permission"):
-        open_run_folder(tmp_path / "run", "")
-
-
-def test_of_two_runs_at_once_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    open_run_folder(tmp_path / "run", "first")
-    monkeypatch.setattr(
-        "qsr_engine.records.records.check_run_folder", lambda path: None
-    )  # the second looked before it was made
-    with pytest.raises(ConfigError, match="File exists"):
-        open_run_folder(tmp_path / "run", "second")
-    assert (tmp_path / "run" / "recipe.yaml").read_text() == "first"
-
-
 def test_importing_monitor_and_report_leaves_torch_out() -> None:
-    code = "import sys, qsr_engine.records.records, qsr_engine.records.report; sys.exit('torch' in sys.modules)"
+    code = "import sys, qsr_engine.records.monitor, qsr_engine.records.report; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
@@ -264,14 +214,14 @@ class FullDisk:
 def test_records_wait_while_the_disk_is_full(tmp_path: Path, room: int, frozen: bool) -> None:
     """At no time is there a part of a record, unless the file cannot be shortened; then it goes before the next one."""
     monitor = Monitor(tmp_path, 660, stream=io.StringIO())
-    assert monitor._events is not None
-    files = [monitor._metrics, monitor._workers, monitor._events._file]
+    writers: list[Any] = [monitor._metrics, monitor._workers, *monitor._trackers]
+    files = [writer._file for writer in writers]
     told = WorkersRecord(8, [4.0, 5.0], [0.5, 0.25], [1.0, 0.0], None, [0, 3])
     disks = [FullDisk(file._file, room, frozen) for file in files]
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for file, disk in zip(files, disks, strict=True):
-            file._file = disk  # type: ignore[assignment]
+            file._file = disk
         for step in range(10, 50, 10):
             monitor.log(dataclasses.replace(EVALUATED, step=step))
             monitor.log_workers(dataclasses.replace(told, step=step))

@@ -16,9 +16,11 @@ import pytest
 import yaml
 from PIL import Image
 
+from qsr_engine.records.monitor import Monitor
 from qsr_engine.records.plots import plots
-from qsr_engine.records.records import Monitor, Record, WorkersRecord, open_run_folder
+from qsr_engine.records.records import Record, WorkersRecord
 from qsr_engine.records.report import group_table, report, table
+from qsr_engine.records.run_folder import open_run_folder
 from qsr_engine.records.runs import ReportError, figures, find_runs, groups, read_run, strategy_label
 
 QSR = {"strategy": "qsr", "h_base": 4, "alpha": 0.0175, "power": 2.0}

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from qsr_engine.config.recipe import ModelConfig
 from qsr_engine.config.strict import ConfigError
 from qsr_engine.training.from_recipe import without_decay_of_norms_and_biases
-from qsr_engine.training.models import PlainViT, create_model, fill, sincos_positions
+from qsr_engine.training.models import create_model
+from qsr_engine.training.vit import PlainViT, fill, sincos_positions
 
 SMALL: dict[str, Any] = {"img_size": 24, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
 PLAIN = "qsr/vit_base_patch16_sincos"

@@ -1,0 +1,28 @@
+"""`qsr export`: a checkpoint's averaged model as safetensors."""
+
+from __future__ import annotations
+
+import argparse
+
+from qsr_engine.cli.errors import CommandError
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the sub-command's arguments."""
+    command = commands.add_parser("export", help="write a checkpoint's averaged model as safetensors")
+    command.add_argument("checkpoint", help="a checkpoint's folder, or a folder of checkpoints: the newest whole one")
+    command.add_argument("out", help="file to write; timm.create_model(NAME, checkpoint_path=OUT) loads it")
+    command.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the file, and say of which step it is."""
+    from qsr_engine.checkpoint.manifest import CheckpointError
+    from qsr_engine.checkpoint.model_file import export
+
+    try:
+        manifest = export(args.checkpoint, args.out)
+    except CheckpointError as error:
+        raise CommandError(error) from error
+    print(f"{args.out}: the averaged model after step {manifest.step}")
+    return 0

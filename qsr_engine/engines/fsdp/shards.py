@@ -1,0 +1,108 @@
+"""Where FSDP keeps the masters of one rank."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from qsr_engine.averaging import all_gather_flat
+from qsr_engine.engines.replica import Parameters
+
+
+class Shards(Parameters):
+    """FSDP's parameters: this rank's optimizer updates its shard of each, where FSDP keeps it.
+
+    Args:
+        mesh: (worker, shard).
+        pinned: whether shards are on the CPU for a model on a GPU, and must stay where they are.
+    """
+
+    sharded = True
+    overlaps_with = "a worker_size of 1 in fp32"
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        mesh: DeviceMesh,
+        device: torch.device,
+        *,
+        pinned: bool,
+    ) -> None:
+        super().__init__(module, optimizer)
+        self._mesh, self._device = mesh, device
+        self.may_be_shared = not pinned
+
+    def masters(self) -> list[Tensor]:
+        return [local_part(parameter) for parameter in super().masters()]
+
+    def buckets(self, bucket_bytes: int) -> list[Tensor]:
+        """Each shard is a bucket of its own: FSDP holds its memory, so it does not move."""
+        return [shard.view(-1) for shard in self.masters() if shard.numel()]
+
+    def refresh(self) -> None:
+        """Gathered parameters that a forward without a backward has left are those from before."""
+        reshard(self.module)
+
+    def gradients(self) -> list[Tensor]:
+        parameters = [parameter for parameter in super().masters() if parameter.requires_grad]
+        for parameter in parameters:
+            if parameter.grad is None:  # not used in this step here; maybe on another worker
+                parameter.grad = torch.zeros_like(parameter)
+        return [gradient for p in parameters if (gradient := local_part(p.grad)).numel()]
+
+    def state(self, name: str) -> list[Tensor | None]:
+        states = self.optimizer.state
+        found = [states[p].get(name) if p in states else None for p in super().masters()]
+        return [local_part(value) if isinstance(value, Tensor) else value for value in found]
+
+    def whole(self, parameter: Tensor) -> Tensor:
+        """Gathered inside the worker. FSDP shards rows, the last shards may be short."""
+        shard = local_part(parameter)
+        if not isinstance(parameter, DTensor):
+            return shard
+        rows, ranks = -(-parameter.shape[0] // self._mesh.size(1)), self._mesh.size(1)
+        padded = torch.zeros(rows, *parameter.shape[1:], dtype=shard.dtype, device=self._device)
+        padded[: shard.shape[0]] = shard
+        gathered = padded.new_empty(rows * ranks, *parameter.shape[1:])
+        all_gather_flat(gathered, padded, group=self._mesh.get_group("shard"))
+        return gathered[: parameter.shape[0]]
+
+    def put(self, parameter: Tensor, value: Tensor) -> None:
+        """No communication."""
+        shard = local_part(parameter)
+        if isinstance(parameter, DTensor):
+            rows = -(-parameter.shape[0] // self._mesh.size(1))
+            value = value[rows * self._mesh.get_local_rank("shard") :][: shard.shape[0]]
+        shard.copy_(value)
+
+    @property
+    def why_no_overlap(self) -> str | None:
+        return "FSDP gathers a parameter by a collective when it is read, for which a forward cannot wait"
+
+
+class ComputedInCopies(Parameters):
+    """The parameters of a worker of one rank that computes in bf16."""
+
+    overlaps_with = "a worker_size of 1 in fp32"
+
+    @property
+    def why_no_overlap(self) -> str | None:
+        return "the bf16 copies of all parameters are made when a forward begins"
+
+
+def local_part(tensor: Any) -> Tensor:
+    """This rank's part of a tensor, the very memory that FSDP holds."""
+    return cast(Tensor, tensor._local_tensor.detach() if isinstance(tensor, DTensor) else tensor.detach())
+
+
+def reshard(module: nn.Module) -> None:
+    """Free the gathered parameters, so that the module holds the shards again."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()

@@ -1,0 +1,33 @@
+"""What local steps have cost so far: counts, bytes and seconds, over restarts too."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass
+class Costs:
+    """Counters of one rank."""
+
+    averagings: int = 0
+    bytes_sent: int = 0
+    seconds_averaging: float = 0.0  # that steps waited for averagings
+    parallel_bytes_so_far: int = 0  # that a rank would have sent by now under `parallel`
+    skipped_steps: int = 0  # of this worker, because its gradients overflowed; they count as steps
+    skipped_steps_of_all_workers: int = 0  # as told at the last boundary
+    left_out: dict[int, int] = dataclasses.field(default_factory=dict)  # times that a worker was, by its number
+    seconds_waiting: float = 0.0  # of averaging: in this process, for the last worker to come to a boundary
+
+    def leave_out(self, workers: list[int]) -> None:
+        """Workers are left out of one more averaging."""
+        self.left_out = {**self.left_out, **{worker: self.left_out.get(worker, 0) + 1 for worker in workers}}
+
+    def state_dict(self) -> dict[str, Any]:
+        state = dataclasses.asdict(self)
+        del state["seconds_waiting"]
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in self.state_dict():
+            setattr(self, name, state[name])

@@ -1,0 +1,78 @@
+"""`qsr train`: as a job of the pool, as a real launch, by a script of launch/; and what a run has written."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.support.pool import Processes
+
+LAUNCH = Path(__file__).parents[2] / "launch"  # the scripts
+
+
+def qsr_job(argv: list[str], per_rank: list[list[str]] | None = None) -> tuple[int, str, str]:
+    """The `qsr` command of one rank: exit code, standard output, standard error."""
+    from qsr_engine.cli.main import main
+
+    out, err = io.StringIO(), io.StringIO()
+    extra = per_rank[int(os.environ["RANK"])] if per_rank else []
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([*argv, *extra])
+    return code, out.getvalue(), err.getvalue()
+
+
+def train(processes: Processes, recipe: Path, *overrides: str, ranks: int = 2) -> Path:
+    """Train, and give the run's folder back."""
+    name = f"run-{len(list((recipe.parent / 'runs').glob('*')))}"
+    sets = [word for override in (*overrides, f"logging.name={name}") for word in ("--set", override)]
+    for code, _, err in processes.run(qsr_job, ranks=ranks, argv=["train", str(recipe), *sets]):
+        assert code == 0, err
+    return recipe.parent / "runs" / name
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def workers(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "workers.jsonl").read_text().splitlines()]
+
+
+def launch(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=180, check=False)
+
+
+def bin_folder() -> Path:
+    return Path(sys.executable).parent
+
+
+def start_script(*words: str, **environment: str) -> subprocess.Popen[str]:
+    """A script of launch/, with this Python's programs in the path and the recipe's model on a CPU."""
+    path = f"{bin_folder()}{os.pathsep}{os.environ['PATH']}"
+    known = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": path, **environment}
+    return subprocess.Popen(words, env=known, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def interrupted_job(argv: list[str], at_step: int) -> int:
+    """The `qsr train` of one rank that dies in the middle of a round."""
+    from qsr_engine.training import loop as module
+
+    original = module._Run._step
+
+    def step(run: Any) -> bool:
+        if run.engine.local_steps.step == at_step:
+            raise KeyboardInterrupt
+        return original(run)
+
+    module._Run._step = step  # type: ignore[assignment,method-assign]
+    try:
+        return qsr_job(argv)[0]
+    finally:
+        module._Run._step = original  # type: ignore[method-assign]
