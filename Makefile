@@ -1,6 +1,7 @@
-# make demo   install what is needed, train on two CPU workers with three strategies, compare them
-# make test   install what is needed, run the whole suite
-# make lint   ruff and mypy
+# make demo        install what is needed, train on two CPU workers with three strategies, compare them
+# make test        install what is needed, test every promise of the README (under 10 minutes on two cores)
+# make test-slow   the other tests: more combinations, more ways to die, operators that are compiled first
+# make lint        ruff and mypy
 #
 # TEST_PROCESSES=4 runs the suite on more cores; each process takes up to 8 GB, with the ranks that it starts.
 # Everything goes into .venv. PYTHON names the interpreter that makes it (3.11 to 3.13).
@@ -10,7 +11,7 @@ BIN := .venv/bin
 TEST_PROCESSES ?= 2
 RECIPES := parallel constant qsr
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow lint clean
 
 demo: .venv/installed
 	rm -rf demo
@@ -22,8 +23,13 @@ demo: .venv/installed
 	$(BIN)/qsr report $(RECIPES:%=demo/runs/%) --out demo/report
 	@echo "TensorBoard: $(BIN)/tensorboard --logdir demo/runs --host localhost, then open http://localhost:6006"
 
+PYTEST := $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist worksteal
+
 test: .venv/installed-dev
-	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist worksteal
+	$(PYTEST) -m "not slow"
+
+test-slow: .venv/installed-dev
+	$(PYTEST) -m slow
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check

@@ -1,7 +1,7 @@
 """Which strategy ends at the better accuracy, and at the flatter minimum, for the same budget of images?
 
-    python benchmarks/generalization.py --shards CIFAR10_SHARDS --out FOLDER                 # both models, 3 seeds
-    python benchmarks/generalization.py ... --models resnet --train-samples 10000 --epochs 12
+    python -m benchmarks.generalization --shards CIFAR10_SHARDS --runs FOLDER                # both models, 3 seeds
+    python -m benchmarks.generalization ... --models resnet --train-samples 10000 --epochs 12
 
 CIFAR10_SHARDS is a folder of WebDataset shards train-*.tar and test-*.tar with JPEG pictures of 32 x 32 pixels. Four
 workers of one rank each train a small ResNet and a small vision transformer with `qsr train`, the same code on the same
@@ -36,8 +36,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hardware import in_words, machine
 
+from benchmarks import report
+from benchmarks.ranks import ENVIRONMENT, main_module
+from benchmarks.report import Report, parser
 from qsr_engine.data.index import Index, Shard, Split, read_index
 from qsr_engine.data.writing.folder import write_index
 from qsr_engine.data.writing.verifying import scan_shard
@@ -162,14 +164,14 @@ def train_all(runs: list[Run], budget: Budget, shards: Path, folder: Path) -> No
     recipes = folder / "recipes"
     recipes.mkdir(parents=True, exist_ok=True)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORKERS)]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    command = [*launcher, "--module", main_module(), "--train"]
     while pending := [run for run in runs if not has_ended(run, folder)]:
         paths = []
         for run in pending:
             path = recipes / f"{run.name}.yaml"
             path.write_text(yaml.safe_dump(recipe(run, budget, shards, folder)))
             paths.append(str(path))
-        done = subprocess.run([*launcher, __file__, "--train", *paths], check=False, env=environment)
+        done = subprocess.run([*command, *paths], check=False, env={**os.environ, **ENVIRONMENT})
         if done.returncode and not any(has_ended(run, folder) for run in pending):
             sys.exit(f"no run of this launch has ended: {paths[0]}")
 
@@ -299,66 +301,60 @@ def with_deviation(values: list[float], digits: int) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| model | strategy | learning rate | accuracy % | test loss | sharpness | communication % | averagings |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    columns = ("model", "strategy", "learning rate", "accuracy %", "test loss", "sharpness")
+    lines = []
     for row in rows:
         peak = MODELS[row["model"]]["peak"] * row["rate"]
         edge = "" if min(row["tuning"]) < row["rate"] < max(row["tuning"]) else " (edge)"
         figures = [with_deviation(row[key], digits) for key, digits in (("accuracy", 2), ("loss", 3), ("sharpness", 1))]
         rest = [f"{row['communication']:.1f}", str(row["averagings"])]
-        lines.append("| " + " | ".join([row["model"], row["strategy"], f"{peak:g}{edge}", *figures, *rest]) + " |")
-    return "\n".join(lines)
+        lines.append([row["model"], row["strategy"], f"{peak:g}{edge}", *figures, *rest])
+    return report.table([*columns, "communication %", "averagings"], lines)
 
 
 def heading(budget: Budget, tuning: Budget, seeds: int) -> str:
     return (
-        f"{in_words(machine('torch', 'timm', 'webdataset'))}. {WORKERS} "
-        f"workers, batch {BATCH}, {budget.samples} training images, {budget.epochs} epochs ({budget.steps} steps; "
-        f"tuned in {tuning.epochs} epochs), "
+        f"{WORKERS} workers, batch {BATCH}, {budget.samples} training images, {budget.epochs} epochs "
+        f"({budget.steps} steps; tuned in {tuning.epochs} epochs), "
         f'{seeds} seeds; mean ± standard deviation. "edge": the best rate is the smallest or largest tried.'
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards", type=Path)
-    parser.add_argument("--out", type=Path, help="folder of the runs; what is finished there is kept")
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--strategies", nargs="+", choices=list(STRATEGIES), default=list(STRATEGIES))
-    parser.add_argument("--train-samples", type=int, default=48_000)
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--tune-epochs", type=int, help="of a run that tunes; half of --epochs unless said")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--train", nargs="+", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    made = parser(__doc__)
+    made.add_argument("--shards", type=Path)
+    made.add_argument("--runs", type=Path, metavar="FOLDER", help="of all runs; what is finished there is kept")
+    made.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    made.add_argument("--strategies", nargs="+", choices=list(STRATEGIES), default=list(STRATEGIES))
+    made.add_argument("--train-samples", type=int, default=48_000)
+    made.add_argument("--epochs", type=int, default=20)
+    made.add_argument("--tune-epochs", type=int, help="of a run that tunes; half of --epochs unless said")
+    made.add_argument("--seeds", type=int, default=3)
+    made.add_argument("--train", nargs="+", help=argparse.SUPPRESS)
+    args = made.parse_args()
     if args.train:
         return train_here(args.train)
-    shards = args.out / "data"
+    if not (args.shards and args.runs):
+        made.error("name --shards and --runs")
+    found = Report("generalization", args, ("torch", "timm", "webdataset"))
+    shards = args.runs / "data"
     index = make_data(args.shards, shards, args.train_samples)
     budget = Budget(index.split("train").samples, args.epochs)
     tuning_budget = Budget(budget.samples, args.tune_epochs or max(1, args.epochs // 2))
-    rows: list[dict[str, Any]] = []
-    started = time.perf_counter()
     tunings = {}
     for model in args.models:
-        tunings[model] = tune(model, args.strategies, tuning_budget, shards, args.out / "tuning")
+        tunings[model] = tune(model, args.strategies, tuning_budget, shards, args.runs / "tuning")
         final = [
             Run(model, name, best_rate(tuned), seed, "test")
             for name, tuned in tunings[model].items()
             for seed in range(args.seeds)
         ]
-        train_all(final, budget, shards, args.out / "runs")
-    for model, tuned_model in tunings.items():
-        rows += rows_of(model, tuned_model, args.seeds, shards, args.out)
-    print(heading(budget, tuning_budget, args.seeds), "", table(rows), "", sep="\n")
-    print(f"{time.perf_counter() - started:.0f} s in all; `qsr report {args.out / 'runs'}` draws the runs")
-    if args.json:
-        args.json.write_text(
-            json.dumps({"heading": heading(budget, tuning_budget, args.seeds), "rows": rows}, indent=1)
-        )
+        train_all(final, budget, shards, args.runs / "runs")
+    rows = [row for model, tuned in tunings.items() for row in rows_of(model, tuned, args.seeds, shards, args.runs)]
+    found.add(heading(budget, tuning_budget, args.seeds))
+    found.add(table(rows))
+    found.save(steps=budget.steps, rows=rows)
+    print(f"`qsr report {args.runs / 'runs'}` draws the runs")
     return None
 
 

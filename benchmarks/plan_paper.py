@@ -1,6 +1,6 @@
 """What does the cost model say of the paper's wall-clock times?
 
-    python benchmarks/plan_paper.py > benchmarks/results/plan-paper-DATE.md      # seconds; nothing is trained
+    python -m benchmarks.plan_paper --out benchmarks/results      # seconds; nothing is trained
 
 The paper's abstract (Gu et al., arXiv 2310.14423) has two pairs of hours for ViT-B: with AdamW and gradients averaged
 at every step, and with QSR. Each pair gives compute and averaging by the fit of its Appendix F, which `qsr plan --fit`
@@ -10,10 +10,10 @@ uses too. Then the fit of one pair foretells what the other should be, and all o
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+from benchmarks.report import Report, parser, table
 from qsr_engine.planning.cost import CostModel, Fit, Network, Observed, StepTime, fit_two_runs, tally
 from qsr_engine.planning.plan import Plan, make_plan
 
@@ -53,38 +53,48 @@ def network(gpus: int) -> CostModel:
     return CostModel(StepTime(1.0), ring, gpus, PAYLOAD, PAYLOAD, backward_share=0.0)
 
 
-def fits() -> list[str]:
-    head = ("pair of the paper", "compute of a step, s", "an averaging, s", "compute, h", "parallel's averaging, h")
-    lines = [f"| {' | '.join(head)} | a ring alone, s |", "| --- | --- | --- | --- | --- | --- |"]
+def fits() -> list[dict[str, Any]]:
+    rows = []
     for gpus, qsr in ((16, "qsr-h4"), (64, "qsr-h4"), (64, "qsr-h8")):
         found = fit(gpus, qsr)
         cost = found.run(tally(plan(gpus).rounds))
-        lines.append(
-            f"| {gpus} GPUs, {PAPER[gpus][0]} h and {PAPER[gpus][1]} h ({qsr}) | {found.step_seconds:.3f} | "
-            f"{found.averaging_seconds:.3f} | {cost.compute / HOUR:.2f} | {cost.communication / HOUR:.2f} | "
-            f"{network(gpus).averaging_seconds():.3f} |"
+        rows.append(
+            {
+                "pair of the paper": f"{gpus} GPUs, {PAPER[gpus][0]} h and {PAPER[gpus][1]} h ({qsr})",
+                "compute of a step, s": found.step_seconds,
+                "an averaging, s": found.averaging_seconds,
+                "compute, h": cost.compute / HOUR,
+                "parallel's averaging, h": cost.communication / HOUR,
+                "a ring alone, s": network(gpus).averaging_seconds(),
+            }
         )
-    return lines
+    return rows
 
 
-def carried_over() -> list[str]:
+def carried_over() -> list[dict[str, Any]]:
     """One pair's fit foretells the other: the same compute of a step, since 256 images are a GPU's share in both."""
-    lines = ["| from | to | strategy | foretold, h | paper, h | error |", "| --- | --- | --- | --- | --- | --- |"]
+    rows = []
     for source, target in ((16, 64), (64, 16)):
         found = fit(source)
         scale = network(target).averaging_seconds() / network(source).averaging_seconds()
         carried = replace(found, averaging_seconds=found.averaging_seconds * scale)
         for strategy, paper in zip(("", "qsr-h4"), PAPER[target], strict=True):
             foretold = hours(carried, plan(target, strategy))
-            lines.append(
-                f"| {source} GPUs | {target} GPUs | {strategy or 'parallel'} | {foretold:.2f} | {paper} | "
-                f"{100 * (foretold / paper - 1):+.0f} % |"
+            rows.append(
+                {
+                    "from": f"{source} GPUs",
+                    "to": f"{target} GPUs",
+                    "strategy": strategy or "parallel",
+                    "foretold, h": foretold,
+                    "paper, h": str(paper),
+                    "error, %": 100 * (foretold / paper - 1),
+                }
             )
-    return lines
+    return rows
 
 
-def others() -> list[str]:
-    lines = ["| recipe | averagings | foretold, h | of it averaging, % | paper, h |", "| --- | --- | --- | --- | --- |"]
+def others() -> list[dict[str, Any]]:
+    rows = []
     for gpus in PAPER:
         found = fit(gpus)
         known = dict(zip(("", "qsr-h4"), PAPER[gpus], strict=True))
@@ -94,36 +104,46 @@ def others() -> list[str]:
                 continue
             made = plan(gpus, name)
             cost = found.run(tally(made.rounds))
-            paper = f"{known[name]} (fitted)" if name in known else ""
-            lines.append(
-                f"| {gpus} GPUs, {name or 'parallel'} | {len(made.rounds)} | {cost.total / HOUR:.2f} | "
-                f"{100 * cost.communication_share:.1f} | {paper} |"
+            rows.append(
+                {
+                    "recipe": f"{gpus} GPUs, {name or 'parallel'}",
+                    "averagings": len(made.rounds),
+                    "foretold, h": cost.total / HOUR,
+                    "of it averaging, %": 100 * cost.communication_share,
+                    "paper, h": f"{known[name]} (fitted)" if name in known else "",
+                }
             )
-    return lines
+    return rows
+
+
+def shown(rows: list[dict[str, Any]]) -> str:
+    """Digits by the unit, which ends a column's name."""
+    digits = {"s": 3, "h": 2, "%": 1}
+
+    def cell(name: str, value: Any) -> str:
+        return f"{value:.{digits[name[-1]]}f}" if isinstance(value, float) else str(value)
+
+    return table(list(rows[0]), [[cell(name, value) for name, value in row.items()] for row in rows])
 
 
 def main() -> None:
+    report = Report("plan-paper", parser(__doc__).parse_args(), ("qsr_engine",))
     first, second = fit(16), fit(64)
     apart = 100 * abs(second.step_seconds / first.step_seconds - 1)
     longer = second.averaging_seconds / first.averaging_seconds
     grown = 100 * (network(64).averaging_seconds() / network(16).averaging_seconds() - 1)
-    print(
-        f"""# The cost model beside the paper's wall-clock times, {date.today():%-d %B %Y}
-
-Question: what does `qsr plan` make of the paper's hours, and does the fit of one pair foretell the other?
-
-- Nothing was trained or timed here; no hardware. qsr_engine {version("qsr_engine")}, `python benchmarks/plan_paper.py`.
-- The paper's hours are those of its abstract (arXiv 2310.14423): ViT-B on 16 GPUs, batch 4096, and on 64, batch 16384.
-  It has more rows in its Appendix F; that table was not at hand, and nothing is compared with it.
-- Not known: the h_base of the pair on 64 GPUs (both are shown), and {PER_HOST} GPUs in a host are taken for granted.
+    found = {"fits": fits(), "carried_over": carried_over(), "others": others()}
+    report.add(
+        f"""Nothing was trained or timed here. The paper's hours are those of its abstract (arXiv 2310.14423): ViT-B on
+16 GPUs, batch 4096, and on 64, batch 16384. It has more rows in its Appendix F; that table was not at hand, and nothing
+is compared with it. Not known: the h_base of the pair on 64 GPUs (both are shown), and {PER_HOST} GPUs in a host are
+taken for granted.
 
 ## Fits
 
 The last column is what 346 MB in one ring take at 25 Gbit/s, fully used, without latency or stragglers.
 
-"""
-        + "\n".join(fits())
-        + f"""
+{shown(found["fits"])}
 
 With h_base 4, both pairs give the same compute of a step within {apart:.0f} %, as they should: a GPU has 256 images
 in both. The averaging does not carry over: it takes {longer:.1f} times as long on 64 GPUs, where the bytes of a ring
@@ -134,18 +154,16 @@ lacks beside that between two; two numbers cannot tell which. So a fit is for th
 
 Compute of a step as fitted, and the averaging times the ratio of the ring's times on so many hosts.
 
-"""
-        + "\n".join(carried_over())
-        + """
+{shown(found["carried_over"])}
 
 ## What each pair's own fit says of the other recipes
 
 The cost of an averaging is what of parallel's gradients was not hidden behind the backward pass, plus waiting: local
 steps hide nothing and wait less, so the truth may lie on either side.
 
-"""
-        + "\n".join(others())
+{shown(found["others"])}"""
     )
+    report.save(**found)
 
 
 if __name__ == "__main__":

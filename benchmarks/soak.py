@@ -1,6 +1,6 @@
 """Train for a given time while ranks are killed and frozen, runs are stopped, the disk fills and shards vanish.
 
-    python benchmarks/soak.py --minutes 30 --seed 1 --out benchmarks/results/soak-DATE.md
+    python -m benchmarks.soak --minutes 30 --seed 1 --out benchmarks/results
 
 Two runs of one recipe start together, two workers each: one is left alone, the other has a fault every few seconds, and
 is started again with `--resume` whenever it ends. Both have a checkpoint every EVERY steps. In the end:
@@ -16,9 +16,7 @@ so that a full disk is a real one; without it that fault is left out, and the re
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import datetime
 import hashlib
 import json
 import os
@@ -33,8 +31,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-from hardware import in_words, machine
 
+from benchmarks.ranks import ENVIRONMENT
+from benchmarks.report import Report, parser, table
 from qsr_engine.checkpoint.find import find_alone
 from qsr_engine.checkpoint.manifest import CheckpointError
 from qsr_engine.data import read_index, write_digits
@@ -193,8 +192,7 @@ def note(folder: Path, step: int, digests: dict[int, str]) -> None:
 
 def start(recipe: Path, log: object, *words: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "qsr_engine", "train", str(recipe), "--ranks", str(RANKS), "--resume", *words]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=log, stderr=log, env=environment)  # type: ignore[call-overload,no-any-return]
+    return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **ENVIRONMENT})  # type: ignore[call-overload,no-any-return]
 
 
 def write_recipe(folder: Path, runs: Path, shards: Path, name: str, engine: str, keep: str) -> Path:
@@ -240,39 +238,39 @@ def check(soak: Soak, calm: Path, shards: Path) -> dict[str, object]:
     }
 
 
-def report(soak: Soak, found: dict[str, object], minutes: float, options: argparse.Namespace, full_disk: bool) -> str:
-    lines = [
-        f"# Soak of {minutes:.0f} minutes, {datetime.date.today()}",
-        "",
-        f"{in_words(machine('torch', 'deepspeed'))}.",
-        f"Command: `python benchmarks/soak.py --minutes {options.minutes:g} --seed {options.seed} --engine "
-        f"{options.engine}`. Two workers of one rank, and beside them the undisturbed run of two.",
-        "" if full_disk else "\nThe disk was not filled: a tmpfs could not be mounted.",
-        "| what | times |",
-        "| --- | --- |",
-        *(f"| {name} | {count} |" for name, count in sorted(soak.counts.items())),
-        *(f"| ended with exit code {code} | {count} |" for code, count in sorted(soak.ends.items())),
-        *(f"| {name} | {value} |" for name, value in found.items()),
-        "",
-        "Exit code 75: stopped when asked to, and saved. -9: killed with everything else. Others: an error that names",
-        "the rank, the shard or the checkpoint.",
-        "",
-        *(["**Problems:**", *(f"- {problem}" for problem in soak.problems[:20])] if soak.problems else
-          ["No problem: parameters of all compared checkpoints are the same bytes, every record is there once, every",
-           "epoch is covered, and no checkpoint was lost."]),
-    ]  # fmt: skip
-    return "\n".join(lines) + "\n"
+def shown(soak: Soak, found: dict[str, object], minutes: float, full_disk: bool) -> str:
+    rows = [
+        *sorted(soak.counts.items()),
+        *((f"ended with exit code {code}", count) for code, count in sorted(soak.ends.items())),
+        *found.items(),
+    ]
+    ending = (
+        "**Problems:**\n\n" + "\n".join(f"- {problem}" for problem in soak.problems[:20])
+        if soak.problems
+        else "No problem: parameters of all compared checkpoints are the same bytes, every record is there once, "
+        "every epoch is covered, and no checkpoint was lost."
+    )
+    return "\n\n".join(
+        [
+            f"{minutes:.0f} minutes. Two workers of one rank, and beside them the undisturbed run of two."
+            + ("" if full_disk else " The disk was not filled: a tmpfs could not be mounted."),
+            table(("what", "times"), [[name, str(value)] for name, value in rows]),
+            "Exit code 75: stopped when asked to, and saved. -9: killed with everything else. Others: an error that "
+            "names the rank, the shard or the checkpoint.",
+            ending,
+        ]
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--engine", choices=["deepspeed", "fsdp"], default="fsdp")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="qsr-soak-") as name, contextlib.ExitStack() as stack:
-        folder = Path(name)
+    made = parser(__doc__)
+    made.add_argument("--minutes", type=float, default=30.0)
+    made.add_argument("--seed", type=int, default=1)
+    made.add_argument("--engine", choices=["deepspeed", "fsdp"], default="fsdp")
+    options = made.parse_args()
+    report = Report("soak", options, ("torch", "deepspeed"))
+    with tempfile.TemporaryDirectory(prefix="qsr-soak-") as at, contextlib.ExitStack() as stack:
+        folder = Path(at)
         shards, small = folder / "shards", folder / "small"
         write_digits(shards)
         small.mkdir()
@@ -297,14 +295,21 @@ def main() -> int:
         calm.send_signal(signal.SIGTERM)
         calm.wait(120)
         found = check(soak, folder / "calm", shards)
-        text = report(soak, found, (time.monotonic() - began) / 60, options, full_disk)
-        print(text)
+        minutes = (time.monotonic() - began) / 60
+        report.add(shown(soak, found, minutes, full_disk))
+        ends = {str(code): count for code, count in soak.ends.items()}
+        report.save(
+            minutes=minutes,
+            faults=dict(soak.counts),
+            ends=ends,
+            found=found,
+            problems=soak.problems,
+            full_disk=full_disk,
+        )
         if soak.problems:
             kept = Path(tempfile.mkdtemp(prefix="qsr-soak-log-"))
             (kept / "disturbed.log").write_bytes((folder / "disturbed.log").read_bytes())
             print(f"the disturbed run's output: {kept}")
-        if options.out:
-            options.out.write_text(text)
     return 1 if soak.problems else 0
 
 

@@ -1,8 +1,8 @@
 """What does a step between boundaries cost beside the same DeepSpeed engine's step with gradient reduction off?
 
-    python benchmarks/step_overhead.py                                # ViT-Tiny at 32 px; stages 0 and 1
-    python benchmarks/step_overhead.py --cases stage1-bf16 --repeats 300
-    python benchmarks/step_overhead.py --set averaging.shared_memory=false
+    python -m benchmarks.step_overhead                                # ViT-Tiny at 32 px; stages 0 and 1
+    python -m benchmarks.step_overhead --cases stage1-bf16 --repeats 300
+    python -m benchmarks.step_overhead --set averaging.shared_memory=false
 
 Every process holds all variants. In each repetition every variant takes one whole step (forward, loss, backward,
 update) with the same data, in an order drawn anew each time and the same on every process. A barrier, outside the
@@ -31,28 +31,23 @@ import argparse
 import contextlib
 import gc
 import json
-import os
 import random
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import deepspeed
-import timm
 import torch
 import torch.distributed as dist
 from deepspeed.comm import comm as deepspeed_comm
 from deepspeed.utils import groups as deepspeed_groups
-from hardware import machine
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import qsr_engine
+from benchmarks import ranks, steps
+from benchmarks.report import Report, parser, table
+from benchmarks.steps import LEARNING_RATE, PHASES, Step, adamw, loop_step, small_model
+from benchmarks.timing import bootstrap, no_collection
 from qsr_engine.engines.deepspeed.groups import WorkerGroups
 
 CASES: dict[str, dict[str, Any]] = {
@@ -61,13 +56,7 @@ CASES: dict[str, dict[str, Any]] = {
     "stage1-bf16": {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}},
 }
 BASELINE = "DeepSpeed, reduction off"
-PHASES = ("forward", "backward", "update")
-LEARNING_RATE = 1e-4
-Step = Callable[[Tensor, Tensor], list[float]]  # seconds of each phase
-
-
-def optimizer_of(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.05)
+Data = tuple[Tensor, Tensor]  # pictures and labels
 
 
 class Silence:
@@ -102,53 +91,37 @@ def deepspeed_uses(groups: WorkerGroups | None, silent: bool) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------- variants
 
 
-def bare(model: nn.Module, case: str, clip: float) -> Step:
-    if "bf16" in case:
+def bare(model: nn.Module, bf16: bool, data: Data, clip: float) -> Step:
+    if bf16:
         model.bfloat16()
-    optimizer = optimizer_of(model.parameters())
-
-    def step(images: Tensor, labels: Tensor) -> list[float]:
-        started = time.perf_counter()
-        loss = F.cross_entropy(model(images), labels)
-        forward = time.perf_counter()
-        loss.backward()  # type: ignore[no-untyped-call]
-        backward = time.perf_counter()
-        if clip:
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        return [forward - started, backward - forward, time.perf_counter() - backward]
-
-    return step
+    return loop_step(model, adamw(model.parameters()), *data, clip)
 
 
-def engine_step(engine: Any, groups: WorkerGroups | None = None, silent: bool = False) -> Step:
-    def step(images: Tensor, labels: Tensor) -> list[float]:
+def engine_step(engine: Any, data: Data, groups: WorkerGroups | None = None, silent: bool = False) -> Step:
+    take = steps.engine_step(engine, *data)
+
+    def step() -> list[float]:
         with deepspeed_uses(groups, silent):
-            started = time.perf_counter()
-            loss = F.cross_entropy(engine(images), labels)
-            forward = time.perf_counter()
-            engine.backward(loss)
-            backward = time.perf_counter()
-            engine.step()
-            return [forward - started, backward - forward, time.perf_counter() - backward]
+            return take()
 
     return step
 
 
-def plain(model: nn.Module, config: dict[str, Any], groups: WorkerGroups | None = None, off: bool = False) -> Step:
+def plain(
+    model: nn.Module, config: dict[str, Any], data: Data, groups: WorkerGroups | None = None, off: bool = False
+) -> Step:
     with deepspeed_uses(groups, silent=False):
-        engine = deepspeed.initialize(
-            model=model, optimizer=optimizer_of(model.parameters()), config=config, mpu=groups
-        )[0]
+        engine = deepspeed.initialize(model=model, optimizer=adamw(model.parameters()), config=config, mpu=groups)[0]
     if off and engine.zero_optimization():
         engine.optimizer.reduce_ready_partitions_and_remove_grads = lambda parameter, group: None
     elif off:
         engine.enable_backward_allreduce = False
-    return engine_step(engine, groups, silent=off)
+    return engine_step(engine, data, groups, silent=off)
 
 
-def local(model: nn.Module, config: dict[str, Any], averaging: dict[str, Any], reducing: bool = False) -> Step:
+def local(
+    model: nn.Module, config: dict[str, Any], data: Data, averaging: dict[str, Any], reducing: bool = False
+) -> Step:
     qsr = {
         "strategy": "constant",
         "h_base": 10**6,
@@ -157,12 +130,12 @@ def local(model: nn.Module, config: dict[str, Any], averaging: dict[str, Any], r
         "averaging": averaging,
     }
     engine = qsr_engine.initialize(
-        model=model, optimizer=partial(optimizer_of), config={**config, "train_batch_size": "auto", "qsr": qsr}
+        model=model, optimizer=partial(adamw), config={**config, "train_batch_size": "auto", "qsr": qsr}
     )[0]
     if reducing:
         engine.enable_backward_allreduce = True
         engine.optimizer.__dict__.pop("reduce_ready_partitions_and_remove_grads", None)
-    return engine_step(engine)
+    return engine_step(engine, data)
 
 
 def variants(case: str, arguments: argparse.Namespace) -> dict[str, Step]:
@@ -175,59 +148,61 @@ def variants(case: str, arguments: argparse.Namespace) -> dict[str, Step]:
     }
     parts = (part.removeprefix("averaging.").split("=") for part in arguments.set)
     averaging = {key: json.loads(value) for key, value in parts}
-    alone = WorkerGroups.make(1)
+    alone, bf16 = WorkerGroups.make(1), "bf16" in CASES[case]
+    torch.manual_seed(dist.get_rank())
+    images = torch.randn(arguments.batch, 3, 32, 32, dtype=torch.bfloat16 if bf16 else torch.float32)
+    data = images, torch.randint(10, (arguments.batch,))
 
     def model() -> nn.Module:
-        torch.manual_seed(0)
-        return timm.create_model(  # type: ignore[no-any-return]
-            arguments.model, img_size=32, patch_size=4, num_classes=10
-        ).train()
+        return small_model(arguments.model)
 
     made: dict[str, Callable[[], Step]] = {
-        "bare PyTorch": lambda: bare(model(), case, arguments.clip),
-        BASELINE: lambda: plain(model(), config, alone, off=True),
-        f"{BASELINE}, again": lambda: plain(model(), config, alone, off=True),
-        "DeepSpeed, one rank": lambda: plain(model(), config, alone),
-        "qsr_engine": lambda: local(model(), config, averaging),
-        "qsr_engine, reducing": lambda: local(model(), config, averaging, reducing=True),
-        "DeepSpeed, data parallel": lambda: plain(model(), config),
+        "bare PyTorch": lambda: bare(model(), bf16, data, arguments.clip),
+        BASELINE: lambda: plain(model(), config, data, alone, off=True),
+        f"{BASELINE}, again": lambda: plain(model(), config, data, alone, off=True),
+        "DeepSpeed, one rank": lambda: plain(model(), config, data, alone),
+        "qsr_engine": lambda: local(model(), config, data, averaging),
+        "qsr_engine, reducing": lambda: local(model(), config, data, averaging, reducing=True),
+        "DeepSpeed, data parallel": lambda: plain(model(), config, data),
     }
     names = [name for name in made if not arguments.only or name == BASELINE or any(w in name for w in arguments.only)]
     # Drawn, so that no variant is always the first one to get memory.
     random.Random(arguments.seed).shuffle(names)
-    steps = {name: made[name]() for name in names}
-    return {name: steps[name] for name in made if name in steps}
+    found = {name: made[name]() for name in names}
+    return {name: found[name] for name in made if name in found}
 
 
 # -------------------------------------------------------------------------------------------------- measurement
 
 
+def take_turns(taking: dict[str, Step], repeats: int, warmup: int, seed: int) -> Tensor:
+    """Milliseconds of every variant, repetition and phase: the means over the processes."""
+    order, draw = list(taking), random.Random(seed)
+    seconds = torch.zeros(len(taking), repeats, len(PHASES))
+    with no_collection():
+        for repetition in range(-warmup, repeats):
+            draw.shuffle(order)
+            for name in order:
+                dist.barrier()
+                taken = taking[name]()
+                if repetition >= 0:
+                    seconds[list(taking).index(name), repetition] = torch.tensor(taken)
+            if repetition % 50 == 0:
+                gc.collect()
+    dist.all_reduce(seconds)
+    return seconds / dist.get_world_size() * 1000
+
+
 def measure(case: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a variant; the same on every process."""
-    steps = variants(case, arguments)
-    torch.manual_seed(dist.get_rank())
-    images = torch.randn(arguments.batch, 3, 32, 32, dtype=torch.bfloat16 if "bf16" in case else torch.float32)
-    labels = torch.randint(10, (arguments.batch,))
-    order, draw = list(steps), random.Random(arguments.seed)
-    seconds = torch.zeros(len(steps), arguments.repeats, len(PHASES))
-    gc.collect()
-    gc.disable()  # a collection would fall on whichever variant runs
-    for repetition in range(-arguments.warmup, arguments.repeats):
-        draw.shuffle(order)
-        for name in order:
-            dist.barrier()
-            taken = steps[name](images, labels)
-            if repetition >= 0:
-                seconds[list(steps).index(name), repetition] = torch.tensor(taken)
-        if repetition % 50 == 0:
-            gc.collect()
-    gc.enable()
-    dist.all_reduce(seconds)
-    milliseconds = seconds / dist.get_world_size() * 1000
-    totals = dict(zip(steps, milliseconds.sum(2), strict=True))
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a minute of compiling, for inference alone
+    deepspeed.init_distributed(dist_backend="gloo")
+    taking = variants(case, arguments)
+    milliseconds = take_turns(taking, arguments.repeats, arguments.warmup, arguments.seed)
+    totals = dict(zip(taking, milliseconds.sum(2), strict=True))
     rows = []
-    for name, phases in zip(steps, milliseconds, strict=True):
-        ratio, low, high = compare(totals[name], totals[BASELINE])
+    for name, phases in zip(taking, milliseconds, strict=True):
+        ratio, interval = compare(totals[name], totals[BASELINE])
         rows.append(
             {
                 "case": case,
@@ -236,103 +211,52 @@ def measure(case: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 "lowest": totals[name].min().item(),
                 "phases": {phase: phases[:, i].median().item() for i, phase in enumerate(PHASES)},
                 "ratio": ratio,
-                "interval": [low, high],
+                "interval": interval,
+                "all": [round(value, 2) for value in totals[name].tolist()],
             }
         )
     return rows
 
 
-def compare(of: Tensor, baseline: Tensor, draws: int = 4000) -> tuple[float, float, float]:
+def compare(of: Tensor, baseline: Tensor) -> tuple[float, list[float]]:
     """The ratio as said above, and its 95 % interval."""
-    generator = torch.Generator().manual_seed(0)
-    chosen = torch.randint(len(of), (draws, len(of)), generator=generator)
-    chosen[0] = torch.arange(len(of))
-    ratios = 1 + (of - baseline)[chosen].median(1).values / baseline[chosen].median(1).values
-    low, high = ratios[1:].quantile(torch.tensor([0.025, 0.975])).tolist()
-    return ratios[0].item(), low, high
+    return bootstrap(lambda i: 1 + (of - baseline)[i].median(1).values / baseline[i].median(1).values, len(of))
 
 
-def show(case: str, rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
-    print(
-        f"\n{case}, {arguments.model} at 32 px, batch {arguments.batch}, clipping {arguments.clip:g}, "
-        f"{dist.get_world_size()} processes, {arguments.repeats} repetitions"
-    )
-    print(f"{'variant':<34}{'ms':>8}{'lowest':>8}{'forward':>9}{'backward':>10}{'update':>8}{'ratio':>8}")
+def shown(rows: list[dict[str, Any]]) -> str:
+    lines = []
     for row in rows:
+        times = (row["milliseconds"], row["lowest"], *row["phases"].values())
         low, high = row["interval"]
-        phases = row["phases"]
-        interval = "" if row["variant"] == BASELINE else f"  [{low:.3f}, {high:.3f}]"
-        print(
-            f"{row['variant']:<34}{row['milliseconds']:>8.1f}{row['lowest']:>8.1f}{phases['forward']:>9.1f}"
-            f"{phases['backward']:>10.1f}{phases['update']:>8.1f}{row['ratio']:>8.3f}{interval}",
-            flush=True,
-        )
+        interval = "" if row["variant"] == BASELINE else f" [{low:.3f}, {high:.3f}]"
+        lines.append([row["variant"], *(f"{ms:.1f}" for ms in times), f"{row['ratio']:.3f}{interval}"])
+    return table(["variant", "ms", "lowest", *PHASES, "ratio"], lines)
 
 
-def facts(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {
-        **machine("torch", "deepspeed", "timm"),
-        "load": [round(load, 1) for load in os.getloadavg()],
-        "backend": "gloo",
-        "threads_of_a_process": 1,
-        **vars(arguments),
-    }
-
-
-def run(arguments: argparse.Namespace) -> None:
-    torch.set_num_threads(1)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a minute of compiling, for inference alone
-    deepspeed.init_distributed(dist_backend="gloo")
-    results: list[dict[str, Any]] = []
-    for case in arguments.cases:
-        rows = measure(case, arguments)
-        results += rows
-        if dist.get_rank() == 0:
-            show(case, rows, arguments)
-        gc.collect()
-    if dist.get_rank() == 0:
-        report = {"facts": facts(arguments), "results": results}
-        print(json.dumps(report["facts"]))
-        if arguments.out:
-            Path(arguments.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    dist.barrier()
-    os._exit(0)  # gloo's threads need not be waited for
+def parse() -> argparse.Namespace:
+    made = parser(__doc__)
+    made.add_argument("--processes", type=int, default=2)
+    made.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    made.add_argument("--model", default="vit_tiny_patch16_224", help="a vision transformer of timm's")
+    made.add_argument("--batch", type=int, default=2)
+    made.add_argument("--clip", type=float, default=1.0, help="gradient clipping; 0 for none")
+    made.add_argument("--repeats", type=int, default=150)
+    made.add_argument("--warmup", type=int, default=5)
+    made.add_argument("--only", nargs="+", default=[], help="variants whose names contain one of these, as qsr")
+    made.add_argument("--set", nargs="+", default=[], help="for qsr_engine, as averaging.shared_memory=false")
+    made.add_argument("--seed", type=int, default=0)
+    return made.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--model", default="vit_tiny_patch16_224", help="a vision transformer of timm's")
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--clip", type=float, default=1.0, help="gradient clipping; 0 for none")
-    parser.add_argument("--repeats", type=int, default=150)
-    parser.add_argument("--warmup", type=int, default=5)
-    parser.add_argument("--only", nargs="+", default=[], help="variants whose names contain one of these, as qsr")
-    parser.add_argument("--set", nargs="+", default=[], help="for qsr_engine, as averaging.shared_memory=false")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", help="write the figures as JSON, too")
-    arguments = parser.parse_args()
-    if "RANK" in os.environ:
-        run(arguments)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    started = []
-    for rank in range(arguments.processes):
-        environment = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": arguments.processes,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "DS_ACCELERATOR": "cpu",
-            "OMP_NUM_THREADS": 1,
-        }
-        words = [sys.executable, *sys.argv]
-        started.append(subprocess.Popen(words, env={**os.environ, **{k: str(v) for k, v in environment.items()}}))
-    codes = [process.wait() for process in started]
-    sys.exit(max(codes))
+    arguments = parse()
+    report = Report("step-overhead", arguments, ("torch", "deepspeed", "timm"), backend="gloo")
+    results: list[dict[str, Any]] = []
+    for case in arguments.cases:
+        rows = ranks.run(measure, case, arguments, on_each=arguments.processes)
+        results += rows
+        report.add(f"{case}\n\n{shown(rows)}")
+        report.save(results=results)
 
 
 if __name__ == "__main__":

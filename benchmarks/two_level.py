@@ -1,7 +1,7 @@
 """Is averaging in two levels, inside every host and then between hosts, faster than the flat ring over all ranks?
 
-    sudo .venv/bin/python benchmarks/two_level.py --link 1gbit             # 2 hosts of 2 workers, 346 MB as ViT-B/16
-    sudo .venv/bin/python benchmarks/two_level.py --link 100mbit --mb 20 --repeats 5
+    sudo .venv/bin/python -m benchmarks.two_level --link 1gbit             # 2 hosts of 2 workers, 346 MB as ViT-B/16
+    sudo .venv/bin/python -m benchmarks.two_level --link 100mbit --mb 20 --repeats 5
 
 Hosts are network namespaces of this machine (launch/cluster.sh), joined by links of the rate; their cores and their
 memory are one machine's. In each repetition every way averages once, the first one another time; the time is that of
@@ -13,26 +13,20 @@ MB at the port are counted at a host's interface, headers included, the mean ove
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import socket
 import statistics
-import subprocess
-import sys
-import time
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from benchmarks import ranks
+from benchmarks.report import Report, parser, table
+from benchmarks.slow_network import address, bytes_sent, slow_network
+from benchmarks.timing import timed
 from qsr_engine.averaging import Averager, bucket_bytes, flat_buckets, ring_bytes
 from qsr_engine.config.qsr import AveragingConfig
-
-sys.path.insert(0, str(Path(__file__).parent))
-from hardware import machine
-from slow_network import address, bytes_sent, slow_network
 
 FLAT = "flat ring over all ranks"
 WAYS: dict[str, dict[str, Any]] = {
@@ -73,22 +67,19 @@ def prepare(mb: float, with_collectives: bool) -> dict[str, Averager]:
     return found
 
 
-def once(averager: Averager) -> tuple[float, float]:
+def once(averager: Averager, hosts: int) -> tuple[float, float]:
     """(seconds on the slowest rank, bytes that a host's port sent, the mean over hosts) of one averaging."""
     counted = os.environ["LOCAL_RANK"] == "0"
     dist.barrier()
     before = (bytes_sent() or 0) if counted else 0
-    started = time.perf_counter()
-    averager.average()
-    seconds = torch.tensor([time.perf_counter() - started], dtype=torch.float64)
-    dist.barrier()
+    seconds = timed(averager.average)
     sent = torch.tensor([float((bytes_sent() or 0) - before) if counted else 0.0], dtype=torch.float64)
-    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
     dist.all_reduce(sent)
-    return seconds.item(), sent.item() / int(os.environ["HOSTS"])
+    return seconds, sent.item() / hosts
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    dist.init_process_group("gloo", timeout=timedelta(minutes=5))
     averagers = prepare(arguments.mb, arguments.collectives)
     names = list(averagers)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -96,7 +87,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for repetition in range(arguments.repeats):
         turn = repetition % len(names)
         for name in names[turn:] + names[:turn]:
-            took, counted = once(averagers[name])
+            took, counted = once(averagers[name], arguments.hosts)
             seconds[name].append(took)
             sent[name].append(counted)
     nbytes = sum(bucket.nbytes for bucket in averagers[FLAT].buckets)
@@ -117,67 +108,41 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def run(arguments: argparse.Namespace) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(minutes=5))
-    rows = measure(arguments)
-    if dist.get_rank() == 0:
-        print(f"\n{arguments.hosts} hosts of {arguments.workers} workers, {arguments.mb:g} MB, link {arguments.link}")
-        print(f"{'way':<34}{'ms':>9}{'ratio':>8}{'lowest':>8}{'highest':>9}{'port MB':>10}{'computed':>10}")
-        for row in rows:
-            print(
-                f"{row['way']:<34}{row['milliseconds']:>9.1f}{row['ratio']:>8.3f}{row['lowest']:>8.3f}"
-                f"{row['highest']:>9.3f}{row['port_mb']:>10.2f}{row['computed_mb']:>10.2f}"
-            )
-        print(json.dumps(facts(arguments)), flush=True)
-        if arguments.out:
-            report = {"facts": facts(arguments), "results": rows}
-            Path(arguments.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    dist.barrier()
-    os._exit(0)  # gloo's threads need not be waited for
+def shown(rows: list[dict[str, Any]]) -> str:
+    columns = ("way", "ms", "ratio", "lowest", "highest", "port MB", "computed MB")
+    lines = [
+        [
+            row["way"],
+            f"{row['milliseconds']:.1f}",
+            *(f"{row[key]:.3f}" for key in ("ratio", "lowest", "highest")),
+            *(f"{row[key]:.2f}" for key in ("port_mb", "computed_mb")),
+        ]
+        for row in rows
+    ]
+    return table(columns, lines)
 
 
-def facts(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {
-        **machine("torch"),
-        "backend": "gloo",
-        "repeats": arguments.repeats,
-        "link": arguments.link,
-        "threads_of_a_process": 1,
-    }
+def parse() -> argparse.Namespace:
+    made = parser(__doc__)
+    made.add_argument("--link", required=True, help="rate of a host's port in each direction, as tc writes it: 1gbit")
+    made.add_argument("--hosts", type=int, default=2)
+    made.add_argument("--workers", type=int, default=2, help="on each host")
+    made.add_argument("--mb", type=float, default=346, help="fp32 parameters that are averaged, in 1e6 bytes")
+    made.add_argument("--repeats", type=int, default=11)
+    made.add_argument("--collectives", action="store_true", help="also two levels without shared memory")
+    return made.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--link", required=True, help="rate of a host's port in each direction, as tc writes it: 1gbit")
-    parser.add_argument("--hosts", type=int, default=2)
-    parser.add_argument("--workers", type=int, default=2, help="on each host")
-    parser.add_argument("--mb", type=float, default=346, help="fp32 parameters that are averaged, in 1e6 bytes")
-    parser.add_argument("--repeats", type=int, default=11)
-    parser.add_argument("--collectives", action="store_true", help="also two levels without shared memory")
-    parser.add_argument("--out", help="write the figures as JSON, too")
-    arguments = parser.parse_args()
-    if "RANK" in os.environ:
-        run(arguments)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    arguments = parse()
+    report = Report("two-level", arguments, ("torch",), backend="gloo")
     with slow_network(arguments.hosts, arguments.link) as hosts:
-        started = []
-        for rank in range(arguments.hosts * arguments.workers):
-            environment = {
-                "RANK": rank,
-                "LOCAL_RANK": rank % arguments.workers,
-                "WORLD_SIZE": arguments.hosts * arguments.workers,
-                "HOSTS": arguments.hosts,
-                "MASTER_ADDR": address(0),
-                "MASTER_PORT": port,
-                "OMP_NUM_THREADS": 1,
-            }
-            words = [*hosts[rank // arguments.workers], sys.executable, *sys.argv]
-            started.append(subprocess.Popen(words, env={**os.environ, **{k: str(v) for k, v in environment.items()}}))
-        codes = [process.wait() for process in started]
-    sys.exit(max(map(abs, codes)))
+        rows = ranks.run(measure, arguments, hosts=hosts, on_each=arguments.workers, master=address(0))
+    report.add(
+        f"{arguments.hosts} hosts of {arguments.workers} workers, {arguments.mb:g} MB, link {arguments.link}\n\n"
+        f"{shown(rows)}"
+    )
+    report.save(results=rows)
 
 
 if __name__ == "__main__":

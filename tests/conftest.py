@@ -9,6 +9,7 @@ from hypothesis import settings
 from qsr_engine.data import write_digits
 from tests.support.pool import Processes
 from tests.support.recipes import small_recipe
+from tests.support.skips import Skips
 
 # In continuous integration every run tries the same examples, so that a change is judged by what it changed.
 settings.register_profile("ci", derandomize=True, deadline=None)
@@ -18,6 +19,11 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 # The processes of the pool use one thread each. With another number of threads a matrix product adds in
 # another order, and the oracle would differ from them in the last bit.
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # pytest-xdist's workers send their reports to the process that shows them
+        config.pluginmanager.register(Skips())
 
 
 @pytest.fixture(scope="session")

@@ -5,13 +5,29 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from qsr_engine.averaging.errors import Group
 
 ALIGNMENT = 64  # bytes; segments of a bucket start on a cache line, where vector instructions are fastest
 SMALL = 1_000_000  # bytes; smaller tensors travel together, since a collective of their own costs as much as 1 MB does
+PIECE = 16_000_000  # bytes that are on their way as one; beyond it, the size hardly matters to gloo
+
+# Size of a bucket in MB (1e6 bytes) where the configuration gives none, for the backend of the group. Measured for
+# gloo (benchmarks/averaging.py --bucket-sizes): a forward that waits for its first bucket begins the sooner, the
+# smaller it is. For NCCL it is not measured.
+BUCKET_MB = {"gloo": PIECE / 1e6, "nccl": 64.0}
+
+
+def bucket_bytes(bucket_mb: float | None, group: Group) -> int:
+    """Size of a bucket in bytes: as configured, or the default of the group's backend."""
+    if bucket_mb is None:
+        bucket_mb = BUCKET_MB.get(dist.get_backend(group), BUCKET_MB["nccl"])
+    return int(bucket_mb * 1e6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +146,27 @@ def place_in(tensor: Tensor, buckets: Sequence[Tensor]) -> tuple[int, int, int]:
     raise RuntimeError(f"a parameter of shape {tuple(tensor.shape)} is in none of the buckets")
 
 
+class Places:
+    """Where tensors lie in memory.
+
+    Args:
+        tensors: gives them, always the same ones.
+    """
+
+    def __init__(self, tensors: Callable[[], Sequence[Tensor]]) -> None:
+        self._tensors = tensors
+        self._before = self._now()
+
+    def _now(self) -> list[tuple[int, torch.Size, tuple[int, ...], torch.dtype]]:
+        return [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in self._tensors()]
+
+    def changed(self) -> int:
+        """How many tensors were given new storage, added or taken away since this object was made."""
+        now = self._now()
+        moved = sum(place != before for place, before in zip(now, self._before, strict=False))
+        return moved + abs(len(now) - len(self._before))
+
+
 # ----------------------------------------------------------------------------------------------------- pieces
 
 
@@ -202,3 +239,11 @@ def _split(flat: Tensor, capacity: int) -> list[Tensor]:
 
 def _nbytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
+
+
+def pieces_between(pieces: Sequence[Piece], bucket: Tensor, start: int, stop: int) -> tuple[int, ...]:
+    """Which of the pieces hold elements start .. stop of a bucket."""
+    first, size = bucket.data_ptr(), bucket.element_size()
+    lo, hi = first + start * size, first + stop * size
+    spans = ((index, part.data_ptr(), _nbytes(part)) for index, piece in enumerate(pieces) for part in piece.tensors)
+    return tuple(dict.fromkeys(index for index, at, nbytes in spans if at < hi and lo < at + nbytes))

@@ -15,40 +15,37 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsr_engine.averaging.collectives import Mean
+from qsr_engine.averaging.errors import Group
+from qsr_engine.averaging.reducer import Reducer
 from qsr_engine.config.strict import ConfigError
 
 
-class Captured(Mean):
-    """A mean that is captured once and replayed.
+class Captured(Reducer):
+    """A reducer whose run is captured once and replayed.
 
     Raises:
         ConfigError: a piece is not on a GPU, or the group's backend is not NCCL.
     """
 
-    def __init__(self, mean: Mean, group: dist.ProcessGroup | None) -> None:
-        devices = sorted({piece.device.type for piece in mean.pieces})
+    def __init__(self, reducer: Reducer, group: Group) -> None:
+        devices = sorted({piece.device.type for piece in reducer.pieces})
         backend = dist.get_backend(group)
         if devices != ["cuda"] or "nccl" not in backend:
             raise ConfigError(
                 f"qsr.averaging.cuda_graph is true, and the parameters are on {', '.join(devices) or 'no device'} with "
                 f"the backend {backend}; only NCCL on GPUs can be captured, so write cuda_graph: false"
             )
-        self.pieces = mean.pieces
-        self.bytes_sent = mean.bytes_sent
-        self._whole = self.divisor = mean.divisor
-        self._mean = mean
+        super().__init__(reducer.pieces, reducer.ranks, reducer.bytes_sent)
+        self._reducer = reducer
         self._graph: torch.cuda.CUDAGraph | None = None
         self._warm = False
         atexit.register(self.close)  # a graph that outlives its process group crashes the process at its end
 
-    def run(self, order: Sequence[int]) -> Iterator[tuple[int, Tensor | float | None]]:
-        """As Mean.run; `order` is that of the capture. Eager where a rank is left out: the graph's divisor is fixed."""
-        if not self._warm or self.divisor != self._whole:
+    def _run(self, order: Sequence[int], divisor: int) -> Iterator[tuple[int, Tensor | None]]:
+        """`order` is that of the capture. Eager where a rank is left out: the graph's divisor is fixed."""
+        if not self._warm or divisor != self.ranks:
             self._warm = True
-            self._mean.divisor = self.divisor
-            yield from self._mean.run(order)
-            self._mean.divisor = self._whole
+            yield from self._reducer._run(order, divisor)
             return
         if self._graph is None:
             self._graph = self._capture(order)
@@ -60,7 +57,7 @@ class Captured(Mean):
         torch.cuda.synchronize()
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-            for _ in self._mean.run(order):
+            for _ in self._reducer.run(order):
                 pass
         return graph
 

@@ -14,13 +14,15 @@ parameters of a worker, this state is sharded alike.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qsr_engine.averaging.buckets import Piece
+from qsr_engine.averaging.buckets import Piece, place_in
+from qsr_engine.averaging.chunks import squares_of_piece
+from qsr_engine.averaging.reducer import Reducer
 from qsr_engine.config.qsr import OuterConfig
 
 
@@ -55,8 +57,8 @@ class Outer:
     def step(self, piece: Piece) -> None:
         """Move a piece, which holds the mean, to where the next round begins."""
         for part in piece.tensors:
-            index, start = self._place(part)
-            mean, stop = part.view(-1), start + part.numel()
+            index, start, stop = place_in(part, self._buckets)
+            mean = part.view(-1)
             kept = self._begun_with[index][start:stop]
             gradient = kept.sub_(mean)
             step = gradient
@@ -66,15 +68,6 @@ class Outer:
             # x - lr step, written so that it is exactly the mean where lr is 1 and step is the gradient.
             mean.add_(gradient.sub(step, alpha=self.config.lr))
             kept.copy_(mean)
-
-    def _place(self, part: Tensor) -> tuple[int, int]:
-        """The bucket that a part lies in, and its first element there."""
-        at = part.data_ptr()
-        for index, bucket in enumerate(self._buckets):
-            offset, size = at - bucket.data_ptr(), bucket.element_size()
-            if 0 <= offset < bucket.numel() * size or (part.numel() == 0 and offset == 0):
-                return index, offset // size
-        raise ValueError("the piece is not a part of the buckets")
 
     def state_dict(self) -> dict[str, Any]:
         """The momentum of this rank's buckets; x is what the buckets hold on a boundary."""
@@ -99,3 +92,45 @@ class Outer:
         flat = torch.cat([tensor.view(-1) for tensor in saved])
         for momentum, part in zip(self._momentum, torch.split(flat, expected), strict=True):
             momentum.copy_(part)
+
+
+class OuterStep(Reducer):
+    """A reducer from whose mean an outer optimizer moves on; the squares that it yields are those of the mean."""
+
+    def __init__(self, reducer: Reducer, outer: Outer) -> None:
+        super().__init__(reducer.pieces, reducer.ranks, reducer.bytes_sent)
+        self.exact = reducer.exact
+        self._reducer = reducer
+        self._outer = outer
+
+    @property
+    def way(self) -> str:
+        return self._reducer.way
+
+    def _run(self, order: Sequence[int], divisor: int) -> Iterator[tuple[int, Tensor | None]]:
+        for index, squares in self._reducer._run(order, divisor):
+            of_mean = squares_of_piece(self.pieces[index]) if squares is None else squares
+            self._outer.step(self.pieces[index])
+            self._reducer.moved(index)
+            yield index, of_mean
+
+    def _add_nothing(self) -> None:
+        self._reducer._add_nothing()
+
+    def begin_round(self) -> None:
+        self._outer.begin_round()
+
+    def restart(self) -> None:
+        self._reducer.restart()
+        self._outer.restart()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self._reducer.state_dict(), "outer": self._outer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._reducer.load_state_dict(state)
+        if "outer" in state:
+            self._outer.load_state_dict(state["outer"])
+
+    def close(self) -> None:
+        self._reducer.close()

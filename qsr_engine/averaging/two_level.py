@@ -22,63 +22,24 @@ chooses among them, so on GPUs the flat all-reduce stays the default. Gloo's red
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from qsr_engine.averaging.buckets import Piece
-from qsr_engine.averaging.collectives import (
-    CHUNK,
-    EXACT,
-    Group,
-    Mean,
-    all_gather_flat,
-    chunk_of_squares,
-    collective,
-    piece_name,
-    ring_bytes,
-)
-from qsr_engine.averaging.shared_memory import batches, gather
-from qsr_engine.config.strict import ConfigError
+from qsr_engine.averaging.chunks import add_up, squares_of_chunks
+from qsr_engine.averaging.errors import Group, collective
+from qsr_engine.averaging.reducer import Reducer, all_gather_flat, piece_name, ring_bytes
+from qsr_engine.averaging.shared_memory import HostMemory, batches
 
 # torch 2.14 calls it so, and warns of the name that 2.11 has.
 reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
-def is_two_level(hosts: Sequence[Sequence[int]]) -> bool:
-    """Whether there are several hosts with the same number of ranks, at least 2, on each."""
-    sizes = {len(ranks) for ranks in hosts}
-    return len(hosts) > 1 and len(sizes) == 1 and min(sizes) > 1
-
-
-def agree_on_two_levels(hosts: Sequence[Sequence[int]], wanted: Literal["auto", True, False]) -> bool:
-    """Whether the ranks are placed for two levels, and they are wanted. All ranks of the run call it and get the same.
-
-    So all make the same number of groups: torch names a group by how many there are, and later ones would not match.
-
-    Args:
-        hosts: the ranks that this rank averages with, and itself, by host; empty where that is not known.
-    Raises:
-        ConfigError: they are wanted for certain (True) and some ranks of the run are placed otherwise; on every rank.
-    """
-    if wanted is False:
-        return False
-    layouts: list[list[list[int]]] = gather([list(ranks) for ranks in hosts])
-    other = next((layout for layout in layouts if not is_two_level(layout)), None)
-    if other is not None and wanted is True:
-        places = "; ".join(f"{len(ranks)} on one host (ranks {', '.join(map(str, ranks))})" for ranks in other)
-        raise ConfigError(
-            "qsr.averaging.two_level is true, which needs several hosts with the same number, at least 2, of the ranks "
-            "that average with one another (one of each worker), and they are placed so: "
-            f"{places or 'not known, since /proc does not tell the host'}; start as many workers on every host, or "
-            "write two_level 'auto' or false"
-        )
-    return other is None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,10 +71,6 @@ class Levels:
     def parts(self) -> int:
         return dist.get_world_size(self.inside)
 
-    @property
-    def workers(self) -> int:
-        return dist.get_world_size(self.everybody)
-
 
 def _time_out(group: Group) -> timedelta | None:
     """That of the group: a new group would otherwise wait for the half hour that torch has as default."""
@@ -124,86 +81,68 @@ def _time_out(group: Group) -> timedelta | None:
     return getattr(options, "_timeout", None)
 
 
-BATCHES = 4  # of 16 MB or more between the hosts at once: enough for a link, and the first is ready early
+BATCHES = 4  # of PIECE bytes or more between the hosts at once: enough for a link, and the first is ready early
 
 
-class TwoLevelSharedMemory(Mean):
+class _TwoLevel(Reducer):
+    """What a rank sends to the others of its host and to other hosts is together as much as in a ring over all."""
+
+    def __init__(self, pieces: Sequence[Piece], levels: Levels) -> None:
+        ranks = dist.get_world_size(levels.everybody)
+        super().__init__(pieces, ranks, ring_bytes(sum(piece.nbytes for piece in pieces), ranks))
+        self._levels = levels
+
+
+class TwoLevelSharedMemory(_TwoLevel):
     """The mean in two levels where every rank sees the buckets of the others on its host. Copies nothing.
 
     Args:
         pieces: in-place pieces on a CPU.
-        everywhere: [piece][rank of this host], views of the same elements; see `shared_memory.see_one_another`.
+        everywhere: as HostMemory, of the ranks of this host.
     """
 
     def __init__(self, pieces: Sequence[Piece], levels: Levels, everywhere: list[list[Tensor]]) -> None:
-        self.pieces = list(pieces)
-        self._levels = levels
-        self._workers, self._place, self._parts = levels.workers, levels.place, levels.parts
-        self.divisor = self._workers
-        self._everywhere = everywhere
-        # To the others of the host through memory, and to other hosts; together as much as in a ring over all.
-        self.bytes_sent = ring_bytes(sum(piece.nbytes for piece in self.pieces), self._workers)
+        super().__init__(pieces, levels)
+        self._memory = HostMemory(everywhere, levels.inside)
 
-    def run(self, order: Sequence[int]) -> Iterator[tuple[int, Tensor | float | None]]:
-        """As Mean.run. Only the ranks of a host meet, before they read one another's memory and when they have written
-        into it."""
-        self._meet(torch.zeros(1, dtype=torch.float64), "meeting on this host before the averaging")
+    def _run(self, order: Sequence[int], divisor: int) -> Iterator[tuple[int, Tensor | None]]:
+        """Only the ranks of a host meet, before they read one another's memory and when they have written into it."""
+        self._memory.meet(torch.zeros(1, dtype=torch.float64), "meeting on this host before the averaging")
         between: deque[list[tuple[int, dist.Work | None]]] = deque()
         for batch in batches(self.pieces, order):
             between.append([(index, self._add_up(index)) for index in batch])
             if len(between) == BATCHES:
-                yield from self._finish_batch(between.popleft())
+                yield from self._finish_batch(between.popleft(), divisor)
         while between:
-            yield from self._finish_batch(between.popleft())
+            yield from self._finish_batch(between.popleft(), divisor)
 
-    def _finish_batch(self, batch: list[tuple[int, dist.Work | None]]) -> Iterator[tuple[int, float]]:
-        squares = torch.stack([self._finish(index, work) for index, work in batch])
-        self._meet(squares, piece_name(self.pieces, batch[-1][0]))
-        for (index, _), value in zip(batch, squares.tolist(), strict=True):
-            yield index, value
-
-    def _meet(self, values: Tensor, what: str) -> None:
-        with collective(what, self._levels.inside):
-            dist.all_reduce(values, group=self._levels.inside)
-
-    def _part(self, index: int) -> list[Tensor]:
-        """This rank's part of a piece, in the memory of every rank of this host."""
-        copies = self._everywhere[index]
-        size = -(-copies[0].numel() // self._parts)
-        start = min(self._place * size, copies[0].numel())
-        return [copy[start : start + size] for copy in copies]
+    def _finish_batch(self, batch: list[tuple[int, dist.Work | None]], divisor: int) -> Iterator[tuple[int, Tensor]]:
+        squares = torch.stack([self._finish(index, work, divisor) for index, work in batch])
+        self._memory.meet(squares, piece_name(self.pieces, batch[-1][0]))
+        yield from zip((index for index, _ in batch), squares.unbind(), strict=True)
 
     @torch.no_grad()
     def _add_up(self, index: int) -> dist.Work | None:
-        """Add up this rank's part over the host, in the memory of its first rank, and send it to the other hosts."""
-        first, *others = self._part(index)
-        if not first.numel():
+        """Add up this rank's part over the host, in the memory of its first rank, and send it to the other hosts.
+
+        It is rounded once, and travels in the type of the bucket, as in the flat all-reduce.
+        """
+        part = self._memory.part(index)
+        if not part[0].numel():
             return None  # and so it is for the counterparts on the other hosts
-        for at in range(0, first.numel(), CHUNK):
-            here = first[at : at + CHUNK]
-            total = here if here.dtype in (torch.float32, torch.float64) else here.float()
-            for other in others:
-                total.add_(other[at : at + CHUNK])
-            if total is not here:
-                here.copy_(total)  # rounded once; it travels in the type of the bucket, as in the flat all-reduce
+        for _ in add_up(part, part[:1]):
+            pass
         with collective(piece_name(self.pieces, index), self._levels.between):
-            return dist.all_reduce(first, group=self._levels.between, async_op=True)
+            return dist.all_reduce(part[0], group=self._levels.between, async_op=True)
 
     @torch.no_grad()
-    def _finish(self, index: int, work: dist.Work | None) -> Tensor:
+    def _finish(self, index: int, work: dist.Work | None, divisor: int) -> Tensor:
         """Give the mean of this rank's part to the host. Returns the sum of squares of the part, in fp64."""
-        if work is None:
-            return torch.zeros((), dtype=torch.float64)
-        with collective(piece_name(self.pieces, index), self._levels.between):
-            work.wait()
-        first, *others = self._part(index)
-        exact, squares = self.pieces[index].numel <= EXACT, []
-        for at in range(0, first.numel(), CHUNK):
-            mean = first[at : at + CHUNK].div_(self.divisor)
-            squares.append(chunk_of_squares(mean, exact))
-            for other in others:
-                other[at : at + CHUNK].copy_(mean)
-        return torch.stack(squares).sum()
+        if work is not None:
+            with collective(piece_name(self.pieces, index), self._levels.between):
+                work.wait()
+        part = self._memory.part(index)
+        return squares_of_chunks(add_up(part[:1], part, divisor), self.pieces[index].numel)
 
 
 @dataclasses.dataclass
@@ -214,24 +153,16 @@ class _Stage:
     works: Sequence[dist.Work | None]
 
 
-class TwoLevelCollectives(Mean):
+class TwoLevelCollectives(_TwoLevel):
     """The mean in two levels by collectives in place: reduce-scatter and all-gather inside a host, all-reduce between.
 
     At most two pieces are in each of the three stages, since gloo copies what it scatters. The elements that are left
     when a piece is cut into equal parts, fewer than there are ranks on a host, are all-reduced over all ranks.
     """
 
-    def __init__(self, pieces: Sequence[Piece], levels: Levels) -> None:
-        self.pieces = list(pieces)
-        self._levels = levels
-        self._workers, self._place, self._parts = levels.workers, levels.place, levels.parts
-        self.divisor = self._workers
-        self.bytes_sent = ring_bytes(sum(piece.nbytes for piece in self.pieces), self._workers)
-
     @torch.no_grad()
-    def run(self, order: Sequence[int]) -> Iterator[tuple[int, Tensor | float | None]]:
-        """As Mean.run."""
-        stages = (self._reduce_inside, self._reduce_between, self._gather_inside)
+    def _run(self, order: Sequence[int], divisor: int) -> Iterator[tuple[int, Tensor | None]]:
+        stages = (self._reduce_inside, self._reduce_between, functools.partial(self._gather_inside, divisor))
         queues: list[deque[_Stage]] = [deque(_Stage(index, []) for index in order), deque(), deque(), deque()]
         while any(queues):
             for number, queue in enumerate(queues):
@@ -242,7 +173,7 @@ class TwoLevelCollectives(Mean):
                 if number < len(stages):
                     queues[number + 1].append(_Stage(done.index, stages[number](done.index)))
                 else:
-                    self._tail(done.index).div_(self.divisor)
+                    self._tail(done.index).div_(divisor)
                     yield done.index, None
 
     def _wait(self, stage: _Stage) -> None:
@@ -254,18 +185,18 @@ class TwoLevelCollectives(Mean):
     def _body(self, index: int) -> Tensor:
         """What can be cut into equal parts of a piece; [parts, elements of a part]."""
         flat = self.pieces[index].tensors[0]
-        return flat[: flat.numel() - flat.numel() % self._parts].view(self._parts, -1)
+        return flat[: flat.numel() - flat.numel() % self._levels.parts].view(self._levels.parts, -1)
 
     def _tail(self, index: int) -> Tensor:
         flat = self.pieces[index].tensors[0]
-        return flat[flat.numel() - flat.numel() % self._parts :]
+        return flat[flat.numel() - flat.numel() % self._levels.parts :]
 
     def _reduce_inside(self, index: int) -> list[dist.Work | None]:
         body, tail, levels = self._body(index), self._tail(index), self._levels
         works = []
         with collective(piece_name(self.pieces, index), levels.everybody):
             if body.numel():
-                mine = body[self._place]
+                mine = body[self._levels.place]
                 works.append(reduce_scatter_flat(mine, body.view(-1), group=levels.inside, async_op=True))
             if tail.numel():
                 works.append(dist.all_reduce(tail, group=levels.everybody, async_op=True))
@@ -276,12 +207,12 @@ class TwoLevelCollectives(Mean):
         if not body.numel():
             return []
         with collective(piece_name(self.pieces, index), self._levels.between):
-            return [dist.all_reduce(body[self._place], group=self._levels.between, async_op=True)]
+            return [dist.all_reduce(body[self._levels.place], group=self._levels.between, async_op=True)]
 
-    def _gather_inside(self, index: int) -> list[dist.Work | None]:
+    def _gather_inside(self, divisor: int, index: int) -> list[dist.Work | None]:
         body = self._body(index)
         if not body.numel():
             return []
-        mine = body[self._place].div_(self.divisor)
+        mine = body[self._levels.place].div_(divisor)
         with collective(piece_name(self.pieces, index), self._levels.inside):
             return [all_gather_flat(body.view(-1), mine, group=self._levels.inside, async_op=True)]

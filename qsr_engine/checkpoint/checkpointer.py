@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -30,6 +29,7 @@ from qsr_engine.checkpoint.other_layout import (
     differences,
     mean_of_states,
     optimizer_state_from,
+    warn_of_other_configuration,
     warn_of_other_layout,
 )
 from qsr_engine.checkpoint.rank_file import (
@@ -42,11 +42,9 @@ from qsr_engine.checkpoint.rank_file import (
 )
 from qsr_engine.checkpoint.together import Together
 from qsr_engine.checkpoint.write import save
-from qsr_engine.config.digest import flatten
 from qsr_engine.local_steps.averaged import Averaged
 from qsr_engine.local_steps.steps import LocalSteps
 
-log = logging.getLogger(__name__)
 _RATES = ("lr", "initial_lr")  # of a parameter group; a scheduler keeps them there, and goes on from them
 _LOAD_OPTIONS = ("tag", "load_module_strict", "load_optimizer_states", "load_lr_scheduler_states", "load_module_only")
 
@@ -142,7 +140,7 @@ class Checkpointer:
         self, directory: str | os.PathLike[str], tag: Any, client: Any, *, latest: bool, keep: int | None, frozen: bool
     ) -> None:
         """As engines.surface says of save_checkpoint(); not `frozen`: leave out parameters that are not trained."""
-        self.check_boundary("save")
+        self._local_steps.rounds.check_boundary("save")
         self._check_whole_step("save")
         self._local_steps.wait()
         client = client or {}
@@ -160,15 +158,6 @@ class Checkpointer:
             folders=[str(worker_folder(Path(), worker) / self._files.folder) for worker in workers],
             keep=keep,
         )
-
-    def check_boundary(self, what: str) -> None:
-        """Raises RuntimeError inside a round."""
-        state = self._local_steps
-        if not state.on_boundary:
-            raise RuntimeError(
-                f"step {state.step} is inside a round of {state.period} steps, where every "
-                f"worker has parameters of its own; {what} when engine.step() has returned True"
-            )
 
     def _check_whole_step(self, what: str) -> None:
         accumulation = self._engine.gradient_accumulation_steps()
@@ -203,7 +192,7 @@ class Checkpointer:
 
     def averaged_model(self) -> dict[str, Tensor]:
         """As engines.surface says of averaged_state_dict()."""
-        self.check_boundary("ask for the averaged model")
+        self._local_steps.rounds.check_boundary("ask for the averaged model")
         self._local_steps.wait()
         with self._model_is_read(), self._local_steps.boundary.buffers.averaged():
             if self._identity.worker != 0:
@@ -230,7 +219,7 @@ class Checkpointer:
         check_same_model(folder, found)
         without_state = module_only or not options.get("load_optimizer_states", True)
         if not module_only and "engine" not in found:
-            self._warn_of_other_configuration(folder, manifest)
+            warn_of_other_configuration(folder, manifest.config, plain(self._identity.config))
         together = Together(f"loading the checkpoint {folder}")
         with together.step():
             rank, worker = (0, 0) if found else (dist.get_rank(), self._identity.worker)
@@ -267,17 +256,6 @@ class Checkpointer:
             local.averager.load_state_dict(state["averager"])
         self._engine.micro_steps = local.step * self._engine.gradient_accumulation_steps()
         self._loaded()
-
-    def _warn_of_other_configuration(self, folder: Path, manifest: Manifest) -> None:
-        """On rank 0: a run may go on with another configuration, but not in silence."""
-        then, here = dict(flatten(manifest.config)), dict(flatten(plain(self._identity.config)))
-        found = [
-            f"{key} was {then.get(key)!r} and is {here.get(key)!r}"
-            for key in sorted({*then, *here})
-            if then.get(key) != here.get(key)
-        ]
-        if found and dist.get_rank() == 0:
-            log.warning("%s: the run goes on with another configuration: %s", folder, "; ".join(found))
 
     def _check_workers(self, folder: Path, manifest: Manifest, found: Mapping[str, tuple[Any, Any]]) -> None:
         """Whether the states of the workers that this rank will load can be read, in a run of this layout at all."""

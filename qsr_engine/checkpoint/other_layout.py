@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsr_engine.checkpoint.manifest import CheckpointError
+from qsr_engine.config.digest import flatten
 from qsr_engine.local_steps.averaged import Averaged
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def optimizer_state_from(
         return "fresh"
     others = {key: values for key, values in found.items() if key not in may_differ}
     if others:
-        spelled = ", ".join(f"{key} was {then!r} and is {now!r}" for key, (then, now) in sorted(others.items()))
+        spelled = _spelled(others)
         raise CheckpointError(
             f"{folder}: {spelled}, so the workers' optimizer states do not fit this run and cannot be averaged; write "
             "qsr.on_other_workers 'fresh' to take the parameters and start the optimizer anew, or go on as before"
@@ -56,7 +57,7 @@ def warn_of_other_layout(folder: Path, found: Mapping[str, tuple[Any, Any]], sou
     """On rank 0, loudly: what was taken over and what was not."""
     if dist.get_rank() != 0:
         return
-    spelled = ", ".join(f"{key} was {then!r} and is {now!r}" for key, (then, now) in sorted(found.items()))
+    spelled = _spelled(found)
     state = {
         "mean": "Every worker's optimizer starts from the mean of the saved workers' states.",
         "fresh": "The optimizer starts anew, without the state that was saved.",
@@ -68,6 +69,13 @@ def warn_of_other_layout(folder: Path, found: Mapping[str, tuple[Any, Any]], sou
         spelled,
         state,
     )
+
+
+def warn_of_other_configuration(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """On rank 0: a run may go on with another configuration, but not in silence."""
+    found = differences(dict(flatten(saved)), dict(flatten(now)))
+    if found and dist.get_rank() == 0:
+        log.warning("%s: the run goes on with another configuration: %s", folder, _spelled(found, "; "))
 
 
 @torch.no_grad()
@@ -89,3 +97,7 @@ def mean_of_states(replica: Averaged, loaded: Iterable[None]) -> None:
             sums[key] = sums.get(key, 0.0) + value.to(torch.float64, copy=True)
     for place, name, value in replica.state_tensors():
         value.copy_(sums[place, name] / workers)
+
+
+def _spelled(found: Mapping[str, tuple[Any, Any]], between: str = ", ") -> str:
+    return between.join(f"{key} was {then!r} and is {now!r}" for key, (then, now) in sorted(found.items()))

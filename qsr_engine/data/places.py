@@ -11,21 +11,8 @@ from qsr_engine.data.errors import DataError
 # Protocols of data.shards: those that read files from elsewhere. fsspec knows others that run commands, read what a
 # file of theirs points to, or reach into this machine.
 PROTOCOLS = (
-    "http",
-    "https",
-    "s3",
-    "s3a",
-    "gs",
-    "gcs",
-    "abfs",
-    "abfss",
-    "az",
-    "oss",
-    "hf",
-    "sftp",
-    "ftp",
-    "hdfs",
-    "webhdfs",
+    *("http", "https", "s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "hf"),
+    *("sftp", "ftp", "hdfs", "webhdfs"),
 )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from qsr_engine.data.errors import DataError, PassingError
 from qsr_engine.data.order import ShardSlice
 from qsr_engine.data.retrying import RETRY, Retry, Tries
-from qsr_engine.data.samples import Item, Position, RawSample, Sample, at_position, parse_sample
+from qsr_engine.data.samples import Item, Position, RawSample, Sample, at_position, sample_or_error
 from qsr_engine.data.tar_shard import TarShard
 
 # Shards that a reader keeps open. The samples of a shuffle buffer come from few shards, and from older ones now and
@@ -59,10 +59,7 @@ class RandomAccess:
             path, raw = self._read(item)
         except DataError as error:
             return at_position(error, item)
-        try:
-            return parse_sample(path, raw, self._classes)
-        except DataError as error:
-            return error
+        return sample_or_error(path, raw, self._classes)
 
     def announce(self, item: Item) -> None:
         assert isinstance(item, Position)

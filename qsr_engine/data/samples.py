@@ -64,6 +64,14 @@ def parse_sample(shard: object, raw: RawSample, classes: int | None) -> Sample:
     return Sample(str(shard), raw.key, find_image(place, raw.members), find_label(place, raw.members, classes))
 
 
+def sample_or_error(shard: object, raw: RawSample, classes: int | None) -> Sample | DataError:
+    """As parse_sample(), with the error returned."""
+    try:
+        return parse_sample(shard, raw, classes)
+    except DataError as error:
+        return error
+
+
 def find_image(place: str, members: Mapping[str, bytes]) -> bytes:
     """The image of a sample. Raises DataError where there is none."""
     for suffix in IMAGE_SUFFIXES:

@@ -10,7 +10,7 @@ from typing import IO
 from qsr_engine.data.errors import DataError, PassingError
 from qsr_engine.data.order import ShardSlice
 from qsr_engine.data.retrying import RETRY, Retry, Tries
-from qsr_engine.data.samples import Item, Position, RawSample, Sample, at_position, parse_sample
+from qsr_engine.data.samples import Item, Position, RawSample, Sample, at_position, sample_or_error
 from qsr_engine.data.tar import TwiceError, Uncompressed, ends_early, open_tar, read_members, unreadable
 
 
@@ -44,7 +44,7 @@ class Streamed:
             try:
                 for raw in self._read(piece.name):
                     if number >= piece.start:
-                        yield self._parse(piece.name, raw)
+                        yield sample_or_error(self._name(piece.name), raw, self._classes)
                     number += 1
                     if number == piece.stop:
                         break
@@ -80,12 +80,6 @@ class Streamed:
                 return
             except PassingError as error:
                 tries.again(error)
-
-    def _parse(self, shard: str, raw: RawSample) -> Sample | DataError:
-        try:
-            return parse_sample(self._name(shard), raw, self._classes)
-        except DataError as error:
-            return error
 
 
 def read_shard(path: Path) -> Iterator[RawSample]:

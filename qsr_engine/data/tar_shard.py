@@ -138,16 +138,16 @@ class TarShard:
                 raise TwiceError(key)
             self._keys.add(key)
             self.samples.append((key, {}))
+        members = self.samples[-1][1]
         try:
             if member.offset + member.size > file_size:
                 raise EOFError
             check_size(name, member.size)  # a file may have holes, and be smaller on its disk than it says
+            if suffix in members:
+                raise TwiceError(key)
         except (EOFError, ValueError):
             self.samples.pop()
             raise
-        members = self.samples[-1][1]
-        if suffix in members:
-            raise TwiceError(key)
         members[suffix] = member
 
 

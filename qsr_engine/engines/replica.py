@@ -14,8 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from qsr_engine.averaging import Averager, flat_buckets, place_in
-from qsr_engine.averaging.collectives import bucket_bytes
+from qsr_engine.averaging import Averager, bucket_bytes, flat_buckets, place_in
 from qsr_engine.config.qsr import QSRConfig
 from qsr_engine.config.strict import ConfigError
 from qsr_engine.local_steps.averaged import Averaged

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsr_engine.averaging import LeftOut, average_in_place, average_packed, bucket_bytes
-from qsr_engine.averaging.collectives import Group
+from qsr_engine.averaging import NOBODY, LeftOut, average_in_place, average_packed, bucket_bytes
+from qsr_engine.averaging.errors import Group
 from qsr_engine.config.qsr import AveragingConfig
 
 _BUFFER_BUCKET_BYTES = 16_000_000
@@ -114,7 +114,7 @@ class Buffers:
         """Whether more elements are not finite than when they were the same everywhere."""
         return _elements_not_finite(self._tensors()) > self._infinite
 
-    def average(self, left_out: LeftOut | None = None) -> int:
+    def average(self, left_out: LeftOut = NOBODY) -> int:
         """Average them over all ranks.
 
         Also inside a worker: its ranks average gradients, and each has seen batches of its own. In fp64, so that a
@@ -130,9 +130,8 @@ class Buffers:
         if not buffers:
             return 0
         exact = [buffer.to(torch.float64, copy=True) for buffer in buffers]
-        if left_out is not None:
-            left_out = LeftOut(left_out.ranks * self._worker_size, left_out.here)
-        sent = average_packed(exact, None, _BUFFER_BUCKET_BYTES, left_out)
+        everywhere = left_out.with_all_ranks(self._worker_size)
+        sent = average_packed(exact, None, _BUFFER_BUCKET_BYTES, everywhere)
         for buffer, mean in zip(buffers, exact, strict=True):
             buffer.copy_(mean)
         return sent

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from qsr_engine.averaging import Averager, CollectiveError, LeftOut
+from qsr_engine.averaging import NOBODY, Averager, CollectiveError, LeftOut
 from qsr_engine.local_steps.averaged import Averaged, Buffers, OptimizerState
 from qsr_engine.local_steps.costs import Costs
 from qsr_engine.local_steps.header import Header, exchange_headers, not_finite
@@ -53,6 +53,7 @@ class Boundary:
         self.asked_to_stop = False  # some rank was, as told at the last boundary
         self._distance: torch.Tensor | None = None
         self._squares: list[float] = []  # of the parameters of every rank, before the averaging that is under way
+        self._left_out: LeftOut = NOBODY  # of that averaging
         self._due = False  # a delayed averaging that begins with the next forward
         self._apply_at: int | None = None  # the step after which a delayed averaging takes effect
 
@@ -72,15 +73,15 @@ class Boundary:
             torch.cuda.synchronize()  # so that steps still under way do not count as averaging
         with self._timed():
             self.averager.step = self._rounds.step
-            left_out = self._leave_out(self._exchange_headers())
+            self._left_out = left_out = self._leave_out(self._exchange_headers())
             self._costs.bytes_sent += self.averager.bytes_per_averaging
             self._costs.bytes_sent += self.buffers.average(left_out) + self._optimizer_state.average(left_out)
             self.buffers.same_everywhere()
             overlap = "none" if self._rounds.finished else self._qsr.averaging.overlap
             if overlap == "delayed":
                 self._due = True
-            elif overlap == "none" or not self.averager.start():
-                self.averager.average()
+            elif overlap == "none" or not self.averager.start(left_out):
+                self.averager.average(left_out)
                 self._averaged()
 
     def _exchange_headers(self) -> list[int]:
@@ -104,7 +105,7 @@ class Boundary:
 
     def _leave_out(self, workers: list[int]) -> LeftOut:
         """Leave workers out of the averaging that begins; it gives them the mean of the others."""
-        left_out = self.averager.leave_out(workers)
+        left_out = self.averager.left_out(workers)
         if not workers:
             return left_out
         self._costs.leave_out(workers)
@@ -120,7 +121,7 @@ class Boundary:
         return left_out
 
     def _averaged(self) -> None:
-        self._distance = self.averager.relative_distance(self._squares)
+        self._distance = self.averager.relative_distance(self._squares, self._left_out)
         self._replica.refresh()
 
     def begin_forward(self) -> None:

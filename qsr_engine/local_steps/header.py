@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsr_engine.averaging.collectives import Group, all_gather_flat, collective
+from qsr_engine.averaging import all_gather_flat
+from qsr_engine.averaging.errors import Group, collective
 from qsr_engine.membership.facts import ranks_by_value
 from qsr_engine.membership.spelling import spell_ranks
 

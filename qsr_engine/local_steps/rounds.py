@@ -69,6 +69,14 @@ class Rounds:
                 "from its start, since the learning rate and the last round depend on it"
             )
 
+    def check_boundary(self, what: str) -> None:
+        """Raises RuntimeError inside a round; `what` says what is to be done on a boundary."""
+        if not self.on_boundary:
+            raise RuntimeError(
+                f"step {self.step} is inside a round of {self.period} steps, where every worker has parameters of its "
+                f"own; {what} when engine.step() has returned True"
+            )
+
     def cut(self) -> None:
         """The current round ends after the step that was taken last."""
         self._current = dataclasses.replace(self._current, length=self.step - self._current.start)

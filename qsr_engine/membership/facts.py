@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from qsr_engine.averaging.collectives import Group, all_gather_flat
+from qsr_engine.averaging import all_gather_flat
+from qsr_engine.averaging.errors import Group
 from qsr_engine.config.digest import digest, flatten
 from qsr_engine.membership.spelling import first_lines, spell_ranks
 

@@ -18,7 +18,7 @@ from qsr_engine.planning.cost import HIDDEN_BY_BACKWARD, HIDDEN_BY_FORWARD, Cost
 from qsr_engine.planning.settings import CostSettings
 
 _ELEMENT_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0}
-_BLOCK = 512  # elements of fp16 and int8 that share one scale of 4 bytes on the wire, as averaging/ sends them
+_BLOCK = 512  # elements of fp16 and int8 that share one scale of 4 bytes on the wire, as in averaging/compressed.py
 CLASSES = 1000  # of a model whose data nobody has seen: ImageNet's
 
 

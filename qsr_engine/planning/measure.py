@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from qsr_engine.averaging.shared_memory import hosts_of
+from qsr_engine.averaging.choose import hosts_of
 from qsr_engine.checkpoint.together import gathered
 from qsr_engine.config.batch import Batch, check_world_size
 from qsr_engine.config.recipe import Recipe, resolve_recipe_batch

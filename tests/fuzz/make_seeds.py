@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qsr_engine.data.checking import measure_shard
 from qsr_engine.data.index import Index, Split
-from tests.support.shard_files import picture, tar_bytes
+from tests.support.shard_files import picture, tar_bytes, with_field
 
 CORPUS = Path(__file__).parent / "corpus"
 
@@ -37,15 +37,6 @@ def named(
     info = tarfile.TarInfo(name)
     info.type, info.linkname, info.pax_headers = kind, link, pax or {}
     return info
-
-
-def with_field(data: bytes, header: int, at: int, value: bytes) -> bytes:
-    """A tar file with other bytes in one of its headers, and the right checksum."""
-    changed = bytearray(data)
-    changed[header + at : header + at + len(value)] = value
-    changed[header + 148 : header + 156] = b" " * 8
-    changed[header + 148 : header + 156] = b"%06o\0 " % sum(changed[header : header + 512])
-    return bytes(changed)
 
 
 def shards() -> dict[str, bytes]:

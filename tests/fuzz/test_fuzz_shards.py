@@ -24,7 +24,8 @@ from qsr_engine.data.samples import Sample, parse_sample
 from qsr_engine.data.streaming import read_stream
 from qsr_engine.data.tar_shard import TarShard
 from qsr_engine.data.writing.verifying import scan_shard
-from tests.fuzz.make_seeds import CORPUS, with_field
+from tests.fuzz.make_seeds import CORPUS
+from tests.support.shard_files import with_field
 
 EXAMPLES = int(os.environ.get("QSR_FUZZ_EXAMPLES", "0"))
 fuzzed = settings(

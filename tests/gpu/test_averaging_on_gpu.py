@@ -15,11 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from qsr_engine.averaging.allreduce import AllReduce
+from qsr_engine.averaging.background import Background
 from qsr_engine.averaging.buckets import Piece, packed_pieces
-from qsr_engine.averaging.collectives import AllReduce, sum_of_squares
+from qsr_engine.averaging.chunks import sum_of_squares
+from qsr_engine.averaging.compressed import BLOCK, Format, WireType
 from qsr_engine.averaging.cuda_graph import Captured
-from qsr_engine.averaging.overlap import Background, Gate
-from qsr_engine.averaging.wire import BLOCK, Format, WireType
+from qsr_engine.averaging.gate import Gate
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu", reason="needs a GPU"

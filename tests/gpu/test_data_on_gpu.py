@@ -20,7 +20,7 @@ from qsr_engine.data.gpu_decoding import GPUDecoder
 from qsr_engine.data.samples import Sample
 from qsr_engine.data.views import TrainView
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CUDA = torch.device("cuda")
 
 

@@ -18,12 +18,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks import slow_network
 from tests.support.clusters import PATH, PREFIX, SCRIPT
 from tests.support.launch import qsr_job
 from tests.support.pool import Processes
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import slow_network
 
 HOSTS = (f"{PREFIX}1", f"{PREFIX}2")
 
@@ -138,8 +136,6 @@ def test_deepspeed_trains_across_two_hosts(state: Path, recipe: Path, processes:
     assert 1 <= sent / (summary["bytes_sent"] + payload) < 1.06
     assert received == pytest.approx(sent_by_other, abs=10_000), "but for a few frames of the switch's own"
 
-    # In new processes, as those of the hosts are: in some that had run other tests, last bits differed.
-    processes.stop()
     here = ["train", str(recipe), "--set", "logging.name=here"]
     assert [code for code, _, _ in processes.run(qsr_job, argv=here)] == [0, 0]
     local = load_file(recipe.parent / "runs" / "here" / "model.safetensors")
@@ -274,7 +270,7 @@ def test_the_benchmarks_network(possible: None) -> None:
     size = 1_000_000
     listen = "import socket; s = socket.create_server(('', 29500)); print('up', flush=True); c = s.accept()[0]"
     listen += "\nwhile c.recv(1 << 20): pass"
-    talk = "import socket; from slow_network import bytes_sent; before = bytes_sent()"
+    talk = "import socket; from benchmarks.slow_network import bytes_sent; before = bytes_sent()"
     talk += f"\nsocket.create_connection(('{slow_network.address(1)}', 29500)).sendall(bytes({size}))"
     talk += "\nprint(bytes_sent() - before)"
     with slow_network.slow_network(2, "1gbit") as hosts:
@@ -290,7 +286,7 @@ def test_the_benchmarks_network(possible: None) -> None:
         with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as listener:
             assert listener.stdout
             assert listener.stdout.readline() == "up\n"
-            known = {**os.environ, "PYTHONPATH": str(Path(slow_network.__file__).parent)}
+            known = {**os.environ, "PYTHONPATH": str(Path(slow_network.__file__).parents[1])}
             words = [*hosts[0], sys.executable, "-c", talk]
             said = subprocess.run(words, env=known, capture_output=True, text=True, check=True).stdout
             assert listener.wait(timeout=60) == 0

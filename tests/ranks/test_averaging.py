@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from qsr_engine.averaging import Averager, CollectiveError, average_packed, flat_buckets
+from qsr_engine.averaging.allreduce import AllReduce
 from qsr_engine.averaging.buckets import packed_pieces
-from qsr_engine.averaging.collectives import AllReduce
 from qsr_engine.config.qsr import AveragingConfig
 from qsr_engine.local_steps.header import Header, exchange_headers
 from qsr_engine.membership.facts import check_agreement
@@ -177,16 +177,16 @@ def test_a_rank_that_does_not_come_is_an_error_that_names_the_bucket(processes: 
 
 
 def crowded_job() -> tuple[str, list[str]]:
-    from qsr_engine.averaging import shared_memory
+    from qsr_engine.averaging import choose
 
     dist.init_process_group("gloo")
-    free, shared_memory._free = shared_memory._free, lambda: 1000
+    free, choose._free = choose._free, lambda: 1000
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             averager = Averager([torch.ones(400)], None, AveragingConfig())
     finally:
-        shared_memory._free = free
+        choose._free = free
     averager.average()
     return averager.way, [str(warning.message) for warning in caught]
 

@@ -418,11 +418,11 @@ def tied_job() -> list[torch.Tensor]:
     before: list[torch.Tensor] = []
     original = engine.local_steps.averager.average
 
-    def spy() -> None:
+    def spy(left_out: Any) -> None:
         gathered = [torch.empty_like(model.encoder.weight) for _ in range(dist.get_world_size())]
         dist.all_gather(gathered, model.encoder.weight.detach().contiguous())
         before[:] = gathered
-        original()
+        original(left_out)
 
     engine.local_steps.averager.average = spy
     while not engine.local_steps.finished:

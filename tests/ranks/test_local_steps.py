@@ -69,7 +69,7 @@ def absent_job(overlap: str) -> str:
         averager.overlap_with(model, [(model.weight, 0, 0, 6)], refresh=lambda part: None)
     state = LocalSteps(qsr, averager, digest=1)
 
-    def stay_away() -> None:
+    def stay_away(*left_out: Any) -> None:
         time.sleep(4)
         raise KeyError("it stayed away")
 

@@ -76,8 +76,7 @@ def way_job(way: str, bad: int) -> float:
         dist.all_gather_object(told, averager.sum_of_squares())
         headers = [header_of(squares) for squares in told]
         assert not_finite(headers, 1) == left_out
-        averager.leave_out(left_out)
-        averager.average()
+        averager.average(averager.left_out(left_out))
         good = [other for other in range(ranks) if other not in left_out]
         for dtype, part in ((torch.float64, tensors[: len(SIZES)]), (torch.float32, tensors[len(SIZES) :])):
             workers = [training.flat(values(other, round_, dtype)) for other in good]
@@ -88,7 +87,8 @@ def way_job(way: str, bad: int) -> float:
         everybody = torch.stack([training.flat([*values(w, round_), *values(w, round_, torch.float32)]) for w in good])
         mean = everybody.mean(0)
         expected = ((everybody - mean).square().sum(1).mean().sqrt() / mean.norm()).item()
-        distance = averager.relative_distance([header.sum_of_squares for header in headers])
+        squares = [header.sum_of_squares for header in headers]
+        distance = averager.relative_distance(squares, averager.left_out(left_out))
         assert distance is not None
         assert distance.item() == pytest.approx(expected, rel=1e-6)  # of fp32 values, a part of it
         alike = torch.cat([tensor.double() for tensor in tensors])
@@ -112,9 +112,9 @@ def shards_job() -> tuple[float, float]:
     bucket = everybody[rank].clone()
     averager = Averager([bucket], None, AveragingConfig(shared_memory=False), shard_group=dist.group.WORLD)
     of_workers = [math.nan, *(worker.square().sum().item() for worker in everybody[1:])]
-    averager.leave_out([0])
-    averager.average()
-    distance = averager.relative_distance([squares for squares in of_workers for _ in range(3)])
+    left_out = averager.left_out([0])
+    averager.average(left_out)
+    distance = averager.relative_distance([squares for squares in of_workers for _ in range(3)], left_out)
     assert distance is not None
     mean = torch.stack(everybody[1:]).mean(0)
     spread = torch.stack([(worker - mean).square().sum() for worker in everybody[1:]]).mean().sqrt()
@@ -131,7 +131,7 @@ def packed_job() -> bool:
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), 100_000
     tensors = [torch.full((size,), float(rank)), torch.full((size,), math.nan if rank == 0 else 4.0)]
-    average_packed(tensors, None, 1_000_000, LeftOut(1, rank == 0))
+    average_packed(tensors, None, 1_000_000, LeftOut((0,), 1, rank == 0))
     return all(bool((tensor == mean).all()) for tensor, mean in zip(tensors, (1.5, 4.0), strict=True))
 
 
@@ -163,8 +163,7 @@ def like_two_job(options: dict[str, Any], outer: dict[str, Any] | None) -> None:
                 tensor.copy_(value)
         if rank == 0:
             three[0][17] = math.nan
-        averager.leave_out([0])
-        averager.average()
+        averager.average(averager.left_out([0]))
         if for_two is not None:
             for_two.average()
             assert torch.equal(training.flat(three), training.flat(two))
@@ -198,7 +197,7 @@ def forgotten_job() -> list[bool]:
 
     averager.average()
     after_all = carries()
-    averager.leave_out([0])
+    averager.average(averager.left_out([0]))
     return [after_all, carries()]
 
 
@@ -213,10 +212,10 @@ def test_a_cuda_graph_is_left_aside_where_a_rank_is_left_out(monkeypatch: pytest
 
     class Plain:
         pieces = (SimpleNamespace(device=torch.device("cuda")),)
-        bytes_sent, divisor = 0, 3
+        bytes_sent, ranks = 0, 3
 
-        def run(self, order: Any) -> Iterator[tuple[int, None]]:
-            ran.append(self.divisor)
+        def _run(self, order: Any, divisor: int) -> Iterator[tuple[int, None]]:
+            ran.append(divisor)
             yield from ((index, None) for index in order)
 
     graph = SimpleNamespace(replay=lambda: ran.append("replayed"), reset=lambda: None)
@@ -224,9 +223,8 @@ def test_a_cuda_graph_is_left_aside_where_a_rank_is_left_out(monkeypatch: pytest
     monkeypatch.setattr(Captured, "_capture", lambda self, order: graph)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     mean: Any = Captured(Plain(), None)  # type: ignore[arg-type]
-    for divisor in (2, 3, 2, 3):
-        mean.divisor = divisor
-        assert list(mean.run([0])) == [(0, None)]
+    for left_out in (1, 0, 1, 0):
+        assert list(mean.run([0], LeftOut(ranks=left_out))) == [(0, None)]
     mean.close()
     assert ran == [2, "replayed", 2, "replayed"]
 

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from qsr_engine.averaging import Averager
+from qsr_engine.config.qsr import AveragingConfig
 from tests.support import training
 from tests.support.deepspeed_engine import start, step
 from tests.support.odd_model import make
@@ -24,12 +26,12 @@ from tests.support.training import QSR
 
 def be_slow() -> None:
     """Let every piece of an averaging take 10 ms more, so that a read that does not wait reads the wrong value."""
-    from qsr_engine.averaging import collectives, shared_memory, wire
+    from qsr_engine.averaging import allreduce, compressed, shared_memory
 
     for way, method in (
-        (collectives.AllReduce, "_finish"),
+        (allreduce.AllReduce, "_finish"),
         (shared_memory.SharedMemory, "_average_part"),
-        (wire.Compressed, "_apply"),
+        (compressed.Compressed, "_apply"),
     ):
         fast = getattr(way, method)
         if not hasattr(fast, "fast"):
@@ -43,12 +45,12 @@ def be_slow() -> None:
 
 
 def be_fast() -> None:
-    from qsr_engine.averaging import collectives, shared_memory, wire
+    from qsr_engine.averaging import allreduce, compressed, shared_memory
 
     for way, method in (
-        (collectives.AllReduce, "_finish"),
+        (allreduce.AllReduce, "_finish"),
         (shared_memory.SharedMemory, "_average_part"),
-        (wire.Compressed, "_apply"),
+        (compressed.Compressed, "_apply"),
     ):
         setattr(way, method, getattr(getattr(way, method), "fast", getattr(way, method)))
 
@@ -193,11 +195,32 @@ def test_a_loaded_checkpoint_ends_what_was_under_way(processes: Processes, tmp_p
         assert refused.startswith("step 9 is inside a round")
 
 
+def nothing_job() -> tuple[float, float]:
+    """ZeRO leaves a rank without a part of a model that is small: nothing to average, behind steps and a forward."""
+    dist.init_process_group("gloo")
+    delayed = Averager([], None, AveragingConfig(overlap="delayed", delay_steps=1))
+    delayed.snapshot()
+    delayed.apply()
+    behind, model = Averager([], None, AveragingConfig(overlap="next_forward")), nn.Identity()
+    behind.overlap_with(model, [], lambda part: None)
+    model(torch.ones(1))
+    assert behind.start()
+    behind.finish()
+    first, second = (averager.relative_distance([0.0, 0.0]) for averager in (delayed, behind))
+    assert first is not None
+    assert second is not None
+    return first.item(), second.item()
+
+
+def test_a_rank_with_nothing_to_average_takes_part(processes: Processes) -> None:
+    assert processes.run(nothing_job) == [(0.0, 0.0)] * 2
+
+
 LEAVES_EARLY = """
 import torch, torch.distributed as dist
 from torch import nn
 from qsr_engine.averaging import Averager, flat_buckets
-from qsr_engine.config import AveragingConfig
+from qsr_engine.config.qsr import AveragingConfig
 dist.init_process_group("gloo")
 model = nn.Linear(2000, 2000, bias=False)
 options = AveragingConfig(overlap="next_forward", shared_memory=False, bucket_mb=0.1)

@@ -1,4 +1,4 @@
-"""The speed at which sharpness falls: the slow SDEs of the paper's Section 3, measured on benchmarks/slow_sde.py.
+"""The speed at which sharpness falls: the slow SDEs of the paper's Section 3, measured by benchmarks/slow_sde.
 
 A boundary that averages nothing, gradients that are averaged in a local round, or a period that does not follow the
 learning rate move one of these speeds by more than its interval.
@@ -7,16 +7,13 @@ learning rate move one of these speeds by more than its interval.
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
+from benchmarks.slow_sde.measurement import Outcome, Pair, measure
+from benchmarks.slow_sde.theory import Case, predicted_speed, psi
 from tests.support.pool import Processes
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from slow_sde import Case, Outcome, Pair, measure, predicted_speed, psi
 
 WORKERS = 4
 CASES = {

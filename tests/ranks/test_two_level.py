@@ -35,7 +35,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def hosts_job() -> tuple[list[list[int]], list[list[int]]]:
-    from qsr_engine.averaging.shared_memory import hosts_of
+    from qsr_engine.averaging.choose import hosts_of
 
     dist.init_process_group("gloo")
     true = hosts_of(None)
@@ -122,15 +122,15 @@ def test_where_it_cannot_be_done_true_names_the_topology(processes: Processes, h
 
 
 def crowded_job(**options: Any) -> tuple[str, list[str]]:
-    from qsr_engine.averaging import shared_memory
+    from qsr_engine.averaging import choose
 
-    free, shared_memory._free = shared_memory._free, lambda: 1000
+    free, choose._free = choose._free, lambda: 1000
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             return way_job(**options), [str(w.message) for w in caught if "/dev/shm" in str(w.message)]
     finally:
-        shared_memory._free = free
+        choose._free = free
 
 
 @pytest.mark.parametrize(("two_level", "way"), [("auto", "AllReduce"), (True, "TwoLevelCollectives")])

@@ -7,11 +7,13 @@ import itertools
 import shutil
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 
 from tests.support import reference, training
 from tests.support.counting import collectives_across_workers
+from tests.support.pool import undo
 
 STAGES = (0, 1, 2, 3)
 PRECISIONS = ("fp32", "bf16", "bf16, fp32 accumulation", "fp16")
@@ -27,6 +29,9 @@ class Combination:
     stage: int
     precision: str
     optimizer: str
+
+    def __str__(self) -> str:
+        return f"{self.stage}-{self.precision}-{self.optimizer}"
 
     @property
     def refused(self) -> str | None:
@@ -85,10 +90,10 @@ COMBINATIONS = list(itertools.starmap(Combination, itertools.product(STAGES, PRE
 
 def pretend_fp16() -> None:
     """A mock, since this CPU has no fast fp16: DeepSpeed asks its accelerator before it allows fp16. torch computes
-    it all the same."""
+    it all the same. Until the job ends."""
     from deepspeed.accelerator import get_accelerator
 
-    type(get_accelerator()).is_fp16_supported = lambda self: True
+    undo.enter_context(mock.patch.object(type(get_accelerator()), "is_fp16_supported", return_value=True))
 
 
 def start(combination: Combination, qsr: dict[str, Any], **config: Any) -> Any:

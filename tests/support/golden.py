@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.support import training
+from tests.support.combinations import pretend_fp16
 from tests.support.pool import Processes
 
 Pool = Processes
@@ -151,13 +152,6 @@ def start(setting: Setting) -> Any:
     if setting.stage == 3:  # matrices are partitioned, vectors stay gathered
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 20
     return qsr_engine.initialize(model=model, optimizer=optimizer, config=config)[0]
-
-
-def pretend_fp16() -> None:
-    """DeepSpeed asks its accelerator before it allows fp16, and this CPU has no fast one; torch computes it anyway."""
-    from deepspeed.accelerator import get_accelerator
-
-    type(get_accelerator()).is_fp16_supported = lambda self: True
 
 
 def take_step(engine: Any, setting: Setting) -> bool:

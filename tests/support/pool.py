@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 JOB_SECONDS = 120.0
-MOST_THREADS = 250  # stage 3 leaves some behind with every engine; above this the pool is started anew
+MOST_THREADS = 1000  # stage 3 leaves some behind with every engine; above this the pool is started anew
 
 
 class JobError(AssertionError):
@@ -147,6 +147,7 @@ def _serve(pipe: Connection) -> None:
             _destroy_engines()
         with suppress(Exception):
             _leave_process_group()
+        _restore_linear()
         gc.collect()
         if first:  # so that later searches and collections need not look at all of torch and deepspeed again
             gc.freeze()
@@ -179,3 +180,15 @@ def _leave_process_group() -> None:
     # the processes here differ in the jobs that they have done.
     deepspeed.zero.Init.param_id = 0
     DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+
+
+def _restore_linear() -> None:
+    """An engine at stage 3 puts a function of DeepSpeed's in the place of torch.nn.functional.linear, for good.
+
+    It adds the bias after the product, where torch begins the sum with it. Last bits differ as soon as MKL takes the
+    sum in parts (768 terms do), and what a job computes would depend on the jobs before it.
+    """
+    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
+    from torch import nn
+
+    nn.functional.linear = getattr(InsertPostInitMethodToModuleSubClasses, "linear_bk", nn.functional.linear)

@@ -14,14 +14,14 @@ APART = [0, 1, 0, 1]
 @contextlib.contextmanager
 def pretended(hosts: list[int]) -> Iterator[None]:
     """This process believes to be on the host that the list gives for its rank."""
-    from qsr_engine.averaging import shared_memory
+    from qsr_engine.averaging import choose
 
-    true = shared_memory._host
-    shared_memory._host = lambda: (*(true() or ()), f"pretended {hosts[int(os.environ['RANK'])]}")
+    true = choose._host
+    choose._host = lambda: (*(true() or ()), f"pretended {hosts[int(os.environ['RANK'])]}")
     try:
         yield
     finally:
-        shared_memory._host = true
+        choose._host = true
 
 
 def on_hosts(hosts: list[int], what: Callable[..., Any], **kwargs: Any) -> Any:

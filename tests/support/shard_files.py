@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import io
 import tarfile
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from qsr_engine.data.index import Index, Split
+from qsr_engine.data.samples import Sample, parse_sample
+from qsr_engine.data.streaming import read_shard
+from qsr_engine.data.writing.shard import write_shard
 
 
 def write_images(root: Path, counts: dict[str, int], name: str = "{}.png") -> None:
@@ -45,3 +51,44 @@ def write_tar(path: Path, content: dict[str, bytes]) -> None:
 def read_folder(folder: Path) -> dict[str, bytes]:
     """The bytes of every file in a folder, hidden ones too."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@cache
+def noise(seed: int, mode: str = "PNG") -> bytes:
+    """An image file of 8 x 8 pixels of noise."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, format=mode)
+    return stream.getvalue()
+
+
+def shards_of(folder: Path, sizes: list[int]) -> tuple[Path, Index]:
+    """Noise images in shards of so many samples; label and key of each are its number. One split, "all"."""
+    shards, first = [], 0
+    for shard, size in enumerate(sizes):
+        samples = [(f"{n:08d}", "png", noise(n), n) for n in range(first, first + size)]
+        shards.append(write_shard(folder / f"all-{shard:06d}.tar", samples))
+        first += size
+    return folder, Index(classes=None, splits={"all": Split(samples=first, shards=shards)})
+
+
+def read_samples(folder: Path, index: Index, split: str) -> list[Sample]:
+    """All samples of a split, in the order of its shards."""
+    return [
+        parse_sample(folder / shard.name, raw, index.class_count)
+        for shard in index.split(split).shards
+        for raw in read_shard(folder / shard.name)
+    ]
+
+
+def with_field(data: bytes, header: int, at: int, value: bytes) -> bytes:
+    """A tar file with other bytes in one of its headers, and the right checksum."""
+    changed = bytearray(data)
+    changed[header + at : header + at + len(value)] = value
+    changed[header + 148 : header + 156] = b" " * 8
+    changed[header + 148 : header + 156] = b"%06o\0 " % sum(changed[header : header + 512])
+    return bytes(changed)
+
+
+def decoded(sample: Sample) -> Image.Image:
+    return Image.open(io.BytesIO(sample.image))

@@ -32,6 +32,7 @@ from qsr_engine.engines.deepspeed.groups import WorkerGroups
 from qsr_engine.engines.deepspeed.internals import deepspeed_uses, keep_checks_inside_the_worker, leave_out_reduction
 from qsr_engine.engines.deepspeed.replicas import Stage3, replica_of
 from qsr_engine.engines.driver import Driver, Place, Update
+from qsr_engine.engines.replica import Replica
 from qsr_engine.engines.start import Agreed
 from qsr_engine.engines.surface import Surface
 
@@ -96,17 +97,7 @@ class LocalStepEngine(DeepSpeedEngine, Surface):  # type: ignore[misc]  # deepsp
             hidden=groups is None and engine.device.type != "cpu",
             record=taken._record,
         )
-        layout = {
-            "engine": "deepspeed",
-            "workers": workers,
-            "worker_size": dist.get_world_size() // workers,
-            "zero_stage": int(engine.zero_optimization_stage()),
-            "masters": type(replica).__name__,
-            "precision": str(engine.get_data_types()[0]).removeprefix("torch."),
-            "optimizer": type(engine.basic_optimizer).__name__,
-            "order": order,
-            "model": agreed.model,
-        }
+        layout = {**_layout(engine, replica, workers), "order": order, "model": agreed.model}
         taken._checkpointer = Checkpointer(
             Identity(layout, {**config, "qsr": qsr.model_dump()}, place.worker, workers),
             taken,
@@ -189,7 +180,7 @@ class LocalStepEngine(DeepSpeedEngine, Surface):  # type: ignore[misc]  # deepsp
 
     def save_16bit_model(self, *args: Any, **kwargs: Any) -> Any:
         """As DeepSpeed's, on a boundary only. Raises RuntimeError inside a round."""
-        self._checkpointer.check_boundary("save")
+        self.local_steps.rounds.check_boundary("save")
         self.local_steps.wait()
         with deepspeed_uses(self.worker_groups):
             return super().save_16bit_model(*args, **kwargs)
@@ -209,6 +200,19 @@ class LocalStepEngine(DeepSpeedEngine, Surface):  # type: ignore[misc]  # deepsp
         """As DeepSpeed's destroy(); call it before the process group is destroyed."""
         self._driver.close()
         super().destroy()
+
+
+def _layout(engine: DeepSpeedEngine, replica: Replica, workers: int) -> dict[str, Any]:
+    """What must be the same for a run to go on bit for bit, beside the model."""
+    return {
+        "engine": "deepspeed",
+        "workers": workers,
+        "worker_size": dist.get_world_size() // workers,
+        "zero_stage": int(engine.zero_optimization_stage()),
+        "masters": type(replica).__name__,
+        "precision": str(engine.get_data_types()[0]).removeprefix("torch."),
+        "optimizer": type(engine.basic_optimizer).__name__,
+    }
 
 
 def _check_state(optimizer: torch.optim.Optimizer) -> None:

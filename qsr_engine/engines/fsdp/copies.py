@@ -2,7 +2,7 @@
 
 What FSDP does for shards, for a worker of one rank, which has nothing to gather: the optimizer and the averaging know
 the fp32 parameters only (the masters), the model computes in copies of them, and gradients come back to the masters in
-fp32. fully_shard over one rank gives the same bits, and takes a quarter more time (benchmarks/fsdp.py).
+fp32. fully_shard over one rank gives the same bits, and takes a quarter more time (benchmarks/fsdp).
 """
 
 from __future__ import annotations

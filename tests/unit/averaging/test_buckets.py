@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from qsr_engine.averaging import ring_bytes
 from qsr_engine.averaging.buckets import (
     ALIGNMENT,
     Piece,
@@ -16,7 +17,6 @@ from qsr_engine.averaging.buckets import (
     pieces_in_place,
     plan_buckets,
 )
-from qsr_engine.averaging.collectives import ring_bytes
 
 
 @given(st.lists(st.integers(0, 50), max_size=30), st.integers(1, 40), st.integers(1, 16))

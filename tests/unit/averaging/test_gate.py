@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qsr_engine.averaging.overlap import Background, Gate
+from qsr_engine.averaging.background import Background
+from qsr_engine.averaging.gate import Gate
 
 CPU = torch.device("cpu")
 

@@ -13,28 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.scale.__main__ import main
+from benchmarks.scale.measured import read_measured, simulate_measured
+from benchmarks.scale.simulation import NO_FAILURES, FailureQueue, Failures, Outcome, Simulation
+from benchmarks.scale.step_times import KNOTS, Sampler, Steps, Sums
+from benchmarks.scale.study import Options, save_every
 from qsr_engine.config.qsr import QSRConfig
 from qsr_engine.config.strict import ConfigError, validate
 from qsr_engine.planning.cost import CostModel, Network
 from qsr_engine.schedule import Round, rounds
-
-sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
-from scale import (
-    KNOTS,
-    NO_FAILURES,
-    FailureQueue,
-    Failures,
-    Options,
-    Outcome,
-    Sampler,
-    Simulation,
-    Steps,
-    Sums,
-    main,
-    read_measured,
-    save_every,
-    simulate_measured,
-)
 
 LR = {"schedule": "cosine", "peak": 0.008, "min": 1e-6, "warmup_steps": 100}
 BLOCKS: dict[str, dict[str, Any]] = {

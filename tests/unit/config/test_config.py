@@ -167,6 +167,20 @@ def test_digest_tells_configurations_apart() -> None:
         ({"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}, "optimizer.params.lr is 'auto'"),
         ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer is set"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param.device is 'nvme'"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            "offload_param is set and the stage is 2",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}},
+            "averaging needs the masters in memory",
+        ),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "secondary copies would cross workers"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "zero_quantized_weights is set"),
+        (
+            {"data_types": {"grad_accum_dtype": "fp32"}, "bf16": {"enabled": True}},
+            "grad_accum_dtype is fp32 and ZeRO is off",
+        ),
         ({"optimizer": {"type": "OneBitAdam"}}, "'OneBitAdam' communicates by itself"),
         ({"scheduler": {"type": "WarmupLR"}}, "both qsr.lr and scheduler"),
         ({"sequence_parallel_size": 2}, "sequence_parallel_size is set"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import random
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,56 +12,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from sklearn.datasets import load_sample_image
 
 from qsr_engine.data import decoding
-from qsr_engine.data.batches import ImageBatch, decode_batch
-from qsr_engine.data.decoding import Augment, Decoder, Pixels, Region, decode_whole, image_size
-from qsr_engine.data.device import MEAN, STD, MixUp, Normalise, on_device
+from qsr_engine.data.decoding import Pixels, Region, decode_whole, image_size
 from qsr_engine.data.errors import DataError
-from qsr_engine.data.gpu_decoding import GPUDecoder, in_thread
 from qsr_engine.data.samples import Sample
 from qsr_engine.data.views import EvalView, TrainView, View
+from tests.support.pictures import difference, encode, evaluation_decoder, photo, ramp, show, train_decoder
 
 if decoding.REGIONS:
     from qsr_engine.data import _jpeg
 with_libjpeg = pytest.mark.skipif(not decoding.REGIONS, reason="installed without a compiler or libjpeg-turbo")
 CPU = torch.device("cpu")
-
-
-def encode(image: Image.Image, format: str = "PNG", label: int = 3, **options: Any) -> Sample:
-    stream = io.BytesIO()
-    image.save(stream, format=format, **options)
-    return Sample("train-000000.tar", "k7", stream.getvalue(), label)
-
-
-@cache
-def photo(name: str = "china.jpg") -> Image.Image:
-    """A real photograph of 640 x 427 pixels, which comes with scikit-learn."""
-    return Image.fromarray(load_sample_image(name))
-
-
-def ramp(height: int, width: int) -> Image.Image:
-    """Rises from left to right, so that a flip and the place of a crop can be seen."""
-    row = np.linspace(0, 255, width).astype(np.uint8)
-    return Image.fromarray(np.broadcast_to(row[None, :, None], (height, width, 3)).copy())
-
-
-def show(decoder: Decoder, image: Image.Image | Sample, seed: int = 0) -> Pixels:
-    out = np.full((decoder.size, decoder.size, 3), 77, np.uint8)
-    decoder.decode(image if isinstance(image, Sample) else encode(image), random.Random(seed), out)
-    return out
-
-
-def train(size: int, augment: str) -> Decoder:
-    return Decoder(size, TrainView(size, augment))
-
-
-def evaluation(size: int) -> Decoder:
-    return Decoder(size, EvalView(size))
-
-
-# ------------------------------------------------------------------------------------- decoding one region
 
 
 @with_libjpeg
@@ -166,9 +127,6 @@ def test_bytes_that_are_no_jpeg_raise(data: bytes) -> None:
         _jpeg.size(b"\xff\xd8" + data)
 
 
-# --------------------------------------------------------------------------------------------- the same picture
-
-
 def reference(sample: Sample, view: View, size: int) -> Pixels:
     """The obvious way, by Pillow: decode everything, cut the box out (or don't), resize, move, flip."""
     whole = Image.open(io.BytesIO(sample.image)).convert("RGB")
@@ -181,17 +139,12 @@ def reference(sample: Sample, view: View, size: int) -> Pixels:
     return picture[:, ::-1] if view.flip else picture
 
 
-def difference(one: Pixels, other: Pixels) -> float:
-    """Mean absolute difference, of 255."""
-    return float(np.abs(one.astype(int) - other.astype(int)).mean())
-
-
 @pytest.mark.parametrize("name", ["china.jpg", "flower.jpg"])
 @pytest.mark.parametrize("size", [224, 64, 32, 16])  # from 64 on, some crops are so large that the DCT halves them
 def test_pictures_are_those_of_pillow(name: str, size: int) -> None:
     """Crops of photographs, against Pillow's antialiased resize of the same crop: 0.5 of 255 at most in the mean."""
     sample = encode(photo(name), "JPEG", quality=90)
-    for decoder in (train(size, "crop_flip"), evaluation(size), train(size, "none")):
+    for decoder in (train_decoder(size, "crop_flip"), evaluation_decoder(size), train_decoder(size, "none")):
         views = [decoder.choose(640, 427, random.Random(seed)) for seed in range(20)]
         shown = [show(decoder, sample, seed) for seed in range(20)]
         pairs = zip(shown, (reference(sample, view, size) for view in views), strict=True)
@@ -229,7 +182,7 @@ def test_the_box_is_inside_the_region_and_the_region_inside_the_image(
 def test_without_libjpeg_the_pictures_are_the_same_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     samples = [encode(photo(), "JPEG", subsampling=s, quality=85) for s in ("4:4:4", "4:2:2", "4:2:0")]
     samples.append(encode(photo().convert("L"), "JPEG"))
-    decoders = [train(size, "crop_flip") for size in (224, 16)] + [evaluation(224)]
+    decoders = [train_decoder(size, "crop_flip") for size in (224, 16)] + [evaluation_decoder(224)]
 
     def pictures() -> list[Pixels]:
         return [show(decoder, sample, seed) for decoder in decoders for sample in samples for seed in range(5)]
@@ -258,7 +211,7 @@ def test_without_libjpeg_the_pictures_are_the_same_bit_for_bit(monkeypatch: pyte
 def test_every_kind_of_image_is_decoded(mode: str, format: str, options: dict[str, Any], side: int) -> None:
     image = photo().crop((300, 200, 300 + side, 200 + side)).convert(mode)
     sample = encode(image, format, **options)
-    for decoder in (train(32, "crop_flip"), evaluation(32)):
+    for decoder in (train_decoder(32, "crop_flip"), evaluation_decoder(32)):
         view = decoder.choose(side, side, random.Random(1))
         assert difference(show(decoder, sample, 1), reference(sample, view, 32)) <= 0.5
 
@@ -266,17 +219,14 @@ def test_every_kind_of_image_is_decoded(mode: str, format: str, options: dict[st
 def test_grey_of_16_bits_keeps_its_levels() -> None:
     """Pillow alone makes white of everything above 255."""
     levels = np.linspace(0, 65535, 256 * 256).round().astype(np.uint16).reshape(256, 256)
-    shown = show(train(256, "none"), encode(Image.fromarray(levels)))
+    shown = show(train_decoder(256, "none"), encode(Image.fromarray(levels)))
     np.testing.assert_allclose(shown[:, :, 0], levels / 257, atol=1)
 
 
 def test_pixels_of_a_png_of_the_right_size_are_exact() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    for decoder in (train(8, "none"), evaluation(8)):
+    for decoder in (train_decoder(8, "none"), evaluation_decoder(8)):
         assert np.array_equal(show(decoder, Image.fromarray(pixels)), pixels)
-
-
-# ------------------------------------------------------------------------------------------------------ limits
 
 
 def test_images_with_too_many_pixels_are_refused_before_they_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,26 +234,13 @@ def test_images_with_too_many_pixels_are_refused_before_they_are_decoded(monkeyp
     for format in ("PNG", "JPEG"):
         image_size(encode(Image.new("L", (10, 10)), format))
         with pytest.raises(DataError, match=r"train-000000\.tar: sample 'k7' has 11 x 10 pixels; the limit is 100"):
-            show(train(8, "none"), encode(Image.new("L", (11, 10)), format))
+            show(train_decoder(8, "none"), encode(Image.new("L", (11, 10)), format))
 
 
 def test_an_image_that_resizing_would_blow_up_is_refused() -> None:
     image_size(encode(Image.new("L", (100, 1))))
     with pytest.raises(DataError, match=r"sample 'k7' has 1 x 101 pixels; the limit is a side 100 times as long"):
-        show(train(8, "none"), encode(Image.new("L", (1, 101))))
-
-
-@pytest.mark.parametrize("format", ["PNG", "JPEG"])
-def test_a_bomb_is_refused(format: str) -> None:
-    """A tiny file whose header says 40,000 x 40,000 pixels."""
-    data = bytearray(encode(Image.new("L", (1, 1)), format).image)
-    if format == "PNG":
-        data[16:24] = (40_000).to_bytes(4, "big") * 2
-    else:
-        frame = data.index(b"\xff\xc0") + 5
-        data[frame : frame + 4] = (40_000).to_bytes(2, "big") * 2
-    with pytest.raises(DataError, match=r"train-000000\.tar: sample 'k7' "):
-        show(train(8, "none"), Sample("train-000000.tar", "k7", bytes(data), 0))
+        show(train_decoder(8, "none"), encode(Image.new("L", (1, 101))))
 
 
 def test_a_jpeg_of_very_many_scans_is_refused() -> None:
@@ -312,7 +249,7 @@ def test_a_jpeg_of_very_many_scans_is_refused() -> None:
     scan = sample.image.rindex(b"\xff\xda")
     bomb = sample.image[:scan] + sample.image[scan:-2] * 200 + b"\xff\xd9"
     with pytest.raises(DataError, match=r"sample 'k7' has 20\d scans; the limit is 100"):
-        show(train(8, "none"), sample._replace(image=bomb))
+        show(train_decoder(8, "none"), sample._replace(image=bomb))
 
 
 @pytest.mark.parametrize("cut", [2, 3, 100, 20_000])
@@ -322,32 +259,29 @@ def test_a_jpeg_that_is_cut_is_refused_whatever_the_crop(cut: int) -> None:
     for seed in range(10):
         if cut > 2:  # without its last two bytes all pixels are there, and Pillow takes it
             with pytest.raises(DataError, match=r"sample 'k7' does not decode as JPEG or PNG"):
-                show(train(32, "crop"), sample, seed)
+                show(train_decoder(32, "crop"), sample, seed)
 
 
 def test_what_follows_the_end_of_a_jpeg_does_no_harm() -> None:
     sample = encode(photo(), "JPEG")
     longer = sample._replace(image=sample.image + b"\0" * 100)
-    assert np.array_equal(show(train(32, "crop"), sample), show(train(32, "crop"), longer))
-
-
-# -------------------------------------------------------------------------------------------------------- views
+    assert np.array_equal(show(train_decoder(32, "crop"), sample), show(train_decoder(32, "crop"), longer))
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (5, 9), (64, 200), (100, 80), (256, 256), (1, 30)])
 @pytest.mark.parametrize("augment", ["none", "crop", "crop_flip", "evaluation"])
 def test_every_shape_becomes_a_square_of_the_size(shape: tuple[int, int], augment: str) -> None:
-    decoder = evaluation(32) if augment == "evaluation" else train(32, augment)
+    decoder = evaluation_decoder(32) if augment == "evaluation" else train_decoder(32, augment)
     show(decoder, ramp(*shape))
 
 
 def test_none_crops_the_centre_of_a_wide_image() -> None:
-    assert np.array_equal(show(train(8, "none"), ramp(8, 16)), np.asarray(ramp(8, 16))[:, 4:12])
+    assert np.array_equal(show(train_decoder(8, "none"), ramp(8, 16)), np.asarray(ramp(8, 16))[:, 4:12])
 
 
 def test_evaluation_of_a_large_image_leaves_the_margin_out() -> None:
     """224 of 256 pixels: the ramp from 0 to 255 is seen from 16/256 to 240/256 of its way."""
-    assert np.array_equal(show(evaluation(224), ramp(256, 256)), np.asarray(ramp(256, 256))[16:240, 16:240])
+    assert np.array_equal(show(evaluation_decoder(224), ramp(256, 256)), np.asarray(ramp(256, 256))[16:240, 16:240])
 
 
 def test_small_images_are_padded_by_an_eighth_and_cropped() -> None:
@@ -355,7 +289,7 @@ def test_small_images_are_padded_by_an_eighth_and_cropped() -> None:
     white = encode(Image.new("RGB", (16, 16), "white"))
     places = set()
     for seed in range(300):
-        lit = show(train(16, "crop"), white, seed)[:, :, 0] > 0
+        lit = show(train_decoder(16, "crop"), white, seed)[:, :, 0] > 0
         places.add((int(lit.any(1).argmax()), int(lit.any(0).argmax()), int(lit.sum())))
     assert {(row, column) for row, column, _ in places} == {(row, column) for row in range(3) for column in range(3)}
     assert min(total for *_, total in places) == 14 * 14
@@ -378,137 +312,6 @@ def test_random_crops_are_distributed_as_those_of_torchvision(width: int, height
 
 def test_flip_flips_half_of_the_images_and_crop_none() -> None:
     for augment, low, high in (("crop", 0, 0), ("crop_flip", 35, 65)):
-        rows = [show(train(32, augment), ramp(128, 128), seed)[0, :, 0].astype(int) for seed in range(100)]
+        sample = encode(ramp(128, 128))
+        rows = [show(train_decoder(32, augment), sample, seed)[0, :, 0].astype(int) for seed in range(100)]
         assert low <= sum(int(row[0] > row[-1]) for row in rows) <= high
-
-
-# ------------------------------------------------------------------------------------------------------ batches
-
-
-def batch(
-    samples: list[Sample | DataError], decoder: Decoder, seed: int = 11, skip: bool = False, replace: bool = True
-) -> tuple[Pixels, list[int], tuple[str, ...]]:
-    out = np.full((len(samples), decoder.size, decoder.size, 3), 77, np.uint8)
-    labels, skipped = decode_batch(samples, decoder, seed, out, skip=skip, replace=replace)
-    return out, labels, skipped
-
-
-@pytest.mark.parametrize("augment", [None, Augment(2, 10)])
-def test_a_batch_depends_on_its_seed_alone(augment: Augment | None) -> None:
-    samples: list[Sample | DataError] = [encode(photo(), "JPEG")] * 3
-    decoder = Decoder(32, TrainView(32, "crop_flip"), augment)
-    torch.manual_seed(3)
-    before = torch.get_rng_state(), random.getstate()
-    pictures, labels, _ = batch(samples, decoder)
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert random.getstate() == before[1]
-    torch.manual_seed(4)
-    assert np.array_equal(batch(samples, decoder)[0], pictures)
-    assert not np.array_equal(batch(samples, decoder, seed=12)[0], pictures)
-    assert not np.array_equal(pictures[0], pictures[1])
-    assert labels == [3, 3, 3]
-
-
-def test_randaugment_changes_pictures_after_the_crop() -> None:
-    samples: list[Sample | DataError] = [encode(photo(), "JPEG")] * 8
-    plain = batch(samples, train(32, "crop_flip"))[0]
-    augmented = batch(samples, Decoder(32, TrainView(32, "crop_flip"), Augment(2, 10)))[0]
-    none = batch(samples, Decoder(32, TrainView(32, "crop_flip"), Augment(0, 10)))[0]
-    assert np.array_equal(plain, none), "the crops are the same"
-    assert sum(not np.array_equal(one, other) for one, other in zip(plain, augmented, strict=True)) >= 6
-
-
-def test_bad_samples_are_replaced_or_marked() -> None:
-    good = [encode(photo(), "JPEG", label=n) for n in range(3)]
-    wrong = DataError("train-000001.tar: sample 'x' has no label")
-    broken = good[0]._replace(image=b"hello", key="h")
-    samples: list[Sample | DataError] = [wrong, good[0], good[1], broken, good[2], wrong]
-    with pytest.raises(DataError, match="sample 'x' has no label"):
-        batch(samples, train(32, "none"))
-    pictures, labels, skipped = batch(samples, train(32, "none"), skip=True)
-    assert labels == [0, 0, 1, 2, 2, 0]
-    assert len(skipped) == 3
-    assert "sample 'h' does not decode" in skipped[1]
-    assert np.array_equal(pictures[3], pictures[4])
-    pictures, labels, skipped = batch(samples, train(32, "none"), skip=True, replace=False)
-    assert labels == [-1, 0, 1, -1, 2, -1]
-    assert not pictures[3].any()
-    with pytest.raises(DataError, match=r"all 2 samples of a batch are bad, .*; the last: .*no label"):
-        batch([broken, wrong], train(32, "none"), skip=True)
-
-
-# --------------------------------------------------------------------------------------------------- the device
-
-
-def test_pictures_are_normalised_on_the_device() -> None:
-    images = torch.randint(0, 256, (4, 3, 5, 6), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
-    found = Normalise(CPU, torch.float32)(images)
-    mean, std = (torch.tensor(value, dtype=torch.float64).view(1, 3, 1, 1) for value in (MEAN, STD))
-    # fp32 has 24 bits, and values reach 2.6 in three operations.
-    torch.testing.assert_close(found.double(), (images.double() / 255 - mean) / std, rtol=0, atol=1e-6)
-    assert found.is_contiguous(memory_format=torch.channels_last)
-    assert Normalise(CPU, torch.bfloat16)(images).dtype == torch.bfloat16
-
-
-def test_mixup_mixes_neighbours_and_their_labels_alike() -> None:
-    torch.manual_seed(0)
-    images, labels = torch.eye(4)[:, :, None, None].expand(4, 4, 2, 2), torch.arange(4)  # a channel for each class
-    drawn = []
-    for _ in range(50):
-        mixed, shares = MixUp(0.2, 4)(images, labels)
-        torch.testing.assert_close(mixed[:, :, 1, 0], shares)
-        assert shares[1, 0] == 1 - shares[1, 1] == shares[0, 3]
-        drawn.append(float(shares[1, 1]))
-    assert len(set(drawn)) > 30
-    assert np.mean(drawn) == pytest.approx(0.5, abs=0.2), "symmetric, with a standard error of 0.06"
-
-
-def test_on_a_cpu_batches_pass_unchanged() -> None:
-    batches = [ImageBatch(torch.zeros(1, 3, 2, 2), torch.tensor([n]), ("x",)) for n in range(3)]
-    passed = list(on_device(batches, CPU))
-    assert [int(b.labels) for b in passed] == [0, 1, 2]
-    assert passed[0].skipped == ("x",)
-
-
-@pytest.mark.parametrize("size", [64, 16])
-def test_the_gpu_decoder_shows_the_same_crops(size: int) -> None:
-    """Run on the CPU here: torchvision's decode_jpeg gives no nvJPEG without a GPU."""
-    samples: list[Sample | DataError] = [
-        *(encode(photo(name), "JPEG", label=1) for name in ("china.jpg", "flower.jpg") for _ in range(3)),
-        encode(photo(), "JPEG", progressive=True),
-        encode(photo().crop((0, 0, 40, 50)), "JPEG"),
-        encode(photo(), "PNG"),
-    ]
-    decoder = train(size, "crop_flip")
-    ours = batch(samples, decoder)[0]
-    theirs = GPUDecoder(decoder, CPU).batch(samples, 11, skip=False)
-    assert theirs.labels.tolist() == [1] * 6 + [3] * 3
-    assert theirs.images.is_contiguous(memory_format=torch.channels_last)
-    for one, other in zip(ours, theirs.images.permute(0, 2, 3, 1).numpy(), strict=True):
-        # Two antialiased resizes round at other places; where the DCT has halved (16), 0.5 more.
-        assert difference(one, other) <= (1.0 if size == 64 else 1.5)
-
-
-def test_the_gpu_decoder_finds_the_bad_one() -> None:
-    good = encode(photo(), "JPEG")
-    rotten = good._replace(image=good.image[:5000] + b"\0" * 20_000 + good.image[25_000:], key="rotten")
-    broken = good._replace(image=b"\xff\xd8", key="broken")
-    decoder = GPUDecoder(train(32, "crop"), CPU)
-    with pytest.raises(DataError, match="sample 'broken' does not decode"):
-        decoder.batch([good, broken], 1, skip=False)
-    found = decoder.batch([broken, good, rotten], 1, skip=True)
-    assert any("sample 'broken'" in text for text in found.skipped)
-    assert found.labels.tolist() == [3, 3, 3]
-    assert torch.equal(found.images[0], found.images[1])
-
-
-def test_a_thread_reads_ahead_and_hands_over_its_error() -> None:
-    def items() -> Any:
-        yield from range(3)
-        raise DataError("no more")
-
-    seen = in_thread(items())
-    assert [next(seen) for _ in range(3)] == [0, 1, 2]
-    with pytest.raises(DataError, match="no more"):
-        next(seen)
-    assert list(in_thread(range(20))) == list(range(20))

@@ -31,8 +31,8 @@ from qsr_engine.data.random_access import RandomAccess
 from qsr_engine.data.samples import Position, Sample
 from qsr_engine.data.tar_shard import TarShard
 from qsr_engine.data.writing.folder import write_index
-from qsr_engine.data.writing.shard import write_shard
-from tests.unit.data.test_loader import equal, noise
+from tests.support.loading import equal
+from tests.support.shard_files import shards_of
 
 SIZES = [7, 9, 8, 6, 10]
 
@@ -41,12 +41,7 @@ SIZES = [7, 9, 8, 6, 10]
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str, list[str]]]:
     """A folder of five shards, its URL at a real HTTP server, and the paths that were asked for."""
     folder = tmp_path_factory.mktemp("served")
-    shards, first = [], 0
-    for number, size in enumerate(SIZES):
-        samples = [(f"{n:08d}", "png", noise(n), n) for n in range(first, first + size)]
-        shards.append(write_shard(folder / f"all-{number:06d}.tar", samples))
-        first += size
-    write_index(folder, Index(classes=None, splits={"all": Split(samples=first, shards=shards)}))
+    write_index(*shards_of(folder, SIZES))
     asked: list[str] = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):

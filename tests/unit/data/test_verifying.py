@@ -37,18 +37,18 @@ def three(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_every_shard_that_changed_is_named(three: Path, processes: int) -> None:
-    assert verify_shards(three, processes=processes, decode=True) == read_index(three)
+def test_every_shard_that_changed_is_named(three: Path) -> None:
+    assert verify_shards(three, decode=True) == read_index(three)
     changed = three / "train-000000.tar"
     changed.write_bytes(changed.read_bytes().replace(A, A[:-1] + b"?"))
     (three / "val-000000.tar").unlink()
-    with pytest.raises(DataError) as caught:
-        verify_shards(three, processes=processes)
-    assert str(caught.value).splitlines() == [
-        f"{changed}: its sha256 is not that of index.json; copy or write this shard again",
-        f"{three}/val-000000.tar: this shard is missing; copy or write it again",
-    ]
+    for processes in (1, 2):
+        with pytest.raises(DataError) as caught:
+            verify_shards(three, processes=processes)
+        assert str(caught.value).splitlines() == [
+            f"{changed}: its sha256 is not that of index.json; copy or write this shard again",
+            f"{three}/val-000000.tar: this shard is missing; copy or write it again",
+        ]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Writing shards, their index, and the checks before a run."""
+"""Making shards of digits, of folders of images, and an index of shards that exist."""
 
 from __future__ import annotations
 
@@ -26,9 +26,7 @@ from qsr_engine.data import (
     write_imagefolder,
 )
 from qsr_engine.data.index import Shard, Split
-from qsr_engine.data.samples import Sample, parse_sample
-from qsr_engine.data.streaming import read_shard
-from tests.support.shard_files import write_images, write_tar
+from tests.support.shard_files import read_samples, write_images, write_tar
 
 SHA = "0" * 64
 
@@ -36,26 +34,6 @@ SHA = "0" * 64
 def members(shard: Path) -> dict[str, bytes]:
     with tarfile.open(shard) as tar:
         return {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
-
-
-def samples(folder: Path, index: Index, split: str) -> list[Sample]:
-    return [
-        parse_sample(folder / shard.name, raw, index.class_count)
-        for shard in index.split(split).shards
-        for raw in read_shard(folder / shard.name)
-    ]
-
-
-@pytest.fixture
-def small(tmp_path: Path) -> Path:
-    """Two shards of two samples in "train", one in "val", and their index."""
-    for name in ("train-000000.tar", "train-000001.tar", "val-000000.tar"):
-        write_tar(tmp_path / name, {"a.jpg": b"A", "a.cls": b"0", "b.jpg": b"B", "b.cls": b"1"})
-    index_shards(tmp_path)
-    return tmp_path
-
-
-# ---------------------------------------------------------------------------------------------------- digits
 
 
 def test_digits_are_1437_for_training_and_360_for_evaluation(digits: Path) -> None:
@@ -75,7 +53,7 @@ def test_digits_are_all_there_once_with_their_labels(digits: Path) -> None:
     written = Counter(
         (np.asarray(Image.open(io.BytesIO(sample.image))).tobytes(), sample.label)
         for split in index.splits
-        for sample in samples(digits, index, split)
+        for sample in read_samples(digits, index, split)
     )
     source = load_digits()
     pixels = np.round(source.images * 255 / 16).astype(np.uint8)
@@ -95,8 +73,8 @@ def test_writing_twice_gives_the_same_bytes_and_another_seed_gives_others(digits
 def test_keys_are_running_numbers_and_nothing_temporary_stays(digits: Path) -> None:
     index = read_index(digits)
     # Reports of runs on this data, and checkpoints inside an epoch, stand on this order.
-    assert [sample.label for sample in samples(digits, index, "val")][:12] == [2, 8, 7, 9, 5, 9, 3, 4, 7, 8, 4, 3]
-    assert [sample.key for sample in samples(digits, index, "val")] == [f"{number:08d}" for number in range(360)]
+    assert [sample.label for sample in read_samples(digits, index, "val")][:12] == [2, 8, 7, 9, 5, 9, 3, 4, 7, 8, 4, 3]
+    assert [sample.key for sample in read_samples(digits, index, "val")] == [f"{number:08d}" for number in range(360)]
     names = {shard.name for split in index.splits.values() for shard in split.shards}
     assert {path.name for path in digits.iterdir()} == {*names, "index.json"}
 
@@ -131,9 +109,6 @@ def test_out_must_be_a_folder_and_shards_must_have_samples(tmp_path: Path) -> No
         write_digits(tmp_path, samples_per_shard=0)
 
 
-# ---------------------------------------------------------------------------------------------- image folders
-
-
 def test_imagefolder_round_trip_keeps_every_byte_and_label(tmp_path: Path) -> None:
     root, out = tmp_path / "images", tmp_path / "out"
     write_images(root, {"train/dog": 3, "train/cat": 4}, name="{}.JPEG")
@@ -151,7 +126,7 @@ def test_imagefolder_round_trip_keeps_every_byte_and_label(tmp_path: Path) -> No
             for path in (root / folder / name).iterdir()
             if path.suffix != ".txt"
         )
-        assert Counter((s.image, s.label) for s in samples(out, index, split)) == files
+        assert Counter((s.image, s.label) for s in read_samples(out, index, split)) == files
     assert set(members(out / "train-000002.tar")) == {"00000006.cls", "00000006.jpg"}
     assert set(members(out / "val-000000.tar")) == {f"0000000{n}.{end}" for n in range(3) for end in ("cls", "png")}
 
@@ -161,7 +136,7 @@ def test_imagefolder_is_shuffled_by_the_seed(tmp_path: Path) -> None:
     labels = {}
     for name, seed in (("one", 0), ("same", 0), ("other", 1)):
         index = write_imagefolder(tmp_path / "images", tmp_path / name, seed=seed)
-        labels[name] = [sample.label for sample in samples(tmp_path / name, index, "train")]
+        labels[name] = [sample.label for sample in read_samples(tmp_path / name, index, "train")]
     assert labels["one"] == labels["same"] != labels["other"]
     assert labels["one"] != sorted(labels["one"])
 
@@ -228,9 +203,6 @@ def test_shards_do_not_become_a_class_or_a_split(tmp_path: Path, out: str) -> No
     (tmp_path / "shards").mkdir()
     write_imagefolder(tmp_path, tmp_path / "shards")  # beside train/ they are neither
     verify_shards(tmp_path / "shards")
-
-
-# ------------------------------------------------------------------------------------------- existing shards
 
 
 def test_existing_shards_are_counted_and_checked(small: Path) -> None:
@@ -330,9 +302,6 @@ def test_files_that_are_no_tar_and_empty_folders_are_named(tmp_path: Path) -> No
         (tmp_path / "train-000000.tar").write_bytes(content)
         with pytest.raises(DataError, match=r"train-000000\.tar: this shard cannot be read past sample 0: it is trunc"):
             index_shards(tmp_path)
-
-
-# ---------------------------------------------------------------------------------------------------- index
 
 
 @pytest.mark.parametrize(

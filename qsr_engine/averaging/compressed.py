@@ -29,12 +29,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsr_engine.averaging.buckets import Piece
-from qsr_engine.averaging.collectives import Group, Mean, all_gather_flat, collective, piece_name
+from qsr_engine.averaging.errors import Group, collective
+from qsr_engine.averaging.reducer import Reducer, all_gather_flat, piece_name
 
 WireType = Literal["bf16", "fp16", "int8"]
 BLOCK = 512  # elements with one scale
 _STEP = {"cpu": 256 * BLOCK, "cuda": 32768 * BLOCK}  # elements worked on at once: cache of a core, launches of a GPU
-PIECE = 16_000_000  # bytes of what is averaged that are on their way as one; up to four of them take memory at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,22 +78,22 @@ class Format:
             target.view(-1, BLOCK).addcmul_(values.view(-1, BLOCK).float(), scales[:, None])
 
 
-class Compressed(Mean):
+class Compressed(Reducer):
     """The mean of differences in a type of fewer bits. At most two pieces are in flight at a time.
 
     Args:
-        pieces: in-place pieces, which hold the same values on every rank of the group now.
+        pieces: in-place pieces, which hold the same values on every rank of the group now. Up to four of them take
+            memory at a time.
     """
 
+    exact = False
+
     def __init__(self, pieces: Sequence[Piece], group: Group, wire: WireType) -> None:
-        self.pieces = list(pieces)
-        self.group = group
+        ranks = dist.get_world_size(group)
         self._format = Format(wire)
-        self._ranks, self._rank = dist.get_world_size(group), dist.get_rank(group)
-        self.divisor = self._ranks
-        self._parts = [-(-piece.numel // (self._ranks * BLOCK)) * BLOCK for piece in self.pieces]  # elements
-        exchanged = sum(self._format.nbytes(part) for part in self._parts)
-        self.bytes_sent = 2 * (self._ranks - 1) * exchanged
+        self._parts = [-(-piece.numel // (ranks * BLOCK)) * BLOCK for piece in pieces]  # elements
+        super().__init__(pieces, ranks, 2 * (ranks - 1) * sum(self._format.nbytes(part) for part in self._parts))
+        self.group = group
         self._anchors = [piece.tensors[0].clone() for piece in self.pieces]
         self._memory: dict[torch.device, Tensor] = {}
         self._residuals: list[tuple[Tensor, Tensor]] = []  # of this rank's differences, of the mean of its part
@@ -107,9 +107,8 @@ class Compressed(Mean):
             ]
 
     @torch.no_grad()
-    def run(self, order: Sequence[int]) -> Iterator[tuple[int, Tensor | float | None]]:
-        """As Mean.run."""
-        if self._ranks == 1:
+    def _run(self, order: Sequence[int], divisor: int) -> Iterator[tuple[int, Tensor | None]]:
+        if self.ranks == 1:
             yield from ((index, None) for index in order)
             return
         sending: deque[_Exchange] = deque()
@@ -119,7 +118,7 @@ class Compressed(Mean):
             if waiting:
                 sending.append(self._send(waiting.popleft()))
             if sending and (len(sending) == 2 or not waiting):
-                gathering.append(self._reduce(sending.popleft()))
+                gathering.append(self._reduce(sending.popleft(), divisor))
             if gathering and (len(gathering) == 2 or not (waiting or sending)):
                 done = gathering.popleft()
                 self._apply(done)
@@ -128,10 +127,10 @@ class Compressed(Mean):
     def _send(self, index: int) -> _Exchange:
         """Encode this rank's difference and send to every rank its part."""
         piece, size = self.pieces[index], self._format.nbytes(self._parts[index])
-        outgoing = torch.empty(self._ranks, size, dtype=torch.uint8, device=piece.device)
+        outgoing = torch.empty(self.ranks, size, dtype=torch.uint8, device=piece.device)
         residual = self._residuals[index][0] if self._residuals else None
         flat, anchor = piece.tensors[0], self._anchors[index]
-        for rank, start, stop in self._steps(index, range(self._ranks)):
+        for rank, start, stop in self._steps(index, range(self.ranks)):
             lo = rank * self._parts[index] + start
             n = max(0, min(stop - start, piece.numel - lo))
             difference = self._scratch(index, stop - start)
@@ -145,7 +144,7 @@ class Compressed(Mean):
         assert work is not None
         return _Exchange(index, outgoing, incoming, work)
 
-    def _reduce(self, exchange: _Exchange) -> _Exchange:
+    def _reduce(self, exchange: _Exchange, divisor: int) -> _Exchange:
         """Average what arrived, this rank's part of all differences, and send it to every rank."""
         index = exchange.index
         with self._naming(index):
@@ -155,9 +154,9 @@ class Compressed(Mean):
         residual = self._residuals[index][1] if self._residuals else None
         for _, start, stop in self._steps(index, range(1)):
             mean = self._scratch(index, stop - start).zero_()
-            for rank in range(self._ranks):
+            for rank in range(self.ranks):
                 self._format.add(mean, *self._views(exchange.incoming[rank], index, start, stop))
-            mean /= self.divisor
+            mean /= divisor
             self._encode(mean, part, index, start, None if residual is None else residual[start:stop])
         gathered = exchange.outgoing.view(-1)  # its content has arrived everywhere that it was sent to
         with self._naming(index):
@@ -171,7 +170,7 @@ class Compressed(Mean):
         with self._naming(index):
             exchange.work.wait()
         flat, anchor = self.pieces[index].tensors[0], self._anchors[index]
-        for rank, start, stop in self._steps(index, range(self._ranks)):
+        for rank, start, stop in self._steps(index, range(self.ranks)):
             lo = rank * self._parts[index] + start
             n = max(0, min(stop - start, flat.numel() - lo))
             views = self._views(exchange.incoming[rank], index, start, stop)
@@ -223,8 +222,8 @@ class Compressed(Mean):
         return collective(piece_name(self.pieces, index), self.group)
 
     @torch.no_grad()
-    def add_nothing(self) -> None:
-        """As Mean.add_nothing: no difference. What the rounding of earlier ones has left is forgotten too."""
+    def _add_nothing(self) -> None:
+        """No difference. What the rounding of earlier ones has left is forgotten too."""
         for piece, anchor in zip(self.pieces, self._anchors, strict=True):
             piece.tensors[0].copy_(anchor)
         for of_differences, _ in self._residuals:
@@ -232,7 +231,7 @@ class Compressed(Mean):
 
     @torch.no_grad()
     def moved(self, index: int) -> None:
-        """As Mean.moved: the next differences are those from where the piece is now."""
+        """As Reducer.moved: the next differences are those from where the piece is now."""
         self._anchors[index].copy_(self.pieces[index].tensors[0])
 
     @torch.no_grad()

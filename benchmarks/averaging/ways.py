@@ -1,0 +1,182 @@
+"""The ways of averaging that are compared: of ours, and of others.
+
+The ways of others are written anew from their descriptions, or called where they are an installed library.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from qsr_engine.averaging import Averager, average_packed, bucket_bytes, flat_buckets
+from qsr_engine.config.qsr import AveragingConfig
+from qsr_engine.local_steps.header import Header, exchange_headers
+
+FLOOR = "raw all-reduce of a flat tensor"
+Way = Callable[[], object]
+
+
+def shapes_of(model: str) -> list[torch.Size]:
+    if model == "tiny":
+        return [torch.Size([1000])] * 1000
+    with torch.device("meta"):
+        return [p.shape for p in build(model).parameters()]
+
+
+def build(model: str) -> nn.Module:
+    if model == "vit":
+        import timm
+
+        return timm.create_model("vit_base_patch16_224")  # type: ignore[no-any-return]
+    import torchvision
+
+    return torchvision.models.resnet152()  # type: ignore[no-any-return]
+
+
+def authors(tensors: list[Tensor]) -> Way:
+    """The paper's authors: concatenate all, all-reduce, divide, copy back."""
+
+    def way() -> None:
+        flat = torch.cat([tensor.view(-1) for tensor in tensors])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        start = 0
+        for tensor in tensors:
+            tensor.copy_(flat[start : start + tensor.numel()].view_as(tensor))
+            start += tensor.numel()
+
+    return way
+
+
+def torch_averager(tensors: list[Tensor]) -> Way:
+    from torch.distributed.algorithms.model_averaging.utils import average_parameters
+
+    parameters = [nn.Parameter(tensor) for tensor in tensors]
+    return lambda: average_parameters(iter(parameters), dist.group.WORLD)  # type: ignore[arg-type]
+
+
+def torch_coalesced(tensors: list[Tensor]) -> Way:
+    def way() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dist.all_reduce_coalesced(tensors)
+        torch._foreach_div_(tensors, dist.get_world_size())
+
+    return way
+
+
+def accelerate_reduce(tensors: list[Tensor]) -> Way | None:
+    """What accelerate's LocalSGD does: reduce every parameter by itself."""
+    try:
+        from accelerate import Accelerator
+    except ImportError:
+        return None
+    accelerator = Accelerator(cpu=True)
+    parameters = [nn.Parameter(tensor) for tensor in tensors]
+
+    def way() -> None:
+        for parameter in parameters:
+            parameter.data = accelerator.reduce(parameter.data, reduction="mean")
+
+    return way
+
+
+def torchft_local_sgd(tensors: list[Tensor]) -> Way:
+    """torchft's LocalSGD: a copy of every parameter, all of them reduced by themselves in flight, then copied back."""
+
+    def way() -> None:
+        copies = [tensor.clone() for tensor in tensors]
+        works = [dist.all_reduce(copy, async_op=True) for copy in copies]
+        for tensor, copy, work in zip(tensors, copies, works, strict=True):
+            work.wait()
+            tensor.copy_(copy.div_(dist.get_world_size()))
+
+    return way
+
+
+def boundary(averager: Averager) -> Way:
+    """All that a boundary does: finite?, header, averaging, distance."""
+
+    def way() -> None:
+        header = Header(1, 1, 0.1, 1, averager.sum_of_squares(), averager.moved())
+        headers = exchange_headers(header, torch.device("cpu"))
+        averager.average()
+        averager.relative_distance([header.sum_of_squares for header in headers])
+
+    return way
+
+
+def packed(tensors: list[Tensor]) -> Way:
+    return lambda: average_packed(tensors, None, 64_000_000)
+
+
+def averager_of(shapes: list[torch.Size], **options: Any) -> Averager:
+    averaging = AveragingConfig(**{"shared_memory": False, **options})
+    buckets = flat_buckets(random_tensors(shapes), bucket_bytes(averaging.bucket_mb, None))
+    return Averager(buckets, None, averaging)
+
+
+def random_tensors(shapes: list[torch.Size]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    return [torch.randn(shape, generator=generator).mul_(0.05) for shape in shapes]
+
+
+def ways(shapes: list[torch.Size], only: str) -> dict[str, Callable[[], Way | None]]:
+    """Name of every way, and what prepares it. Those of others share one set of tensors."""
+    total = sum(shape.numel() for shape in shapes)
+    tensors: list[Tensor] = []
+
+    def shared() -> list[Tensor]:
+        if not tensors:
+            tensors.extend(random_tensors(shapes))
+        return tensors
+
+    @functools.cache
+    def averager(shared_memory: bool) -> Averager:
+        return averager_of(shapes, shared_memory=shared_memory)
+
+    def floor() -> Way:
+        flat = torch.randn(total).mul_(0.05)
+
+        def way() -> None:
+            dist.all_reduce(flat)
+
+        return way
+
+    found: dict[str, Callable[[], Way | None]] = {FLOOR: floor}
+    ours = {
+        "qsr: in place, gloo": lambda: averager(False).average,
+        "qsr: in place, one flat tensor, gloo": lambda: averager_of([torch.Size([total])]).average,
+        "qsr: the whole boundary, gloo": lambda: boundary(averager(False)),
+        "qsr: packed through two buckets": lambda: packed(shared()),
+        "qsr: bf16 on the wire": lambda: averager_of(shapes, wire_dtype="bf16").average,
+        "qsr: fp16 on the wire": lambda: averager_of(shapes, wire_dtype="fp16").average,
+        "qsr: int8 on the wire": lambda: averager_of(shapes, wire_dtype="int8").average,
+        "qsr: shared memory": lambda: averager(True).average,
+        "qsr: the whole boundary, shared memory": lambda: boundary(averager(True)),
+    }
+    if len(shapes) < 1000:
+        del ours["qsr: in place, one flat tensor, gloo"]
+    others: dict[str, Callable[[], Way | None]] = {
+        "paper's authors": lambda: authors(shared()),
+        "torch average_parameters": lambda: torch_averager(shared()),
+        "torch coalesced": lambda: torch_coalesced(shared()),
+        "accelerate": lambda: accelerate_reduce(shared()),
+        "torchft LocalSGD": lambda: torchft_local_sgd(shared()),
+    }
+    if only == "nothing":
+        return found
+    if only == "bucket sizes":
+        sizes = (1.0, 4.0, 16.0, 25.0, 64.0, 128.0, 256.0)
+        return found | {
+            f"buckets of {mb:g} MB": lambda mb=mb: averager_of(shapes, bucket_mb=mb).average for mb in sizes
+        }
+    if only == "link":
+        return found | {name: way for name, way in ours.items() if "shared" not in name and "flat" not in name}
+    return found | others | ours

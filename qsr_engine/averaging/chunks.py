@@ -1,0 +1,76 @@
+"""Sums, quotients and squares of large tensors, on a CPU in chunks that stay in a core's cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from qsr_engine.averaging.buckets import Piece
+
+CHUNK = 1 << 16  # elements that stay in a core's cache
+EXACT = 1 << 20  # elements up to which squares are added up in fp64, which takes up to 2 ms
+
+_ACCURATE = (torch.float32, torch.float64)  # values of other types are added up in fp32
+
+
+@torch.no_grad()
+def add_up(sources: Sequence[Tensor], targets: Sequence[Tensor], divisor: int = 1) -> Iterator[Tensor]:
+    """Write the sum of the sources over the divisor into the targets, chunk by chunk.
+
+    Args:
+        sources: 1-d tensors of the same size and type on a CPU; the first is used up where its type is accurate.
+        targets: of the same size; sources may be among them.
+    Yields:
+        The chunks that were written, before they were rounded to the type of the targets.
+    """
+    for (first, *others), written in zip(_chunks(sources), _chunks(targets), strict=True):
+        total = first if first.dtype in _ACCURATE or not others else first.float()
+        for other in others:
+            total.add_(other)
+        if divisor != 1:
+            total.div_(divisor)
+        for chunk in written:
+            if chunk.data_ptr() != total.data_ptr():
+                chunk.copy_(total)
+        yield total
+
+
+def _chunks(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(torch.split(tensor, CHUNK) for tensor in tensors), strict=True)
+
+
+def squares_of_chunks(chunks: Iterable[Tensor], numel: int) -> Tensor:
+    """Sum of squares of 1-d chunks on a CPU, in their order, as an fp64 scalar.
+
+    Args:
+        numel: elements of the whole that the chunks are a part of; beyond EXACT each is added up in its own type (in
+            fp32 below it), and only their sums in fp64.
+    """
+    squares = []
+    for chunk in chunks:
+        exact = chunk.double() if numel <= EXACT else chunk if chunk.dtype in _ACCURATE else chunk.float()
+        squares.append(torch.dot(exact, exact).double())
+    return torch.stack(squares).sum()
+
+
+@torch.no_grad()
+def sum_of_squares(flat: Tensor) -> Tensor:
+    """Sum of squares of a 1-d tensor, as an fp64 scalar on its device; not finite if and only if an element is not.
+
+    On a CPU, beyond EXACT elements: 2e-7 relative in fp32, and a tenth of the time of vector_norm in fp64.
+    """
+    if flat.is_cuda:
+        norm: Tensor = torch.linalg.vector_norm(flat, dtype=torch.float64)
+        return norm.square()
+    chunks = torch.split(flat, CHUNK)
+    total = squares_of_chunks(chunks, flat.numel())
+    if not total.isfinite():  # or squares beyond fp32
+        total = torch.stack([chunk.double().square().sum() for chunk in chunks]).sum()
+    return total
+
+
+def squares_of_piece(piece: Piece) -> Tensor:
+    """Sum of squares of a piece, as sum_of_squares() of a tensor."""
+    return torch.stack([sum_of_squares(tensor.view(-1)) for tensor in piece.tensors]).sum()

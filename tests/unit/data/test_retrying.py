@@ -1,0 +1,192 @@
+"""Reads that fail for a while, or for good: tries, waits, and what they cost."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from qsr_engine.data.errors import DataError, PassingError
+from qsr_engine.data.index import Index
+from qsr_engine.data.order import ShardSlice
+from qsr_engine.data.random_access import RandomAccess
+from qsr_engine.data.retrying import LONGEST_WAIT, Retry, retried
+from qsr_engine.data.samples import Position, Sample, bad_sample
+from qsr_engine.data.streaming import Streamed
+from qsr_engine.data.tar_shard import TarShard
+from tests.support.loading import equal, load
+from tests.support.shard_files import noise, tar_bytes, with_field
+
+
+@pytest.mark.filterwarnings("ignore:.*trying again")
+def test_waits_double_up_to_a_limit_and_the_error_says_how_many_tries_there_were(waits: list[float]) -> None:
+    def fail() -> None:
+        raise PassingError("the server is away")
+
+    with pytest.raises(DataError, match=r"^the server is away \(9 tries over \d+\.\d s\)$") as raised:
+        retried(fail, Retry(8, 1.0))
+    assert not isinstance(raised.value, PassingError), "it has been tried often enough"
+    assert waits == [1, 2, 4, 8, 16, 32, LONGEST_WAIT, LONGEST_WAIT]
+    with pytest.raises(DataError, match=r"\(1 try over"):
+        retried(fail, Retry(0, 1.0))
+    assert len(waits) == 8
+
+
+def test_what_cannot_pass_is_not_tried_again(waits: list[float]) -> None:
+    def fail() -> None:
+        raise DataError("this image is broken")
+
+    with pytest.raises(DataError, match=r"^this image is broken$"):
+        retried(fail, Retry(8, 1.0))
+    assert waits == []
+
+
+@pytest.mark.filterwarnings("ignore:.*trying again")
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_a_file_server_that_fails_for_a_while_costs_no_sample(
+    data: tuple[Path, Index], waits: list[float], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Three reads in a row fail, in a walk over headers as well as in a read, with every shard opened anew."""
+    read, failures = os.pread, [3, 3]
+    opened: list[Path] = []
+    whole = list(islice(load(data).batches(), 12))
+
+    def pread(file: int, size: int, offset: int) -> bytes:
+        phase = 0 if offset == 512 * 6 else 1 if offset > 512 * 10 and len(opened) > 6 else None
+        if phase is not None and failures[phase]:
+            failures[phase] -= 1
+            raise OSError(number, os.strerror(number))
+        return read(file, size, offset)
+
+    class Opened(TarShard):
+        def __init__(self, path: Path) -> None:
+            opened.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr("qsr_engine.data.tar_shard.os.pread", pread)
+    monkeypatch.setattr("qsr_engine.data.sources.TarShard", Opened)
+    assert equal(list(islice(load(data, retry_seconds=1).batches(), 12)), whole)
+    assert failures == [0, 0]
+    assert waits[:3] == [1, 2, 4]
+    assert len(waits) == 6
+    assert len(opened) == 4 + 6
+
+
+@pytest.mark.filterwarnings("ignore:.*trying again")
+def test_a_file_that_comes_back_is_read(data: tuple[Path, Index], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = list(islice(load(data).batches(), 12))
+    path, away = data[0] / "all-000002.tar", data[0] / "away"
+    path.rename(away)
+    waited = []
+
+    def come_back(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 2:
+            away.rename(path)
+
+    monkeypatch.setattr("qsr_engine.data.retrying.time.sleep", come_back)
+    assert equal(list(islice(load(data).batches(), 12)), whole)
+    assert len(waited) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*trying again", "ignore:skipped")
+def test_a_shard_that_is_gone_is_waited_for_once_and_all_its_samples_count(
+    data: tuple[Path, Index], waits: list[float]
+) -> None:
+    (data[0] / "all-000002.tar").unlink()
+    found = list(islice(load(data, max_bad_samples=12).batches(), 24))  # two epochs
+    assert waits == [0.01, 0.02, 0.04]
+    texts = [text for batch in found for text in batch.skipped]
+    assert len(texts) == 24
+    assert len(set(texts)) == 12, "a sample has one text, however long it was waited for"
+    assert all("all-000002.tar: this shard cannot be read past sample 0: No such file" in text for text in texts)
+    assert sum("(4 tries over " in text for text in set(texts)) == 12
+    assert {bad_sample(text) for text in texts} == {f"all-000002.tar: sample {number}: " for number in range(12)}
+    with pytest.raises(
+        DataError,
+        match=r"^all-000002\.tar: sample \d+: .*/all-000002\.tar: this shard cannot be read past sample 0: No such "
+        r"file or directory \(4 tries over \d+\.\d s\)\. It is bad sample number 12 of this rank, and "
+        r"data\.max_bad_samples is 11$",
+    ):
+        list(islice(load(data, max_bad_samples=11).batches(), 12))
+    with pytest.raises(DataError, match=r"^all-000002\.tar: sample \d+: .*\(4 tries over \d+\.\d s\)$"):
+        list(islice(load(data).batches(), 12))
+
+
+def test_samples_that_were_skipped_before_a_restart_count_once(data: tuple[Path, Index]) -> None:
+    """With another number of tries, and so another text."""
+    (data[0] / "all-000001.tar").unlink()
+    before = list(islice(load(data, max_bad_samples=12, retries=0).batches(), 12))
+    skipped = {text for batch in before for text in batch.skipped}
+    assert len(skipped) == 12
+    after = list(islice(load(data, max_bad_samples=12, retries=1).batches(12, skipped), 12))
+    assert {text for batch in after for text in batch.skipped} == skipped
+
+
+@pytest.mark.filterwarnings("ignore:.*trying again")
+def test_a_damaged_place_of_the_disk_costs_its_samples_only(
+    data: tuple[Path, Index], waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EIO for ever in the middle of a shard: the samples before it are good."""
+    read = os.pread
+    failing = data[0] / "all-000000.tar"
+
+    def pread(file: int, size: int, offset: int) -> bytes:
+        if offset >= 12_000 and os.path.samestat(os.fstat(file), failing.stat()):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(file, size, offset)
+
+    monkeypatch.setattr("qsr_engine.data.tar_shard.os.pread", pread)
+    source = RandomAccess(lambda name: TarShard(data[0] / name), None, retry=Retry(2, 1.0))
+    found = [source.load(Position("all-000000.tar", number)) for number in range(12)]
+    good = [isinstance(sample, Sample) for sample in found]
+    assert good == [True] * sum(good) + [False] * (12 - sum(good))
+    assert 0 < sum(good) < 12
+    assert waits == [1, 2]
+    assert "Input/output error (3 tries over" in str(found[sum(good)])
+
+
+class Breaking(io.BytesIO):
+    """A stream that breaks before one of its bytes."""
+
+    def __init__(self, content: bytes, place: int) -> None:
+        super().__init__(content)
+        self.place = place
+
+    def read(self, size: int | None = -1) -> bytes:
+        if self.tell() >= self.place:
+            raise PassingError("s: broken")
+        return super().read(size)
+
+
+@pytest.mark.filterwarnings("ignore:.*trying again")
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_stream_that_breaks_goes_on_where_it_broke(waits: list[float], replaced: bool) -> None:
+    members = [(f"{number:02d}", noise(number)) for number in range(40)]
+    content = tar_bytes(
+        {f"{key}.{suffix}": data for key, png in members for suffix, data in (("cls", b"1"), ("png", png))}
+    )
+    other = content.replace(b"03.", b"x3.")
+    other = b"".join(  # with right checksums
+        with_field(block, 0, 0, block[:1]) if block[257:262] == b"ustar" else block
+        for block in (other[at : at + 512] for at in range(0, len(other), 512))
+    )
+    streams = [Breaking(content, 30_000), Breaking(other if replaced else content, 50_000), Breaking(content, 10**9)]
+    opened = iter(streams)
+    source = Streamed(str, lambda _: next(opened), None, Retry(3, 1.0))
+    found = list(source.items([ShardSlice("s", 2, 38)]))
+    good = [item.key for item in found if isinstance(item, Sample)]
+    if replaced:
+        assert 0 < len(good) < 36
+        assert good == [key for key, _ in members[2 : 2 + len(good)]]
+        assert all("its sample 3 was '03', and is 'x3' now" in str(error) for error in found[len(good) :])
+        assert waits == [1]
+    else:
+        assert good == [key for key, _ in members[2:38]], "none is lost, and none comes twice"
+        assert waits == [1, 1], "it came further before it broke again"
+    assert len(found) == 36
+    assert streams[0].closed
