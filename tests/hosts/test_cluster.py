@@ -23,6 +23,8 @@ from tests.support.clusters import PATH, PREFIX, SCRIPT
 from tests.support.launch import qsr_job
 from tests.support.pool import Processes
 
+pytestmark = pytest.mark.launch
+
 HOSTS = (f"{PREFIX}1", f"{PREFIX}2")
 
 

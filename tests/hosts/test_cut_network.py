@@ -14,6 +14,8 @@ from tests.support.clusters import PREFIX, SCRIPT
 from tests.support.pool import rank_environment
 from tests.support.recipes import recipe_of_three_workers
 
+pytestmark = pytest.mark.launch
+
 LIMIT = 60.0
 
 
@@ -22,6 +24,7 @@ def recipe(tmp_path: Path, digits: Path) -> Path:
     return recipe_of_three_workers(tmp_path, digits, seconds=2.0)
 
 
+@pytest.mark.slow
 def test_a_host_whose_network_is_cut(cluster: dict[str, str], recipe: Path) -> None:
     """Host 2 of 3, in a run that would take hours: it ends too, since it does not reach rank 0."""
     words = [sys.executable, "-m", "qsr_engine", "train", str(recipe), "--engine", "fsdp"]

@@ -8,8 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.support.clusters import PREFIX, SCRIPT, rank_on_a_host
-from tests.support.recipes import shortest_recipe
+from tests.support.recipes import recipe_of_four_steps
+
+pytestmark = pytest.mark.launch
 
 
 def ranks_on_hosts(cluster: dict[str, str], **more: str) -> list[str]:
@@ -39,9 +43,10 @@ def test_a_firewall_between_two_of_three_hosts(cluster: dict[str, str]) -> None:
     assert "no answer in 4 s" in said[0], "host 3 sends, and the answer is dropped"
 
 
+@pytest.mark.slow
 def test_a_host_without_ssh(cluster: dict[str, str], tmp_path: Path, digits: Path) -> None:
     """`qsr hosts` names it beforehand; DeepSpeed's launcher starts the others, and they name it when the time is up."""
-    recipe, state = shortest_recipe(tmp_path, digits, "deepspeed"), Path(cluster["QSR_CLUSTER"])
+    recipe, state = recipe_of_four_steps(tmp_path, digits, "deepspeed"), Path(cluster["QSR_CLUSTER"])
     known = {**cluster, "DS_ACCELERATOR": "cpu"}
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:

@@ -14,6 +14,8 @@ import pytest
 
 from tests.support.launch import bin_folder
 
+pytestmark = pytest.mark.launch
+
 
 @contextlib.contextmanager
 def endless_training(
@@ -34,7 +36,7 @@ def endless_training(
             process.terminate()
 
 
-@pytest.mark.parametrize("engine", ["deepspeed", "fsdp"])
+@pytest.mark.parametrize("engine", [pytest.param("deepspeed", marks=pytest.mark.slow), "fsdp"])
 def test_a_terminated_qsr_train_leaves_no_process_behind(recipe: Path, engine: str) -> None:
     with endless_training(recipe, engine) as (process, below):
         process.send_signal(signal.SIGTERM)
@@ -44,6 +46,7 @@ def test_a_terminated_qsr_train_leaves_no_process_behind(recipe: Path, engine: s
     assert len(list((recipe.parent / "runs" / "small" / "checkpoints").glob("step-*"))) == 1
 
 
+@pytest.mark.slow
 def test_an_interrupted_qsr_train_ends_at_once(recipe: Path) -> None:
     with endless_training(recipe) as (process, below):
         process.send_signal(signal.SIGINT)
@@ -57,10 +60,10 @@ def test_an_interrupted_qsr_train_ends_at_once(recipe: Path) -> None:
     ("engine", "victim"),
     [
         ("deepspeed", "rank 1"),
-        ("deepspeed", "deepspeed.launcher.launch"),
-        ("deepspeed", "deepspeed.launcher.runner"),
-        ("fsdp", "rank 1"),
-        ("fsdp", "torch.distributed.run"),
+        pytest.param("deepspeed", "deepspeed.launcher.launch", marks=pytest.mark.slow),
+        pytest.param("deepspeed", "deepspeed.launcher.runner", marks=pytest.mark.slow),
+        pytest.param("fsdp", "rank 1", marks=pytest.mark.slow),
+        pytest.param("fsdp", "torch.distributed.run", marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_process_ends_the_run_with_an_error(recipe: Path, engine: str, victim: str) -> None:

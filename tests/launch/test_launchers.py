@@ -17,6 +17,8 @@ from tests.support.launch import LAUNCH, bin_folder, launch, start_script
 from tests.support.pool import free_port
 from tests.support.recipes import STEPS
 
+pytestmark = pytest.mark.launch
+
 
 def test_a_real_deepspeed_launch(recipe: Path, tmp_path: Path) -> None:
     deepspeed = [str(bin_folder() / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
@@ -46,6 +48,7 @@ def test_qsr_train_starts_torchrun_for_fsdp(recipe: Path, tmp_path: Path) -> Non
     assert set(load_file(out)) == set(load_file(run / "model.safetensors"))
 
 
+@pytest.mark.slow
 def test_torchrun_on_two_hosts(recipe: Path) -> None:
     """Two agents that meet by c10d rendezvous, here both on this host; two workers of one rank each."""
     several = {"HOSTS": "2", "RENDEZVOUS": f"127.0.0.1:{free_port()}"}
@@ -74,6 +77,7 @@ def slurm(tmp_path: Path) -> dict[str, str]:
     return job | {"PORT": str(free_port()), "PATH": path}
 
 
+@pytest.mark.slow
 def test_slurm(recipe: Path, slurm: dict[str, str]) -> None:
     words = [str(LAUNCH / "slurm.sh"), str(recipe), "--engine", "fsdp", "--set", "logging.checkpoint_every=4"]
     process = start_script(*words, **slurm)
@@ -85,6 +89,7 @@ def test_slurm(recipe: Path, slurm: dict[str, str]) -> None:
     assert not (recipe.parent / "requeued").exists()
 
 
+@pytest.mark.slow
 def test_a_preempted_slurm_job_is_requeued(recipe: Path, slurm: dict[str, str]) -> None:
     """SLURM sends SIGUSR1 to the step's tasks, which are torchrun's agents, some time before it kills them."""
     words = [str(LAUNCH / "slurm.sh"), str(recipe), "--engine", "fsdp", "--set", "qsr.total_steps=1000000"]
@@ -107,6 +112,7 @@ def test_a_preempted_slurm_job_is_requeued(recipe: Path, slurm: dict[str, str]) 
     assert len(list((run / "checkpoints").glob("step-*"))) == 1
 
 
+@pytest.mark.slow
 def test_qsr_train_starts_the_launcher_and_passes_on_its_exit_code(recipe: Path, tmp_path: Path) -> None:
     """A sample without a label, on whichever rank reads it: the run ends with the shard and the key, and not 0."""
     write_digits(tmp_path / "data")

@@ -25,6 +25,9 @@ from qsr_engine.checkpoint.find import find_alone
 from tests.support.pool import free_port, rank_environment
 from tests.support.recipes import recipe_of_three_workers
 
+pytestmark = pytest.mark.launch
+
+BATCH = 24  # samples of a step
 SECONDS = 4.0  # qsr.faults.timeout_seconds: on a loaded machine a healthy process may stand still for one or two
 BEAT_SECONDS = 0.1  # at most between beats, so that they keep up with steps of a few milliseconds
 LIMIT = 150.0  # for a test's processes, starting them included; a rank that waits for ever is killed then
@@ -182,14 +185,14 @@ GONE = "no sign of life for"
     ("engine", "place", "step", "victim", "fault", "why"),
     [
         ("deepspeed", "a local step", 9, 2, kill, GONE),
-        ("fsdp", "a local step", 9, 2, freeze, GONE),
-        ("fsdp", "the data", 6, 1, never_ends, "no progress for"),
-        ("deepspeed", "the data", 6, 1, leave, "its process has ended"),
-        ("deepspeed", "an averaging", 8, 1, freeze, GONE),
+        pytest.param("fsdp", "a local step", 9, 2, freeze, GONE, marks=pytest.mark.slow),
+        pytest.param("fsdp", "the data", 6, 1, never_ends, "no progress for", marks=pytest.mark.slow),
+        pytest.param("deepspeed", "the data", 6, 1, leave, "its process has ended", marks=pytest.mark.slow),
+        pytest.param("deepspeed", "an averaging", 8, 1, freeze, GONE, marks=pytest.mark.slow),
         ("fsdp", "an averaging", 8, 2, kill, GONE),
-        ("fsdp", "a checkpoint", 8, 1, kill, GONE),
-        ("deepspeed", "a checkpoint", 8, 2, freeze, GONE),
-        ("fsdp", "an evaluation", 20, 1, freeze, GONE),
+        pytest.param("fsdp", "a checkpoint", 8, 1, kill, GONE, marks=pytest.mark.slow),
+        pytest.param("deepspeed", "a checkpoint", 8, 2, freeze, GONE, marks=pytest.mark.slow),
+        pytest.param("fsdp", "an evaluation", 20, 1, freeze, GONE, marks=pytest.mark.slow),
     ],
 )
 def test_the_others_name_the_lost_rank(
@@ -219,7 +222,9 @@ def test_the_others_name_the_lost_rank(
     assert manifest.step == (step - 1) // 4 * 4, "the last boundary before the fault"
 
 
-@pytest.mark.parametrize(("fault", "engine"), [(kill, "fsdp"), (freeze, "deepspeed")])
+@pytest.mark.parametrize(
+    ("fault", "engine"), [(kill, "fsdp"), pytest.param(freeze, "deepspeed", marks=pytest.mark.slow)]
+)
 def test_rank_0_that_holds_the_store(start: Callable[..., Ranks], fault: Callable[[], None], engine: str) -> None:
     ranks = start("--engine", engine, rank_0=("a local step", 9, fault))
     for other in (1, 2):
@@ -229,6 +234,7 @@ def test_rank_0_that_holds_the_store(start: Callable[..., Ranks], fault: Callabl
         assert "was in round 2, after step " in ranks.said(other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [kill, freeze])
 def test_rank_0_where_the_store_outlives_it(
     start: Callable[..., Ranks], monkeypatch: pytest.MonkeyPatch, fault: Callable[[], None]
@@ -251,6 +257,7 @@ def long_end() -> None:
     time.sleep(1.5 * SECONDS)  # this is the slowness, not a wait for something
 
 
+@pytest.mark.slow
 def test_who_has_finished_and_left_is_not_lost(start: Callable[..., Ranks]) -> None:
     """Rank 0 writes the final model for long; the others end meanwhile."""
     ranks = start("--engine", "fsdp", "--set", "qsr.total_steps=4", rank_0=("the final model", 4, long_end))
@@ -261,6 +268,7 @@ def slow_batch() -> None:
     time.sleep(SECONDS / 8)  # as above, for each of 15 batches
 
 
+@pytest.mark.slow
 def test_a_long_evaluation_is_progress(start: Callable[..., Ranks]) -> None:
     ranks = start("--set", "qsr.total_steps=8", "--engine", "fsdp", rank_1=("a batch of an evaluation", 8, slow_batch))
     assert [ranks.ended(rank) for rank in range(3)] == [0, 0, 0], ranks.said(1)
@@ -314,8 +322,8 @@ def slow_from_here() -> None:
     ("policy", "strategy", "number"),
     [
         ("finish_round", "constant", signal.SIGTERM),
-        ("cut_round", "constant", signal.SIGUSR1),
-        ("finish_round", "parallel", signal.SIGUSR1),
+        pytest.param("cut_round", "constant", signal.SIGUSR1, marks=pytest.mark.slow),
+        pytest.param("finish_round", "parallel", signal.SIGUSR1, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_to_one_rank_stops_all_at_a_boundary(

@@ -12,7 +12,9 @@ import pytest
 
 from tests.support.clusters import rank_on_a_host
 from tests.support.pool import free_port
-from tests.support.recipes import shortest_recipe
+from tests.support.recipes import recipe_of_four_steps
+
+pytestmark = pytest.mark.launch
 
 
 def test_the_launcher_names_the_missing_host(tmp_path: Path) -> None:
@@ -26,9 +28,9 @@ def test_the_launcher_names_the_missing_host(tmp_path: Path) -> None:
     assert "missing: ranks 1, 2 of node-b\n" in done.stderr
 
 
-@pytest.mark.parametrize("engine", ["deepspeed", "fsdp"])
+@pytest.mark.parametrize("engine", [pytest.param("deepspeed", marks=pytest.mark.slow), "fsdp"])
 def test_qsr_train_ends_without_a_traceback(engine: str, tmp_path: Path, digits: Path) -> None:
-    recipe = shortest_recipe(tmp_path, digits, engine)
+    recipe = recipe_of_four_steps(tmp_path, digits, engine)
     environment = {**rank_on_a_host(0, 2, free_port()), "QSR_START_SECONDS": "1"}
     words = [sys.executable, "-m", "qsr_engine", "train", str(recipe)]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120, check=False)

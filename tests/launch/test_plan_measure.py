@@ -9,6 +9,8 @@ import pytest
 
 from tests.support.launch import bin_folder, launch
 
+pytestmark = pytest.mark.launch
+
 RECIPE = """
 model: {name: timm/vit_tiny_patch16_224, kwargs: {img_size: 8, patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2}}
 data: {shards: nowhere, image_size: 8, train_samples: 1437}
@@ -33,6 +35,7 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_real_launch(recipe: Path, tmp_path: Path) -> None:
     command = [str(bin_folder() / "qsr"), "plan", str(recipe), "--measure", "--ranks", "2", "--step-cv", "0.25"]
     done = launch(*command, "--save", "measured.json", "--json", cwd=tmp_path)

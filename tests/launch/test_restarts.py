@@ -30,6 +30,8 @@ from qsr_engine.training.saving import UnsavedError
 from tests.support.launch import interrupted_job, qsr_job
 from tests.support.pool import Processes, free_port, rank_environment
 
+pytestmark = pytest.mark.launch
+
 LIMIT = 150.0  # seconds, for anything that is waited for
 
 
@@ -113,7 +115,7 @@ def rank_process(process: subprocess.Popen[str], rank: int) -> psutil.Process:
     return next(child for child in below if child.environ().get("RANK") == str(rank))
 
 
-@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+@pytest.mark.parametrize("engine", ["fsdp", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_a_restarted_run_ends_as_an_undisturbed_one(
     recipe: Path, start: Callable[..., subprocess.Popen[str]], engine: str
 ) -> None:
@@ -129,6 +131,7 @@ def test_a_restarted_run_ends_as_an_undisturbed_one(
     assert models[0] == models[1]
 
 
+@pytest.mark.slow
 def test_what_would_fail_again_is_not_tried_again(recipe: Path, start: Callable[..., subprocess.Popen[str]]) -> None:
     """The loss is soon infinite; a second attempt ends before it loads anything."""
     words = ["--set", "optimizer={type: SGD}", "--set", "qsr.lr.peak=1e30", "--restarts", "1"]
@@ -146,6 +149,7 @@ def test_restarts_need_checkpoints(recipe: Path, start: Callable[..., subprocess
     assert "logging.checkpoint_every is not given" in (recipe.parent / "output-0").read_text()
 
 
+@pytest.mark.slow
 def test_a_stop_while_the_ranks_start_is_not_undone_by_a_restart(
     recipe: Path, start: Callable[..., subprocess.Popen[str]]
 ) -> None:
@@ -157,6 +161,7 @@ def test_a_stop_while_the_ranks_start_is_not_undone_by_a_restart(
     assert records(recipe) == []
 
 
+@pytest.mark.slow
 def test_a_stop_in_the_last_round_is_the_end_of_the_run(
     recipe: Path, start: Callable[..., subprocess.Popen[str]]
 ) -> None:
@@ -196,6 +201,7 @@ def agent(recipe: Path, port: int, *, first: bool = False, address: str = "127.0
     return [*words, "--module", "qsr_engine", "train", str(recipe), "--resume"]
 
 
+@pytest.mark.slow
 def test_a_lost_worker_is_done_without_and_another_is_taken_later(
     recipe: Path, start: Callable[..., subprocess.Popen[str]]
 ) -> None:

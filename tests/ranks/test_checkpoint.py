@@ -73,10 +73,13 @@ RESUMED = [
     Combination(0, "bf16", "FusedAdam"),
     *(Combination(stage, "bf16", "offloaded CPUAdam") for stage in (1, 2, 3)),
 ]
+COMPILED = [pytest.mark.slow, pytest.mark.compiled]
 
 
 @pytest.mark.parametrize("worker_size", [1, 2])
-@pytest.mark.parametrize("combination", RESUMED, ids=lambda c: f"{c.stage}-{c.precision}-{c.optimizer}")
+@pytest.mark.parametrize(
+    "combination", [pytest.param(c, marks=COMPILED if c.compiled else [], id=str(c)) for c in RESUMED]
+)
 def test_a_resumed_run_gives_the_same_bits(
     processes: Processes, tmp_path: Path, combination: Combination, worker_size: int
 ) -> None:
@@ -192,6 +195,7 @@ def dying_job(folder: str, qsr: dict[str, Any], combination: Combination) -> Non
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_killed_in_a_round_and_resumed_in_new_processes(own_processes: Processes, tmp_path: Path) -> None:
     """It goes on from the last boundary's checkpoint, and gives what an uninterrupted run gives."""
     combination = Combination(1, "bf16", "AdamW")

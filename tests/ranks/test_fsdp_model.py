@@ -227,6 +227,8 @@ def test_options_that_change_memory_and_no_bits(processes: Processes, option: st
     assert furthest(plain, other) == 0
 
 
+@pytest.mark.slow
+@pytest.mark.compiled
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile makes C++ here, and there is no compiler")
 @pytest.mark.parametrize("worker_size", [1, 2])
 def test_compiled_blocks(processes: Processes, worker_size: int) -> None:

@@ -58,7 +58,7 @@ logging: {{dir: "{tmp_path / "runs"}", name: run, every: 1, checkpoint_every: 1,
     return path
 
 
-def shortest_recipe(tmp_path: Path, digits: Path, engine: str) -> Path:
+def recipe_of_four_steps(tmp_path: Path, digits: Path, engine: str) -> Path:
     path = tmp_path / "alone.yaml"
     path.write_text(f"""
 model:
