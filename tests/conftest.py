@@ -1,23 +1,25 @@
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
 
-from qsr_engine.data import write_digits
 from tests.support.pool import Processes
-from tests.support.recipes import small_recipe
 from tests.support.skips import Skips
 
-# In continuous integration every run tries the same examples, so that a change is judged by what it changed.
-settings.register_profile("ci", derandomize=True, deadline=None)
-settings.register_profile("local", deadline=None)
-settings.load_profile("ci" if os.environ.get("CI") else "local")
+# A machine with a GPU for tests/gpu may have torch and pytest alone: what else is needed is imported where it is used.
+with suppress(ImportError):
+    from hypothesis import settings
 
-# The processes of the pool use one thread each. With another number of threads a matrix product adds in
-# another order, and the oracle would differ from them in the last bit.
+    # In continuous integration every run tries the same examples, so that a change is judged by what it changed.
+    settings.register_profile("ci", derandomize=True, deadline=None)
+    settings.register_profile("local", deadline=None)
+    settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+# The processes of the pool use one thread each. With another number of threads a matrix product adds in another order,
+# and the oracle would differ from them in the last bit.
 torch.set_num_threads(1)
 
 
@@ -29,6 +31,8 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of scikit-learn's digits, to read and not to change."""
+    from qsr_engine.data import write_digits
+
     folder = tmp_path_factory.mktemp("digits")
     write_digits(folder)
     return folder
@@ -37,6 +41,8 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def recipe(tmp_path: Path, digits: Path) -> Path:
     """A recipe that trains in a second; one file, as a user writes it."""
+    from tests.support.recipes import small_recipe
+
     return small_recipe(tmp_path, digits)
 
 

@@ -38,25 +38,30 @@ def _nccl() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def all_reduce_of(tensors: list[torch.Tensor], packed: bool) -> AllReduce:
+def all_reduce_of(tensors: list[torch.Tensor], packed: bool, divides_on_the_way: bool) -> AllReduce:
+    """Over one rank that counts as two. NCCL's own mean leaves it as it is; a sum that is divided halves it."""
     pieces = packed_pieces(tensors, 1_000_000) if packed else [Piece((t,), in_place=True) for t in tensors]
     mean = AllReduce(pieces, None)
     mean.ranks = 2  # so that the collective is launched although there is one rank
+    if not divides_on_the_way:
+        mean._divides_on_the_way = lambda flat, divisor: False  # type: ignore[method-assign]
     return mean
 
 
 @pytest.mark.usefixtures("_nccl")
+@pytest.mark.parametrize("divides_on_the_way", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_captured_averaging_sees_the_present_values(packed: bool) -> None:
+def test_a_captured_averaging_sees_the_present_values(packed: bool, divides_on_the_way: bool) -> None:
     tensors = [torch.randn(size, device="cuda") for size in (300_000, 7, 90_000)]
-    mean = Captured(all_reduce_of(tensors, packed), None)
+    mean = Captured(all_reduce_of(tensors, packed, divides_on_the_way), None)
     order = range(len(mean.pieces))
-    for round_ in range(4):  # eager, captured and replayed, replayed, replayed
+    for round_ in range(1, 5):  # eager, captured and replayed, replayed, replayed
         for tensor in tensors:
             tensor.fill_(round_)
         assert [index for index, _ in mean.run(order)] == list(order)
         torch.cuda.synchronize()
-        assert all(bool((tensor == round_).all()) for tensor in tensors)
+        mean_of_two = round_ if divides_on_the_way else round_ / 2
+        assert all(bool((tensor == mean_of_two).all()) for tensor in tensors)
     mean.close()
     mean.close()
 

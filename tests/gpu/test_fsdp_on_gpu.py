@@ -16,8 +16,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import qsr_engine
 from tests.support import training
-from tests.support.fsdp_engine import BF16, MODELS, batch_of, expected, furthest, start, state_of
+from tests.support.fsdp_engine import BF16, MODELS, batch_of, config_of, expected, furthest, start, state_of
 from tests.support.training import QSR
 
 pytestmark = pytest.mark.skipif(
@@ -35,6 +36,15 @@ def _one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("MASTER_PORT", str(port))
     yield
     dist.destroy_process_group()
+
+
+def without_key_biases(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The bias of an attention's keys changes no output: its gradient is rounding alone, which Adam makes steps of."""
+    kept = {name: tensor.clone() for name, tensor in state.items()}
+    for name, tensor in kept.items():
+        if name.endswith("attn.qkv.bias"):
+            tensor.chunk(3)[1].zero_()
+    return kept
 
 
 def take_step(engine: Any, model: str) -> bool:
@@ -63,7 +73,8 @@ def test_one_worker_on_a_gpu_equals_the_reference(options: str, optimizer: str) 
         take_step(engine, "vit")
     more: dict[str, Any] = {"compute_dtype": torch.bfloat16, "gradient_dtype": torch.float32} if low else {}
     oracle = expected(QSR, 1, "vit", optimizer, **more)
-    assert furthest(state_of(engine), oracle) <= 2 * 12 * 0.05 * (2.0**-8 if low else 2.0**-17)
+    found, wanted = without_key_biases(state_of(engine)), without_key_biases(oracle)
+    assert furthest(found, wanted) <= 2 * 12 * 0.05 * (2.0**-8 if low else 2.0**-17)
 
 
 @pytest.mark.parametrize("options", ["whole", "bf16", "offloaded"])
@@ -89,12 +100,21 @@ def test_a_boundary_takes_at_most_two_buckets_of_gpu_memory() -> None:
         *(torch.nn.Sequential(torch.nn.Linear(2048, 2048), torch.nn.ReLU()) for _ in range(8))  # 134 MB
     )
     qsr = {"strategy": "constant", "h_base": 2, "total_steps": 8, "averaging": {"bucket_mb": 8}}
-    engine = start({**qsr, "lr": {"schedule": "constant", "peak": 0.01}}, model, "sgd", **BF16)
+    engine = qsr_engine.initialize_fsdp(
+        model=model,
+        # One parameter at a time, without momentum: else what a step itself takes would hide a copy of the model.
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.01, foreach=False),
+        config=config_of({**qsr, "lr": {"schedule": "constant", "peak": 0.01}}, **BF16),
+    )
     inputs = torch.randn(4, 2048, device=engine.device)
     peaks: dict[bool, int] = {}
     while not engine.local_steps.finished:
-        torch.cuda.reset_peak_memory_stats()
         engine.backward(engine(inputs).float().square().mean())
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
         boundary = engine.step()
-        peaks[boundary] = max(torch.cuda.max_memory_allocated(), peaks.get(boundary, 0))
-    assert peaks[True] - peaks[False] <= 2 * 8_000_000
+        torch.cuda.synchronize()
+        peaks[boundary] = max(torch.cuda.max_memory_allocated() - before, peaks.get(boundary, 0))
+    assert peaks[False] <= 2048 * 2048 * 4, "what a step takes by itself"
+    assert peaks[True] <= 2 * 8_000_000 + 2048 * 2048 * 4

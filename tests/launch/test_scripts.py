@@ -1,4 +1,4 @@
-"""The scripts of launch/, as they stand. tests/distributed/test_train.py and test_cluster.py run them."""
+"""The scripts of launch/, as they stand. test_launchers.py and tests/hosts run them."""
 
 from __future__ import annotations
 
@@ -88,6 +88,33 @@ def test_torchrun_is_told_of_restarts_and_hosts(tmp_path: Path, variables: dict[
     done = subprocess.run(words, env=known, capture_output=True, text=True, check=True)
     expected = expected.replace("MEET", "--rdzv_backend c10d --rdzv_endpoint first:1")
     assert done.stdout == f"1 {expected.replace('RECIPE', '--module qsr_engine train RECIPE')}\n"
+
+
+@pytest.mark.parametrize(("stops", "code", "requeued"), [(True, 0, "7\n"), (False, 3, "")])
+def test_slurm_requeues_a_run_that_has_stopped_and_no_other(
+    tmp_path: Path, stops: bool, code: int, requeued: str
+) -> None:
+    """Stand-ins: torchrun notes its arguments and ends with 3; where the run stops, it says so as rank 0 does."""
+    stop = 'touch "$QSR_STOPPED_FILE"' if stops else ":"
+    programs = {
+        "srun": 'shift; exec "$@"',
+        "torchrun": f'echo "$@" >arguments; {stop}; exit 3',
+        "scontrol": '[ "$1" = requeue ] && exec echo "$2" >>requeued; echo first',
+    }
+    for program, script in programs.items():
+        (tmp_path / program).write_text(f"#!/usr/bin/env bash\n{script}\n")
+        (tmp_path / program).chmod(0o755)
+    (tmp_path / "requeued").touch()
+    job = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "RANKS_PER_NODE": "4"}
+    known = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", **job}
+    done = subprocess.run([str(LAUNCH / "slurm.sh"), "RECIPE", "--set", "a=b"], env=known, cwd=tmp_path, check=False)
+    assert done.returncode == code
+    assert (tmp_path / "requeued").read_text() == requeued
+    expected = (
+        "--nnodes 2 --nproc_per_node 4 --max-restarts 0 --rdzv_id 7 --rdzv_backend c10d --rdzv_endpoint first:29500"
+    )
+    assert (tmp_path / "arguments").read_text() == f"{expected} --module qsr_engine train RECIPE --resume --set a=b\n"
+    assert not list(tmp_path.glob(".qsr-stopped-*"))
 
 
 def test_the_readme_lists_every_script() -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-import time
 import warnings
-from datetime import timedelta
 from typing import Any, cast
 
 import pytest
@@ -20,6 +18,7 @@ from qsr_engine.config.qsr import AveragingConfig
 from qsr_engine.local_steps.header import Header, exchange_headers
 from qsr_engine.membership.facts import check_agreement
 from tests.support import training
+from tests.support.absent_ranks import give_up, soon_given_up, stay_away
 from tests.support.pool import JobError, Processes
 
 CPU = torch.device("cpu")
@@ -155,16 +154,19 @@ def test_the_error_of_the_wire_is_relative_to_the_difference(
 
 def absent_job(shared: bool) -> str:
     """Rank 1 does not come; the process group waits for two seconds."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=2))
-    group = cast(dist.ProcessGroup, dist.new_group([0, 1], timeout=timedelta(seconds=2)))
+    dist.init_process_group("gloo")
+    group = cast(dist.ProcessGroup, dist.new_group([0, 1]))
     averager = Averager([torch.ones(40)], group, AveragingConfig(shared_memory=shared))
+    soon_given_up(group)
     if dist.get_rank() == 1:
-        time.sleep(5)
+        stay_away(0)
         return ""
     try:
         averager.average()
     except CollectiveError as error:
         return str(error)
+    finally:
+        give_up(0)
     return "nothing was raised"
 
 

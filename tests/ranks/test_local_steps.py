@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from datetime import timedelta
 from typing import Any, cast
 
 import pytest
@@ -16,6 +14,7 @@ from qsr_engine.config.strict import validate
 from qsr_engine.local_steps.steps import LocalSteps
 from qsr_engine.membership.watchdog import _set_timeout
 from qsr_engine.schedule import communication_percent, rounds
+from tests.support.absent_ranks import give_up, soon_given_up, stay_away
 from tests.support.bare_local_steps import BLOCKS, make
 from tests.support.pool import Processes
 
@@ -71,13 +70,14 @@ def absent_job(overlap: str) -> str:
     state = LocalSteps(qsr, averager, digest=1)
     _set_timeout(timedelta(seconds=2), across)  # not of what both ranks come to, at times of their own
 
-    def stay_away(*left_out: Any) -> None:
-        time.sleep(4)
+    def not_here(*left_out: Any) -> None:
+        stay_away(0)
         raise KeyError("it stayed away")
 
     if dist.get_rank() == 1:
         for name in ("average", "start", "snapshot"):
-            setattr(averager, name, stay_away)
+            setattr(averager, name, not_here)
+    soon_given_up(across)
     try:
         for _ in range(6):
             state.begin_forward()
@@ -88,6 +88,8 @@ def absent_job(overlap: str) -> str:
         return str(error)
     except KeyError:
         return ""
+    finally:
+        give_up(dist.get_rank())
     return "nothing was raised"
 
 

@@ -1,4 +1,4 @@
-"""Training a recipe end to end: the `qsr train` of every rank, and a real `deepspeed` launch."""
+"""Training a recipe end to end: the `qsr train` of every rank."""
 
 from __future__ import annotations
 
@@ -107,8 +107,7 @@ def test_a_run_writes_what_it_promises(processes: Processes, recipe: Path) -> No
         assert written == [(row["step"], pytest.approx(row[field])) for row in rows if row[field] is not None]
 
 
-@pytest.mark.parametrize("clipping", [0.0, 0.5])
-@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
+@pytest.mark.parametrize(("optimizer", "clipping"), [("AdamW", 0.5), ("SGD", 0.0)])
 @pytest.mark.parametrize("engine", ["deepspeed", "fsdp"])
 def test_a_recipe_trains_as_the_reference_does(
     processes: Processes, recipe: Path, engine: str, optimizer: str, clipping: float
@@ -183,10 +182,7 @@ def test_the_resolved_recipe_runs_again_to_the_same_bits(processes: Processes, r
         ["qsr.strategy=parallel"],
         ["qsr.strategy=post_local", "qsr.switch_step=6"],
         ["qsr.strategy=swap", "qsr.switch_step=6"],
-        ["precision.dtype=bf16", "precision.zero_stage=1"],
-        ["precision.zero_stage=1", "optimizer.type=SGD", "optimizer.momentum=0.9"],
         ["batch.gradient_accumulation_steps=3", "qsr.worker_size=2"],
-        ["data.loader_processes=2"],
         [
             "model={name: torchvision/resnet18}",
             "batch.train_batch_size=24",

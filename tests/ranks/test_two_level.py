@@ -353,8 +353,8 @@ def test_no_copy_of_the_model_is_made(processes: Processes, way: str) -> None:
 
 
 def absent_job(way: str) -> str:
-    """Rank 3 does not come; the process group waits for two seconds, and so must the groups made of it."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=2))
+    """Rank 3 does not come; the process group waits for five seconds, and so must the groups made of it."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=5))
     averager = Averager([torch.ones(40)], None, AveragingConfig(**WAYS[way]))
     store = dist.distributed_c10d._get_default_store()
     message = ""
