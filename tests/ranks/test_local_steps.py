@@ -12,7 +12,6 @@ from qsr_engine.averaging import Averager, CollectiveError, flat_buckets
 from qsr_engine.config.qsr import QSRConfig
 from qsr_engine.config.strict import validate
 from qsr_engine.local_steps.steps import LocalSteps
-from qsr_engine.membership.watchdog import _set_timeout
 from qsr_engine.schedule import communication_percent, rounds
 from tests.support.absent_ranks import give_up, soon_given_up, stay_away
 from tests.support.bare_local_steps import BLOCKS, make
@@ -68,7 +67,6 @@ def absent_job(overlap: str) -> str:
     if overlap == "next_forward":
         averager.overlap_with(model, [(model.weight, 0, 0, 6)], refresh=lambda part: None)
     state = LocalSteps(qsr, averager, digest=1)
-    _set_timeout(timedelta(seconds=2), across)  # not of what both ranks come to, at times of their own
 
     def not_here(*left_out: Any) -> None:
         stay_away(0)
