@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from qsr_engine.averaging.background import Background
-from qsr_engine.averaging.buckets import Places, bucket_bytes, pieces_between
+from qsr_engine.averaging.buckets import Places, bucket_bytes, pieces_of
 from qsr_engine.averaging.choose import choose_reducer
 from qsr_engine.averaging.distance import Squares
 from qsr_engine.averaging.errors import CollectiveError, Group
@@ -120,10 +120,7 @@ class Averager:
             parameters: (parameter, bucket, start, stop) for each; it is a view of, or derives from, these elements.
             refresh: called with every averaged part of a bucket, a 1-d view; updates what derives from it.
         """
-        needs = {
-            parameter: pieces_between(self.pieces, self.buckets[bucket], start, stop)
-            for parameter, bucket, start, stop in parameters
-        }
+        needs = pieces_of(parameters, self.buckets, self.pieces)
         self._forward = NextForward(module, needs, len(self.pieces), self.group)
         self._refresh = refresh
 

@@ -241,9 +241,18 @@ def _nbytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def pieces_between(pieces: Sequence[Piece], bucket: Tensor, start: int, stop: int) -> tuple[int, ...]:
-    """Which of the pieces hold elements start .. stop of a bucket."""
-    first, size = bucket.data_ptr(), bucket.element_size()
-    lo, hi = first + start * size, first + stop * size
-    spans = ((index, part.data_ptr(), _nbytes(part)) for index, piece in enumerate(pieces) for part in piece.tensors)
-    return tuple(dict.fromkeys(index for index, at, nbytes in spans if at < hi and lo < at + nbytes))
+def pieces_of(
+    places: Sequence[tuple[Tensor, int, int, int]], buckets: Sequence[Tensor], pieces: Sequence[Piece]
+) -> dict[Tensor, tuple[int, ...]]:
+    """Which pieces each tensor lies in, given (tensor, bucket, start, stop) in elements of the bucket."""
+    spans = [(index, *_span(part)) for index, piece in enumerate(pieces) for part in piece.tensors]
+    found = {}
+    for tensor, bucket, start, stop in places:
+        lo, hi = _span(buckets[bucket][start:stop])
+        found[tensor] = tuple(dict.fromkeys(index for index, first, end in spans if first < hi and lo < end))
+    return found
+
+
+def _span(flat: Tensor) -> tuple[int, int]:
+    """First and last address of a 1-d tensor's bytes, the last one excluded."""
+    return flat.data_ptr(), flat.data_ptr() + _nbytes(flat)

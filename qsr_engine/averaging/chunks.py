@@ -48,11 +48,16 @@ def squares_of_chunks(chunks: Iterable[Tensor], numel: int) -> Tensor:
         numel: elements of the whole that the chunks are a part of; beyond EXACT each is added up in its own type (in
             fp32 below it), and only their sums in fp64.
     """
-    squares = []
-    for chunk in chunks:
-        exact = chunk.double() if numel <= EXACT else chunk if chunk.dtype in _ACCURATE else chunk.float()
-        squares.append(torch.dot(exact, exact).double())
-    return torch.stack(squares).sum()
+    return torch.stack([_squares_of_chunk(chunk, numel <= EXACT) for chunk in chunks]).sum()
+
+
+def _squares_of_chunk(chunk: Tensor, exact: bool) -> Tensor:
+    """By itself, so that at most one chunk at a time is there in another type."""
+    if exact:
+        chunk = chunk.double()
+    elif chunk.dtype not in _ACCURATE:
+        chunk = chunk.float()
+    return torch.dot(chunk, chunk).double()
 
 
 @torch.no_grad()

@@ -13,9 +13,9 @@ from qsr_engine.cli.launched import started_by_a_launcher
 from qsr_engine.cli.launcher import launch
 from qsr_engine.config.strict import ConfigError
 from qsr_engine.config.units import parse_count, parse_rate, parse_seconds
-from qsr_engine.planning.calibration import CostSettings, cost_settings, read_costs, save_costs
 from qsr_engine.planning.forecast import LIMIT_PERCENT, bytes_of, check_place, check_plot, make_forecast, print_plan
 from qsr_engine.planning.plan import Plan, make_plan, write_header
+from qsr_engine.planning.settings import CostSettings, cost_settings, read_costs, save_costs
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -1,7 +1,7 @@
 """What a user writes, checked before anything starts; nothing here imports torch.
 
 strict        models whose unknown keys and wrong types are errors, with the nearest name
-digest        nested values in one number, and flat
+digest        nested values in one number, flat, and where two differ
 qsr           the block `"qsr"`
 batch         DeepSpeed's three batch sizes, and how ranks divide into workers
 deepspeed     DeepSpeed's configuration: refusals by name, defaults made plain

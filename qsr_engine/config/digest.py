@@ -1,4 +1,4 @@
-"""Nested plain values in one number, and in one level."""
+"""Nested plain values: in one number, in one level, and where two of them differ."""
 
 from __future__ import annotations
 
@@ -21,3 +21,10 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(path of the key, value here, value there) of all that differs, by path; None stands for a missing key."""
+    here, there = dict(flatten(one)), dict(flatten(other))
+    keys = sorted({*here, *there})
+    return [(key, here.get(key), there.get(key)) for key in keys if here.get(key) != there.get(key)]

@@ -1,6 +1,6 @@
 """Recipes: one YAML file a run, read, merged over the one it extends, overridden, checked and resolved.
 
-The model of a recipe is `config.Recipe`; this file turns files and `--set` overrides into one. Durations in epochs
+The model of a recipe is `recipe.Recipe`; this file turns files and `--set` overrides into one. Durations in epochs
 become steps in `resolve_recipe`, at the edge; the core of the package sees steps only.
 """
 

@@ -152,7 +152,7 @@ class ShardCache:
             for file in copies:
                 if held + wanted <= self.limit:
                     break
-                size = _size(file)
+                _, size = _status(file)
                 if self._forget(file, file.name):
                     held -= size
             part.touch()
@@ -165,8 +165,8 @@ class ShardCache:
                 held += 0 if self._forget(file, part[1]) else int(part[2])
             elif _COPY.fullmatch(file.name):
                 copies.append(file)
-                held += _size(file)
-        return sorted(copies, key=_last_used), held
+                held += _status(file)[1]
+        return sorted(copies, key=lambda file: _status(file)[0]), held
 
     def _forget(self, file: Path, lock: str) -> bool:
         """Delete a file, unless somebody holds its lock; a part that nobody holds was left by a killed process."""
@@ -204,15 +204,10 @@ class _Fetcher:
                 continue
 
 
-def _last_used(file: Path) -> float:
+def _status(file: Path) -> tuple[float, int]:
+    """When a file was last used, and its bytes; zeros where somebody has deleted it meanwhile."""
     try:
-        return file.stat().st_mtime
+        found = file.stat()
     except OSError:
-        return 0.0
-
-
-def _size(file: Path) -> int:
-    try:
-        return file.stat().st_size
-    except OSError:
-        return 0
+        return 0.0, 0
+    return found.st_mtime, found.st_size

@@ -13,8 +13,6 @@ from qsr_engine.averaging import NOBODY, LeftOut, average_in_place, average_pack
 from qsr_engine.averaging.errors import Group
 from qsr_engine.config.qsr import AveragingConfig
 
-_BUFFER_BUCKET_BYTES = 16_000_000
-
 
 class Averaged:
     """One rank's part of a replica, beside the parameters, which an averager has in its buckets.
@@ -131,7 +129,7 @@ class Buffers:
             return 0
         exact = [buffer.to(torch.float64, copy=True) for buffer in buffers]
         everywhere = left_out.with_all_ranks(self._worker_size)
-        sent = average_packed(exact, None, _BUFFER_BUCKET_BYTES, everywhere)
+        sent = average_packed(exact, None, left_out=everywhere)
         for buffer, mean in zip(buffers, exact, strict=True):
             buffer.copy_(mean)
         return sent

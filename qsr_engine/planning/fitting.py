@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qsr_engine.config.digest import flatten
+from qsr_engine.config.digest import differences
 from qsr_engine.config.recipe import Recipe
 from qsr_engine.config.recipe_file import load_recipe
 from qsr_engine.config.strict import ConfigError
@@ -58,14 +58,14 @@ def fit_runs(paths: Sequence[str | Path], recipe: Recipe | None) -> tuple[Fit, l
         ConfigError, ReportError: a run cannot be read or is unfinished, they differ in something that matters, or the
             times of these two fit no costs.
     """
-    recipes = [_recipe_of(Path(path)) for path in paths]
+    recipes = [_recipe_of(Path(path)).model_dump(mode="json") for path in paths]
     runs = [_finished(Path(path)) for path in paths]
     (first, one), (second, other) = runs
-    _check_same(f"{first.path} and {second.path}", *map(_matters, recipes))
+    _check_same(f"{first.path} and {second.path}", *recipes)
     machines = [{key: summary.get(key) for key in _OF_THE_MACHINES} for _, summary in runs]
     _check_same(f"{first.path} and {second.path}", *machines)
     if recipe is not None:
-        _check_same(f"the recipe and {first.path}", _matters(recipe), _matters(recipes[0]))
+        _check_same(f"the recipe and {first.path}", recipe.model_dump(mode="json"), recipes[0])
     observed = [
         Observed(summary["steps"], summary["averagings"], summary["seconds_training"]) for summary in (one, other)
     ]
@@ -135,16 +135,11 @@ def _check_workers(run: Run) -> None:
         )
 
 
-def _matters(recipe: Recipe) -> dict[str, Any]:
-    raw = recipe.model_dump(exclude_none=True, mode="json")
-    return {key: value for key, value in flatten(raw) if not key.startswith(_MAY_DIFFER)}
-
-
 def _check_same(names: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
     lines = [
-        f"  {key}: {one.get(key)!r} and {other.get(key)!r}"
-        for key in sorted({*one, *other})
-        if one.get(key) != other.get(key)
+        f"  {key}: {here!r} and {there!r}"
+        for key, here, there in differences(one, other)
+        if not key.startswith(_MAY_DIFFER)
     ]
     if lines:
         raise ConfigError(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,19 +21,11 @@ from typing import Any, Protocol
 from qsr_engine.config.qsr import QSRConfig
 from qsr_engine.config.strict import ConfigError
 from qsr_engine.config.units import bytes_text, counted, rate_text, seconds_text
-from qsr_engine.planning.calibration import (
-    CostSettings,
-    cost_model,
-    cost_settings,
-    count_parameters,
-    payload_of_averaging,
-    read_costs,
-)
+from qsr_engine.planning.calibration import cost_model, count_parameters, payload_of_averaging
 from qsr_engine.planning.cost import Cost, CostModel, Network, Tally, smallest_period, tally
 from qsr_engine.planning.fitting import fit_runs
-from qsr_engine.planning.plan import Plan
-from qsr_engine.records.runs import strategy_label
-from qsr_engine.schedule import Round, learning_rate, rounds
+from qsr_engine.planning.plan import Plan, label_of, rounds_of
+from qsr_engine.planning.settings import CostSettings, cost_settings, read_costs
 
 HOUR = 3600.0
 LIMIT_PERCENT = 10.0  # of the time, that communication should stay under
@@ -72,21 +64,14 @@ def strategies(plan: Plan) -> list[Strategy]:
     found.append(own.model_copy(update={"strategy": "constant", "h_base": h_base, "switch_step": None}))
     if own.alpha and own.lr is not None:
         found.append(own.model_copy(update={"strategy": "qsr", "h_base": h_base, "switch_step": None}))
-    labels = [strategy_label(qsr.model_dump(exclude_none=True)) for qsr in found]
-    mine = strategy_label(own.model_dump(exclude_none=True))
+    labels, mine = list(map(label_of, found)), label_of(own)
     if mine not in labels:
         found.append(own)
         labels.append(mine)
     return [
-        Strategy(label, qsr, tally(plan.rounds if label == mine else _rounds(qsr)), label == mine)
+        Strategy(label, qsr, tally(plan.rounds if label == mine else rounds_of(qsr)), label == mine)
         for label, qsr in zip(labels, found, strict=True)
     ]
-
-
-def _rounds(qsr: QSRConfig) -> Iterator[Round]:
-    if qsr.strategy != "qsr" or qsr.lr is None:
-        return rounds(qsr, lambda step: 0.0)  # which no other strategy reads
-    return rounds(qsr, partial(learning_rate, qsr.lr, total_steps=qsr.total_steps))
 
 
 @dataclass(frozen=True)
@@ -140,14 +125,14 @@ class Forecast:
         }
 
     def _share(self, qsr: QSRConfig, h_base: int) -> float:
-        return self.costs.run(tally(_rounds(qsr.model_copy(update={"h_base": h_base})))).communication_share
+        return self.costs.run(tally(rounds_of(qsr.model_copy(update={"h_base": h_base})))).communication_share
 
     def alphas(self) -> list[dict[str, Any]]:
         """What alpha does to the averagings: half of the recipe's, itself, and twice; empty where it has none."""
         own, rows = self.plan.qsr, []
         if own.strategy == "qsr" and own.alpha and own.lr is not None:
             for factor in _ALPHA_FACTORS:
-                counted = tally(_rounds(own.model_copy(update={"alpha": factor * own.alpha})))
+                counted = tally(rounds_of(own.model_copy(update={"alpha": factor * own.alpha})))
                 cost = self.costs.run(counted)
                 row = {"alpha": factor * own.alpha, "factor": factor, "averagings": counted.rounds}
                 rows.append(

@@ -27,8 +27,9 @@ from qsr_engine.averaging.choose import hosts_of
 from qsr_engine.checkpoint.together import gathered
 from qsr_engine.config.batch import Batch, check_world_size
 from qsr_engine.config.recipe import Recipe, resolve_recipe_batch
-from qsr_engine.planning.calibration import CLASSES, CostSettings, class_count
+from qsr_engine.planning.calibration import CLASSES, class_count, gradient_type
 from qsr_engine.planning.cost import Network
+from qsr_engine.planning.settings import CostSettings
 from qsr_engine.training.from_recipe import DTYPES, Engine, make_engine, share_cores
 from qsr_engine.training.models import create_model
 
@@ -58,7 +59,7 @@ def measure(recipe: Recipe) -> CostSettings:
     mine = [steps.timed() for _ in range(STEPS)]
     averager = engine.local_steps.averager
     group, number = averager.group, torch.zeros(1, device=engine.device)
-    gradients = torch.zeros(parameters // size + 1, dtype=_gradient_dtype(recipe), device=engine.device)
+    gradients = torch.zeros(parameters // size + 1, dtype=DTYPES[gradient_type(recipe)], device=engine.device)
     median = partial(_median_of_slowest, engine.device)
     averaging = median(averager.average, AVERAGINGS, steps.step)
     reducing = median(lambda: dist.all_reduce(gradients, group=group), AVERAGINGS, steps.step)
@@ -198,11 +199,6 @@ def _of_steps(by_rank: Sequence[Sequence[float]], worker_size: int) -> dict[str,
 def _whole_payload(sent: int, worker_size: int, workers: int) -> float:
     """Bytes of an averaging of a whole worker, each of whose ranks sends so many; math.inf for a single worker."""
     return sent * worker_size * workers / (2 * (workers - 1)) if workers > 1 else math.inf
-
-
-def _gradient_dtype(recipe: Recipe) -> torch.dtype:
-    """FSDP reduces gradients in fp32, DeepSpeed in the type of the model's copy."""
-    return torch.float32 if recipe.engine == "fsdp" else DTYPES[recipe.precision.dtype]
 
 
 def _relative_rate(payloads: float, averaging: float, reducing: float, small: float) -> float:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,7 @@ class Plan:
         """What `--json` prints."""
         return {
             "recipe": self.name,
-            "strategy": strategy_label(self.qsr.model_dump(exclude_none=True)),
+            "strategy": label_of(self.qsr),
             "total_steps": self.qsr.total_steps,
             "steps_per_epoch": self.steps_per_epoch,
             "rounds": len(self.rounds),
@@ -86,7 +85,7 @@ class Plan:
         epochs = self.epoch(self.qsr.total_steps)
         length = "" if epochs is None else f" ({epochs:g} epochs of {self.steps_per_epoch} steps)"
         lines = [
-            f"{self.name}: {strategy_label(self.qsr.model_dump(exclude_none=True))}",
+            f"{self.name}: {label_of(self.qsr)}",
             f"{self.qsr.total_steps} steps{length}, {len(self.rounds)} rounds, "
             f"{self.communication_percent:.1f} % of parallel's communication",
             f"longest round: {self._spell(self.longest_round)}",
@@ -111,6 +110,11 @@ class Plan:
             f"{HEADER}{self.communication_percent:.1f} % of parallel's; {len(self.rounds)} rounds in "
             f"{self.qsr.total_steps} steps, the longest of {longest.length} from step {longest.start}."
         )
+
+
+def label_of(qsr: QSRConfig) -> str:
+    """As reports call a strategy."""
+    return strategy_label(qsr.model_dump(exclude_none=True))
 
 
 def _as_dict(round_: Round) -> dict[str, int]:
@@ -165,15 +169,18 @@ def _samples_of_shards(path: Path, recipe: Recipe) -> int | None:
         ) from error
 
 
+def rounds_of(qsr: QSRConfig) -> Iterator[Round]:
+    """All rounds of a run whose periods do not follow a scheduler of the caller's own."""
+    return rounds(qsr) if qsr.strategy == "qsr" and qsr.lr is not None else rounds(qsr, lambda step: 0.0)
+
+
 def _rounds(path: Path, qsr: QSRConfig) -> list[Round]:
-    if qsr.lr is not None:
-        return list(rounds(qsr, partial(learning_rate, qsr.lr, total_steps=qsr.total_steps)))
-    if qsr.strategy == "qsr" and qsr.alpha:
+    if qsr.lr is None and qsr.strategy == "qsr" and qsr.alpha:
         raise ConfigError(
             f"{path}: there is no qsr.lr block, and H follows the learning rate, which your own scheduler sets; write "
             "the block, here or in a copy"
         )
-    return list(rounds(qsr, lambda step: 0.0))  # which no other strategy reads
+    return list(rounds_of(qsr))
 
 
 def write_header(path: str | Path) -> str:

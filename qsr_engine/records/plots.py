@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qsr_engine.records.runs import Run, accuracies, figures, groups, series, waiting_percent
+from qsr_engine.records.runs import Run, accuracies, figures, series, waiting_percent
+from qsr_engine.records.seeds import groups
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

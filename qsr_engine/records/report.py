@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from qsr_engine.records.plots import plots
-from qsr_engine.records.runs import Group, ReportError, Run, figures, find_runs, groups, read_run
+from qsr_engine.records.runs import ReportError, Run, figures, find_runs, read_run
+from qsr_engine.records.seeds import Group, groups
 
 
 def group_table(found: Sequence[Group]) -> str:

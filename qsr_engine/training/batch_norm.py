@@ -20,8 +20,6 @@ from qsr_engine.data.loader import TrainLoader
 from qsr_engine.data.order import seed_for
 from qsr_engine.training.from_recipe import DTYPES, Engine
 
-_BUCKET_BYTES = 16_000_000
-
 
 @contextmanager
 def of_averaged_model(recipe: Recipe, engine: Engine, index: Index, moved: Callable[[], None]) -> Iterator[None]:
@@ -109,6 +107,6 @@ def _cuda_devices(tensors: Iterable[Tensor]) -> list[torch.device]:
 def _average(statistics: list[Tensor]) -> None:
     """Replace them by their mean over all ranks, which is computed in fp64."""
     exact = [value.to(torch.float64, copy=True) for value in statistics]
-    average_packed(exact, None, _BUCKET_BYTES)
+    average_packed(exact, None)
     for value, mean in zip(statistics, exact, strict=True):
         value.copy_(mean)

@@ -55,11 +55,11 @@ class Figures:
 
     def __init__(self, engine: Engine, clock: Clock, monitor: Monitor, batch: int) -> None:
         self._engine, self._clock, self._monitor, self._batch = engine, clock, monitor, batch
-        self._started_at = engine.local_steps.step
         self._losses: list[Tensor] = []
         self._round_losses: list[Tensor] = []  # since the workers last told theirs
         self._told: tuple[float, ...] = (0.0, 0.0, 0.0)  # what _seconds() was then
-        self._logged = (0, 0.0, 0.0)  # step, training seconds and seconds of waiting for data at the last record
+        # Of the last record: step, seconds of training and of waiting for data, and images that all ranks had seen.
+        self._logged = (engine.local_steps.step, 0.0, 0.0, engine.local_steps.step * batch)
 
     def state_dict(self) -> dict[str, Any]:
         """What has not been told yet; losses are those of this rank's batches."""
@@ -73,7 +73,10 @@ class Figures:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """After the clock's."""
-        self._logged = (state["logged"][0], state["logged"][1], state["logged"][2])
+        step, seconds, data, *images = state["logged"]
+        now = self._engine.local_steps.step
+        seen = state.get("images_seen", now * self._batch) - (now - step) * self._batch  # an older checkpoint's
+        self._logged = (step, seconds, data, images[0] if images else seen)
         if state["ranks"] == dist.get_world_size():  # else they are rank 0's of other batches
             self._losses, self._round_losses = (
                 [torch.tensor(loss, device=self._engine.device) for loss in state.get(name, ())]
@@ -92,10 +95,9 @@ class Figures:
         loss = torch.stack(self._losses).mean().item()  # waits for the device, so the times below are true
         self._losses.clear()
         state = self._engine.local_steps
-        step, seconds, waited = self._logged
+        _, seconds, waited, images = self._logged
         so_far = self.so_far(images_seen)
-        self._logged = (state.step, self._clock.training(), self._clock.data)
-        images = (state.step - max(step, self._started_at)) * self._batch
+        self._logged = (state.step, self._clock.training(), self._clock.data, images_seen)
         elapsed = max(1e-9, self._logged[1] - seconds)
         self._monitor.log(
             Record(
@@ -103,7 +105,7 @@ class Figures:
                 **so_far,
                 step=state.step,
                 loss=loss,
-                images_per_second=images / elapsed,
+                images_per_second=(images_seen - images) / elapsed,
                 data_percent=100 * (self._clock.data - waited) / elapsed,
                 skipped_samples=skipped_samples,
                 relative_distance=state.relative_distance,

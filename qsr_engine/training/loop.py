@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from qsr_engine.config.batch import check_world_size
+from qsr_engine.config.batch import Batch, check_world_size
 from qsr_engine.config.recipe import Recipe
 from qsr_engine.config.recipe_file import dump_recipe
 from qsr_engine.config.strict import ConfigError
@@ -73,10 +73,7 @@ def train(recipe: Recipe, index: Index, *, resume: bool = False) -> dict[str, An
     _warn_of_whole_decoding(recipe)
     share_cores()
     model, index = _make_model(recipe, index)
-    engine = make_engine(recipe, batch, model)
-    if recipe.data.decoder == "gpu" and engine.device.type != "cuda":
-        raise ConfigError(f"data.decoder is 'gpu', and this rank trains on {engine.device.type}; write decoder: cpu")
-    check_agreement({"recipe": _shared(recipe), "data": index.digest()}, engine.device)
+    engine = _start_engine(recipe, index, batch, model)
     torch.manual_seed(recipe.seed + 1 + rank)  # dropout differs between ranks
     client = load_newest(engine, recipe, str(index.digest())) if resume else {}
     step, watchdog = engine.local_steps.step, engine.local_steps.watchdog
@@ -154,6 +151,15 @@ def _make_model(recipe: Recipe, index: Index) -> tuple[nn.Module, Index]:
         names = [str(label) for label in range(recipe.model.kwargs["num_classes"])]
         index = index.model_copy(update={"classes": names})
     return model, index
+
+
+def _start_engine(recipe: Recipe, index: Index, batch: Batch, model: nn.Module) -> Engine:
+    """The recipe's engine, in which all ranks have met and agreed on recipe and data."""
+    engine = make_engine(recipe, batch, model)
+    if recipe.data.decoder == "gpu" and engine.device.type != "cuda":
+        raise ConfigError(f"data.decoder is 'gpu', and this rank trains on {engine.device.type}; write decoder: cpu")
+    check_agreement({"recipe": _shared(recipe), "data": index.digest()}, engine.device)
+    return engine
 
 
 def _shared(recipe: Recipe) -> dict[str, Any]:

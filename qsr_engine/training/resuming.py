@@ -10,7 +10,7 @@ from qsr_engine.checkpoint.find import any_here, find_alone
 from qsr_engine.checkpoint.manifest import CheckpointError
 from qsr_engine.checkpoint.together import gathered
 from qsr_engine.config.batch import Batch
-from qsr_engine.config.digest import flatten
+from qsr_engine.config.digest import differences
 from qsr_engine.config.recipe import Recipe, batch_on_other_ranks, resolve_recipe_batch
 from qsr_engine.config.recipe_file import load_recipe
 from qsr_engine.config.strict import ConfigError
@@ -24,11 +24,11 @@ def batch_for(recipe: Recipe, ranks: int, *, resume: bool) -> Batch:
     Raises:
         ConfigError: as resolve_recipe_batch() and batch_on_other_ranks().
     """
+    if not resume:
+        return resolve_recipe_batch(recipe, ranks)
     try:
         _, manifest = find_alone(recipe.run_dir / CHECKPOINTS)
     except CheckpointError:  # of this host; engine.load_checkpoint() says what is wrong, and on which
-        return resolve_recipe_batch(recipe, ranks)
-    if not resume:
         return resolve_recipe_batch(recipe, ranks)
     then = int(manifest.layout["workers"]) * int(manifest.layout["worker_size"])
     sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -55,11 +55,10 @@ def check_same_recipe(recipe: Recipe) -> None:
     path = recipe.run_dir / RECIPE
     if not path.exists():
         return
-    then, now = (dict(flatten(r.model_dump())) for r in (load_recipe(path), recipe))
     lines = [
-        f"  {key} was {then.get(key)!r} and is {now.get(key)!r}"
-        for key in sorted({*then, *now})
-        if then.get(key) != now.get(key) and not key.startswith(_MAY_DIFFER)
+        f"  {key} was {then!r} and is {now!r}"
+        for key, then, now in differences(load_recipe(path).model_dump(), recipe.model_dump())
+        if not key.startswith(_MAY_DIFFER)
     ]
     if lines:
         raise ConfigError(

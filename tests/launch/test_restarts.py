@@ -101,7 +101,11 @@ def wait_for(what: str, found: Callable[[], Any]) -> Any:
 
 
 def records(recipe: Path) -> list[dict[str, Any]]:
-    path = recipe.parent / "runs" / "run" / "metrics.jsonl"
+    return whole_lines(recipe.parent / "runs" / "run" / "metrics.jsonl")
+
+
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """Of a file that may be written just now."""
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
 
@@ -192,7 +196,7 @@ def agent(recipe: Path, port: int, *, first: bool = False, address: str = "127.0
     """
     words = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2:3", "--nproc-per-node", "1"]
     words += ["--max-restarts", "5", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
-    words += ["--rdzv-conf", f"last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3,is_host={int(first)}"]
+    words += ["--rdzv-conf", f"last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=6,is_host={int(first)}"]
     words += ["--local-addr", address]
     return [*words, "--module", "qsr_engine", "train", str(recipe), "--resume"]
 
@@ -211,18 +215,17 @@ def test_a_lost_worker_is_done_without_and_another_is_taken_later(
     agents = [
         start(*agent(recipe, port, first=place == 0, address=address), *long) for place, address in enumerate(addresses)
     ]
+
+    def ranks_now(*numbers: int) -> Callable[[], bool]:
+        path = recipe.parent / "runs" / "run" / "workers.jsonl"
+        return lambda: [len(record["loss"]) for record in whole_lines(path)][-1:] == list(numbers)
+
+    wait_for("a boundary of three workers", ranks_now(3))  # whoever comes late starts the others again
     moment = random.randrange(20, 60)
     print(f"the host of rank 0 is lost when there are {moment} records")
     wait_for(f"step {moment}", lambda: len(records(recipe)) > moment)
     for process in (rank_process(agents[2], 0), psutil.Process(agents[2].pid)):
         process.send_signal(signal.SIGKILL)
-
-    def ranks_now(*numbers: int) -> Callable[[], bool]:
-        path = recipe.parent / "runs" / "run" / "workers.jsonl"
-        return lambda: (
-            path.exists()
-            and [len(json.loads(line)["loss"]) for line in path.read_text().splitlines()][-1:] == list(numbers)
-        )
 
     wait_for("a boundary of two workers", ranks_now(2))
     seen = {record["step"]: record["images_seen"] for record in records(recipe)}

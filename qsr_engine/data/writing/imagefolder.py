@@ -12,11 +12,12 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from qsr_engine.data.errors import DataError
+from qsr_engine.data.samples import IMAGE_SUFFIXES
 from qsr_engine.data.writing.imagenet import TRAIN, VAL, list_train, list_val
 from qsr_engine.data.writing.stored import ListedImage, StoredImage
 
 SPLIT_FOLDERS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
-SUFFIXES = (".jpg", ".jpeg", ".png")  # of image files, in any case
+SUFFIXES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)  # of image files, in any case
 
 
 class Images(NamedTuple):

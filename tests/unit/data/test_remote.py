@@ -17,7 +17,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import fsspec
 import pytest
 import torch
 
@@ -247,26 +246,6 @@ def test_a_shard_that_differs_from_the_index_is_refused(
     missing = shard.model_copy(update={"name": "all-999999.tar"})
     with pytest.raises(DataError, match=r"http://.*/all-999999\.tar: there is no such file"):
         ShardCache(url, tmp_path, 10**9, {missing.name: missing}).open(missing.name)
-
-
-def test_a_connection_that_breaks_is_tried_again(
-    served: tuple[Path, str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, url, _ = served
-    waits: list[float] = []
-    monkeypatch.setattr("qsr_engine.data.retrying.time.sleep", waits.append)
-    shards = {shard.name: shard for shard in read_index(folder).split("all").shards}
-    name = next(iter(shards))
-    failures = [ConnectionResetError("reset"), TimeoutError()]
-
-    def flaky(path: str, copy: str, **_: Any) -> None:
-        if failures:
-            raise failures.pop()
-        fsspec.filesystem("http").get_file(path, copy)
-
-    monkeypatch.setattr("qsr_engine.data.remote._file_system", lambda url: (SimpleNamespace(get_file=flaky), url))
-    assert content(ShardCache(url, tmp_path, 10**9, shards), name) == (folder / name).read_bytes()
-    assert waits == [1, 2]
 
 
 def test_no_space_in_the_cache_is_said(

@@ -18,14 +18,12 @@ from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from qsr_engine.data.errors import DataError
-from qsr_engine.data.index import Index
-from qsr_engine.data.order import ShardSlice, plan_epoch
+from qsr_engine.data.order import ShardSlice
 from qsr_engine.data.random_access import RandomAccess
 from qsr_engine.data.samples import RawSample, Sample
 from qsr_engine.data.streaming import Streamed, read_shard
 from qsr_engine.data.tar import key_and_suffix
 from qsr_engine.data.tar_shard import TarShard
-from qsr_engine.data.writing.shard import write_shard
 from qsr_engine.data.writing.verifying import scan_shard
 from tests.fuzz.make_seeds import CORPUS
 from tests.support.shard_files import noise, shards_of, tar_bytes
@@ -89,18 +87,6 @@ def test_members_are_grouped_as_webdataset_groups_them(
     )
 
 
-def test_streams_and_random_access_give_the_same_samples_in_the_same_order(numbered: tuple[Path, Index]) -> None:
-    folder, index = numbered
-    slices = plan_epoch(index.split("all"), 3, 1, 1, 2)
-    streamed = Streamed(str, lambda name: (folder / name).open("rb"), 100)
-    random_access = RandomAccess(lambda name: TarShard(folder / name), 100)
-    one, other = ([source.load(item) for item in source.items(slices)] for source in (streamed, random_access))
-    assert [(s.key, s.image, s.label) for s in one if isinstance(s, Sample)] == [
-        (s.key, s.image, s.label) for s in other if isinstance(s, Sample)
-    ]
-    assert len(one) == 50
-
-
 def test_a_damaged_header_is_found_and_samples_before_it_are_good(tmp_path: Path) -> None:
     folder, _ = shards_of(tmp_path, [5])
     path = folder / "all-000000.tar"
@@ -118,16 +104,6 @@ def test_a_damaged_header_is_found_and_samples_before_it_are_good(tmp_path: Path
                 assert shard.read(good).members["cls"] == str(good).encode()
             with pytest.raises(DataError, match=r"all-000000\.tar: this shard (cannot be read past|ends after)"):
                 shard.read(number // 2 + 1)
-
-
-def test_a_key_that_is_there_twice_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "all-000000.tar"
-    write_shard(path, [(key, "png", noise(0), 0) for key in ("a", "b", "a")])
-    for read in (lambda: list(read_shard(path)), lambda: TarShard(path).read(2)):
-        with pytest.raises(
-            DataError, match=r"all-000000\.tar: this shard .* past sample 2: the key 'a' is there twice"
-        ):
-            read()
 
 
 @pytest.mark.parametrize("byte", [b"9", b"8", b"-", b" ", b"\xff"])
@@ -164,21 +140,16 @@ def test_a_name_that_is_not_utf_8_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("way", ["random access", "streamed"])
-@pytest.mark.parametrize("kind", ["gz", "bz2", "xz", "sparse", "claims 5 GB", "claims 10 GB", "pax"])
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
 def test_a_bomb_in_a_tar_takes_no_memory(tmp_path: Path, kind: str, way: str) -> None:
-    """Each would take 10 MB to 10 GB in the hands of tarfile alone."""
-    if kind in ("gz", "bz2", "xz"):
-        stream = io.BytesIO()
-        with tarfile.open(fileobj=stream, mode=f"w:{kind}") as tar:  # type: ignore[call-overload]
-            info = tarfile.TarInfo("a.jpg")
-            info.size = 10_000_000
-            tar.addfile(info, io.BytesIO(bytes(info.size)))
-        bomb = stream.getvalue()
-    else:
-        names = {"sparse": "pax_sparse", "claims 5 GB": "huge", "claims 10 GB": "huge_binary", "pax": "huge_pax"}
-        bomb = (CORPUS / "shards" / f"{names[kind]}.tar").read_bytes()
+    """Each would take 10 MB in the hands of tarfile alone; headers that announce more are in tests/fuzz/corpus."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode=f"w:{kind}") as tar:  # type: ignore[call-overload]
+        info = tarfile.TarInfo("a.jpg")
+        info.size = 10_000_000
+        tar.addfile(info, io.BytesIO(bytes(info.size)))
     path = tmp_path / "bomb.tar"
-    path.write_bytes(bomb)
+    path.write_bytes(stream.getvalue())
     tracemalloc.start()
     read = TarShard(path).read if way == "random access" else lambda _: next(read_shard(path))
     with pytest.raises(DataError, match=r"bomb\.tar: this shard cannot be read past sample 0"):

@@ -21,7 +21,8 @@ from qsr_engine.records.plots import plots
 from qsr_engine.records.records import Record, WorkersRecord
 from qsr_engine.records.report import group_table, report, table
 from qsr_engine.records.run_folder import open_run_folder
-from qsr_engine.records.runs import ReportError, figures, find_runs, groups, read_run, strategy_label
+from qsr_engine.records.runs import ReportError, figures, find_runs, read_run, strategy_label
+from qsr_engine.records.seeds import groups
 
 QSR = {"strategy": "qsr", "h_base": 4, "alpha": 0.0175, "power": 2.0}
 
