@@ -381,6 +381,7 @@ print(*codes)
 """
 
 
+@pytest.mark.slow
 def test_the_thread_that_talks_does_not_abort_the_end_of_the_process() -> None:
     """Such an end while a thread is in the store's C++ would be SIGABRT; here a beat is always under way."""
     result = subprocess.run([sys.executable, "-c", ENDINGS], capture_output=True, text=True, timeout=LIMIT)

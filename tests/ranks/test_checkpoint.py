@@ -22,9 +22,16 @@ from tests.support.training import QSR
 COMPILED = [pytest.mark.slow, pytest.mark.compiled]
 
 
-@pytest.mark.parametrize("worker_size", [1, 2])
+def resume_of(combination: Combination, worker_size: int) -> Any:
+    """In `make test` one worker size of each: two ranks a worker in fp32 and fp16, one rank in bf16."""
+    marks = COMPILED if combination.compiled else []
+    if (worker_size == 2) != combination.precision.startswith("fp"):
+        marks = [*marks, pytest.mark.slow]
+    return pytest.param(combination, worker_size, marks=marks, id=f"{combination}-{worker_size}")
+
+
 @pytest.mark.parametrize(
-    "combination", [pytest.param(c, marks=COMPILED if c.compiled else [], id=str(c)) for c in RESUMED]
+    ("combination", "worker_size"), [resume_of(combination, size) for combination in RESUMED for size in (1, 2)]
 )
 def test_a_resumed_run_gives_the_same_bits(
     processes: Processes, tmp_path: Path, combination: Combination, worker_size: int

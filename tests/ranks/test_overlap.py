@@ -232,6 +232,7 @@ print("left")
 """
 
 
+@pytest.mark.slow
 def test_a_script_that_ends_during_an_averaging_ends_cleanly() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python"]
     done = subprocess.run([*command, sys.executable, "-c", LEAVES_EARLY], capture_output=True, text=True, timeout=100)

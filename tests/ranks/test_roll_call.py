@@ -260,7 +260,7 @@ def versions_job() -> None:
     import torch.distributed as dist
 
     import qsr_engine
-    from qsr_engine.engines.fsdp import engine as fsdp
+    from qsr_engine.engines import start
     from qsr_engine.membership.versions import versions
 
     dist.init_process_group("gloo")
@@ -269,7 +269,7 @@ def versions_job() -> None:
         "train_batch_size": 8,
         "qsr": {"strategy": "constant", "h_base": 2, "total_steps": 4, "lr": {"schedule": "constant", "peak": 0.1}},
     }
-    with mock.patch.object(fsdp, "versions", return_value=other):
+    with mock.patch.object(start, "versions", return_value=other):
         qsr_engine.initialize_fsdp(
             model=torch.nn.Linear(2, 1), optimizer=lambda p: torch.optim.SGD(p, lr=0.1), config=config
         )

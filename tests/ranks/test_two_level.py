@@ -116,7 +116,10 @@ def random_job(seed: int, layout: list[int], options: dict[str, Any]) -> str:
     return averager.way
 
 
-@pytest.mark.parametrize("hosts", [TWO_OF_TWO, APART], ids=["host by host", "by turns"])
+@pytest.mark.parametrize(
+    "hosts",
+    [pytest.param(TWO_OF_TWO, marks=pytest.mark.slow, id="host by host"), pytest.param(APART, id="by turns")],
+)
 @pytest.mark.parametrize("way", WAYS)
 def test_random_lists_of_tensors(processes: Processes, way: str, hosts: list[int]) -> None:
     """Sizes from nothing to many buckets, types mixed, two averagings in a row: the mean, and alike on all ranks."""
