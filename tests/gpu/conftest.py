@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 NEEDS = {
     "test_averaging_on_gpu.py": ["pydantic"],
-    "test_data_on_gpu.py": ["sklearn", "PIL", "pydantic", "torchvision", "cykooz_resizer", "fsspec"],
+    "test_data_on_gpu.py": ["sklearn", "PIL", "pydantic", "torchvision", "cykooz_resizer", "fsspec", "tqdm"],
     "test_engine_on_gpu.py": ["deepspeed", "pydantic"],
     "test_fsdp_on_gpu.py": ["timm", "pydantic"],
 }
