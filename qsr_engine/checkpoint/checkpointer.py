@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from qsr_engine.checkpoint.find import find
 from qsr_engine.checkpoint.manifest import MODEL_FILE, CheckpointError, Manifest, plain
 from qsr_engine.checkpoint.other_layout import (
+    Found,
     check_same_model,
-    differences,
+    found_in,
     mean_of_states,
     optimizer_state_from,
     warn_of_other_configuration,
@@ -215,7 +216,7 @@ class Checkpointer:
                 f"{self._local_steps.step}; load them before its first step"
             )
         folder, manifest = find(directory, None if tag is None else str(tag))
-        found = differences(manifest.layout, self._identity.layout)
+        found = found_in(manifest.layout, self._identity.layout)
         check_same_model(folder, found)
         without_state = module_only or not options.get("load_optimizer_states", True)
         if not module_only and "engine" not in found:
@@ -257,7 +258,7 @@ class Checkpointer:
         self._engine.micro_steps = local.step * self._engine.gradient_accumulation_steps()
         self._loaded()
 
-    def _check_workers(self, folder: Path, manifest: Manifest, found: Mapping[str, tuple[Any, Any]]) -> None:
+    def _check_workers(self, folder: Path, manifest: Manifest, found: Found) -> None:
         """Whether the states of the workers that this rank will load can be read, in a run of this layout at all."""
         workers = [self._identity.worker]
         if found:
@@ -265,7 +266,7 @@ class Checkpointer:
         for worker in workers:
             self._files.check(worker_folder(folder, worker))
 
-    def _source(self, folder: Path, found: Mapping[str, tuple[Any, Any]]) -> str:
+    def _source(self, folder: Path, found: Found) -> str:
         return optimizer_state_from(folder, found, self._local_steps.qsr.on_other_workers, self._files.may_differ)
 
     def _load_same_layout(self, folder: Path, state: Mapping[str, Any], options: dict[str, Any]) -> None:
@@ -292,9 +293,7 @@ class Checkpointer:
         self._files.read_model(folder, None)
         self._engine.begin_at(step)
 
-    def _load_other_layout(
-        self, folder: Path, manifest: Manifest, found: Mapping[str, tuple[Any, Any]], state: Mapping[str, Any]
-    ) -> None:
+    def _load_other_layout(self, folder: Path, manifest: Manifest, found: Found, state: Mapping[str, Any]) -> None:
         """Parameters and step of a run with other workers, whose rank 0 had this state."""
         source = self._source(folder, found)
         warn_of_other_layout(folder, found, source)

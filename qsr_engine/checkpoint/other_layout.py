@@ -12,19 +12,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsr_engine.checkpoint.manifest import CheckpointError
-from qsr_engine.config.digest import flatten
+from qsr_engine.config.digest import differences
 from qsr_engine.local_steps.averaged import Averaged
 
 log = logging.getLogger(__name__)
 _SAME_MODEL = ("model",)  # of a layout: what must be the same for anything to be taken over
 
 
-def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Keys of two layouts whose values differ: (saved, now)."""
-    return {key: (saved.get(key), now.get(key)) for key in {*saved, *now} if saved.get(key) != now.get(key)}
+Found = Mapping[str, tuple[Any, Any]]  # keys whose values differ: (saved, now)
 
 
-def check_same_model(folder: Path, found: Mapping[str, tuple[Any, Any]]) -> None:
+def found_in(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Found:
+    """What differs between two layouts or configurations."""
+    return {key: (then, here) for key, then, here in differences(saved, now)}
+
+
+def check_same_model(folder: Path, found: Found) -> None:
     """Raises CheckpointError if the checkpoint is of another model."""
     if any(key in found for key in _SAME_MODEL):
         raise CheckpointError(
@@ -33,9 +36,7 @@ def check_same_model(folder: Path, found: Mapping[str, tuple[Any, Any]]) -> None
         )
 
 
-def optimizer_state_from(
-    folder: Path, found: Mapping[str, tuple[Any, Any]], on_other_workers: str, may_differ: frozenset[str]
-) -> str:
+def optimizer_state_from(folder: Path, found: Found, on_other_workers: str, may_differ: frozenset[str]) -> str:
     """What happens to the optimizer's state in a run with another layout: "mean" or "fresh".
 
     Raises:
@@ -53,7 +54,7 @@ def optimizer_state_from(
     return "mean"
 
 
-def warn_of_other_layout(folder: Path, found: Mapping[str, tuple[Any, Any]], source: str) -> None:
+def warn_of_other_layout(folder: Path, found: Found, source: str) -> None:
     """On rank 0, loudly: what was taken over and what was not."""
     if dist.get_rank() != 0:
         return
@@ -73,7 +74,7 @@ def warn_of_other_layout(folder: Path, found: Mapping[str, tuple[Any, Any]], sou
 
 def warn_of_other_configuration(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """On rank 0: a run may go on with another configuration, but not in silence."""
-    found = differences(dict(flatten(saved)), dict(flatten(now)))
+    found = found_in(saved, now)
     if found and dist.get_rank() == 0:
         log.warning("%s: the run goes on with another configuration: %s", folder, _spelled(found, "; "))
 
@@ -99,5 +100,5 @@ def mean_of_states(replica: Averaged, loaded: Iterable[None]) -> None:
         value.copy_(sums[place, name] / workers)
 
 
-def _spelled(found: Mapping[str, tuple[Any, Any]], between: str = ", ") -> str:
+def _spelled(found: Found, between: str = ", ") -> str:
     return between.join(f"{key} was {then!r} and is {now!r}" for key, (then, now) in sorted(found.items()))

@@ -36,7 +36,7 @@ from tests.support.training import QSR
 def optimizer_state(engine: Any) -> dict[str, torch.Tensor]:
     """This worker's optimizer state, whole, under name and key."""
     return {
-        f"{name} {key}": engine._whole(value).clone()
+        f"{name} {key}": engine._driver.replica.whole(value).clone()
         for name, parameter in engine._named.items()
         for key, value in engine.optimizer.state[parameter].items()
     }
