@@ -186,7 +186,7 @@ def test_bf16_computes_in_bf16_and_reduces_in_fp32(processes: Processes, optimiz
     """Bit for bit: gradients in bf16, their mean over a worker and the masters in fp32."""
     qsr = {**QSR, "worker_size": worker_size}
     results = processes.run(train_job, ranks=2 * worker_size, qsr=qsr, optimizer=optimizer, **BF16)
-    assert results[0]["masters"] == ("Whole" if worker_size == 1 else "Shards")
+    assert results[0]["masters"] == ("ComputedInCopies" if worker_size == 1 else "Shards")
     oracle = expected(qsr, 2, optimizer=optimizer, compute_dtype=torch.bfloat16, gradient_dtype=torch.float32)
     assert furthest(results[0]["state"], oracle) == 0
     assert_silent(results, worker_size)

@@ -156,9 +156,17 @@ def _serve(pipe: Connection) -> None:
 
 
 def _destroy_engines() -> None:
-    """An engine that nobody destroyed lives for ever, by hooks in autograd, and with it its process groups' threads."""
+    """An engine that nobody destroyed lives for ever, by hooks in autograd, and with it its process groups' threads.
+
+    Its watchdog would find the ranks of that job silent ten minutes later, and end the process in another job.
+    """
     from deepspeed.runtime.engine import DeepSpeedEngine
 
+    from qsr_engine.membership.watchdog import Watchdog
+
+    for found in gc.get_objects():
+        if isinstance(found, Watchdog):
+            found.close()
     for engine in [found for found in gc.get_objects() if isinstance(found, DeepSpeedEngine)]:
         engine.destroy()
         for name in list(vars(engine)):
