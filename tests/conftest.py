@@ -28,6 +28,23 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Skips())
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test marked `fast_cells(count)` so many cells stay in the fast part, the first and the last among them."""
+    cells: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("fast_cells"):
+            cells.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for of_one_test in cells.values():
+        mark = of_one_test[0].get_closest_marker("fast_cells")
+        assert mark is not None
+        count, last = mark.args[0], len(of_one_test) - 1
+        fast = {round(cell * last / max(1, count - 1)) for cell in range(count)}
+        for number, item in enumerate(of_one_test):
+            if number not in fast:
+                item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of scikit-learn's digits, to read and not to change."""

@@ -59,6 +59,7 @@ def batch_statistics(run: Path, state: dict[str, torch.Tensor], step: int, ranks
     return {name: torch.stack(values).mean(0) for name, values in seen.items()}
 
 
+@pytest.mark.fast_cells(2)
 @pytest.mark.parametrize(
     "engine",
     [

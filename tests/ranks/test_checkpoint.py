@@ -52,6 +52,7 @@ def test_a_resumed_run_gives_the_same_bits(
     assert same(whole, resumed)
 
 
+@pytest.mark.fast_cells(3)
 @pytest.mark.parametrize("strategy", ["post_local", "parallel"])
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_the_other_strategies_resume_too(processes: Processes, tmp_path: Path, strategy: str, stage: int) -> None:

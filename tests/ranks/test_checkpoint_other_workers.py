@@ -69,6 +69,7 @@ def mixed_job(
     }
 
 
+@pytest.mark.fast_cells(4)
 @pytest.mark.parametrize("frozen", [True, False], ids=["", "without frozen"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_frozen_tied_unused_parameters_and_batch_norm(
@@ -87,6 +88,7 @@ def test_frozen_tied_unused_parameters_and_batch_norm(
         assert all(torch.equal(a, b) for a, b in zip(one["buffers"], other["buffers"], strict=True))
 
 
+@pytest.mark.fast_cells(4)
 @pytest.mark.parametrize(
     "load", [{"load_optimizer_states": False}, {"load_module_only": True}], ids=lambda x: next(iter(x))
 )
@@ -152,6 +154,7 @@ def test_another_number_of_workers_starts_from_the_mean_of_the_states(
         assert not torch.equal(rank["end"], rank["masters"])
 
 
+@pytest.mark.fast_cells(3)
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "fp16"), (3, "bf16")])
 def test_parameters_alone_go_to_workers_of_another_size_and_stage(
     processes: Processes, tmp_path: Path, stage: int, precision: str

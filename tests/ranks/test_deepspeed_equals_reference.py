@@ -88,6 +88,7 @@ BF16: dict[str, Any] = {
 }
 
 
+@pytest.mark.fast_cells(5)
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("strategy", sorted(STRATEGIES))
 def test_bf16_under_zero_1_equals_the_reference(processes: Processes, strategy: str, optimizer: str) -> None:
@@ -146,6 +147,7 @@ def test_overlapped_with_the_next_forward_the_numbers_are_the_same(
         assert results[0]["distances"][-1] == pytest.approx(oracle["distances"][-1], rel=1e-6)
 
 
+@pytest.mark.fast_cells(6)
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("strategy", ["qsr", "constant"])
 @pytest.mark.parametrize("delay", [1, 3, 100])

@@ -107,6 +107,7 @@ RESUMED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.fast_cells(6)
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_gives_the_same_bits(processes: Processes, tmp_path: Path, name: str) -> None:
     job: dict[str, Any] = {"folder": str(tmp_path), **RESUMED[name]}
@@ -181,6 +182,7 @@ def frozen_job(folder: str, worker_size: int, load: bool, without_frozen: bool) 
     return {**state_of(engine), "seen": engine.module.seen}
 
 
+@pytest.mark.fast_cells(3)
 @pytest.mark.parametrize("without_frozen", [False, True])
 @pytest.mark.parametrize(("before", "after"), [((4, 2), (4, 1)), ((4, 2), (2, 2)), ((2, 1), (1, 1))])
 def test_other_workers_take_buffers_and_frozen_parameters(
@@ -223,6 +225,7 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.4)
 
 
+@pytest.mark.fast_cells(3)
 @pytest.mark.parametrize(("before", "after"), [("fsdp", "fsdp"), ("fsdp", "deepspeed"), ("deepspeed", "fsdp")])
 @pytest.mark.parametrize("load", [{}, {"load_optimizer_states": False}])
 def test_a_scheduler_goes_on_from_the_rate_that_was_saved(
@@ -279,6 +282,7 @@ def move_job(folder: str, worker_size: int, to: str, stage: int, alone: bool) ->
     return {"saved": saved, "loaded": loaded, "step": step, "global_steps": other.global_steps}
 
 
+@pytest.mark.fast_cells(2)
 @pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize("to", ["fsdp", "deepspeed"])
 @pytest.mark.parametrize(("worker_size", "stage"), [(1, 0), (2, 3)])

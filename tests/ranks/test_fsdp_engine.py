@@ -39,6 +39,7 @@ Batches = Callable[[int, int, int], tuple[torch.Tensor, torch.Tensor]]  # rank, 
 # -------------------------------------------------------------------------------------- equality with others
 
 
+@pytest.mark.fast_cells(5)
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_workers_of_one_rank_equal_the_reference(processes: Processes, strategy: str, optimizer: str) -> None:
@@ -52,6 +53,7 @@ def test_two_workers_of_one_rank_equal_the_reference(processes: Processes, strat
         assert_silent(results, 1)
 
 
+@pytest.mark.fast_cells(4)
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_workers_of_two_ranks_equal_the_reference(processes: Processes, strategy: str, optimizer: str) -> None:
@@ -102,6 +104,7 @@ def torchs_own_job(worker_size: int) -> dict[str, torch.Tensor]:
     return {name: parameter.full_tensor().detach() for name, parameter in model.named_parameters()}
 
 
+@pytest.mark.fast_cells(1)
 @pytest.mark.parametrize("worker_size", [1, 2])
 def test_parallel_is_torchs_own(processes: Processes, worker_size: int) -> None:
     """The same bits as a loop that calls fully_shard itself."""
@@ -110,6 +113,7 @@ def test_parallel_is_torchs_own(processes: Processes, worker_size: int) -> None:
     assert furthest(ours, processes.run(torchs_own_job, ranks=ranks, worker_size=worker_size)[0]) == 0
 
 
+@pytest.mark.fast_cells(1)
 @pytest.mark.parametrize(
     ("ranks", "worker_size"), [(2, 1), pytest.param(4, 1, marks=pytest.mark.slow), pytest.param(4, 2)]
 )
@@ -139,6 +143,7 @@ def test_both_engines_equal_the_reference(
 # ------------------------------------------------------------------------------ what the DeepSpeed engine has too
 
 
+@pytest.mark.fast_cells(2)
 @pytest.mark.parametrize("worker_size", [1, 2])
 @pytest.mark.parametrize("strategy", ["qsr", "post_local", "parallel"])
 def test_gradient_accumulation(processes: Processes, strategy: str, worker_size: int) -> None:
@@ -152,6 +157,7 @@ def test_gradient_accumulation(processes: Processes, strategy: str, worker_size:
         assert [count for _, count in results[0]["counts"]] == [1] * 12, "the workers meet once a step"
 
 
+@pytest.mark.fast_cells(2)
 @pytest.mark.parametrize("worker_size", [1, 2])
 @pytest.mark.parametrize("strategy", ["qsr", "parallel"])
 def test_clipping_is_per_worker_and_silent(processes: Processes, strategy: str, worker_size: int) -> None:
@@ -166,6 +172,7 @@ def test_clipping_is_per_worker_and_silent(processes: Processes, strategy: str, 
         assert_silent(results, worker_size)
 
 
+@pytest.mark.fast_cells(2)
 @pytest.mark.parametrize("worker_size", [1, 2])
 @pytest.mark.parametrize(
     ("optimizer", "state"), [("adamw", ["exp_avg"]), ("adamw", ["exp_avg", "exp_avg_sq"]), ("sgd", ["momentum_buffer"])]
@@ -180,6 +187,7 @@ def test_averaged_optimizer_state(processes: Processes, optimizer: str, state: l
     assert_silent(results, worker_size)
 
 
+@pytest.mark.fast_cells(2)
 @pytest.mark.parametrize("worker_size", [1, 2])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_bf16_computes_in_bf16_and_reduces_in_fp32(processes: Processes, optimizer: str, worker_size: int) -> None:
@@ -192,6 +200,7 @@ def test_bf16_computes_in_bf16_and_reduces_in_fp32(processes: Processes, optimiz
     assert_silent(results, worker_size)
 
 
+@pytest.mark.fast_cells(4)
 @pytest.mark.parametrize("worker_size", [1, 2])
 @pytest.mark.parametrize(
     ("averaging", "delay"),
@@ -292,6 +301,7 @@ def boundary_job(worker_size: int, shared: bool, hidden: int) -> dict[str, Any]:
     return {"moved": held() != before, "extra": peaks[True] - peaks[False], "model": size}
 
 
+@pytest.mark.fast_cells(2)
 @pytest.mark.parametrize(("worker_size", "shared"), [(1, True), (1, False), (2, True), (2, False)])
 def test_a_boundary_makes_no_copy_of_the_model_and_moves_nothing(
     processes: Processes, worker_size: int, shared: bool

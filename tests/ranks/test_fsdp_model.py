@@ -133,6 +133,7 @@ def evaluation_job(worker_size: int) -> dict[str, Any]:
     return {"state": state_of(engine), "scores": scores}
 
 
+@pytest.mark.fast_cells(1)
 @pytest.mark.parametrize("worker_size", [1, 2])
 def test_evaluations_see_and_leave_the_present_parameters(processes: Processes, worker_size: int) -> None:
     """The same bits as a run without them, and after a boundary the same scores on every rank."""
@@ -156,6 +157,7 @@ def blocks_job(wrap: str) -> list[str]:
     return [name for name, module in engine.module.named_modules() if isinstance(module, FSDPModule)]
 
 
+@pytest.mark.fast_cells(2)
 @pytest.mark.parametrize(
     ("wrap", "names"),
     [
@@ -191,6 +193,7 @@ def meta_job(worker_size: int, init: bool, depth: int) -> dict[str, Any]:
     return {"state": state, "most": most, "whole": sum(p.numel() * 4 for p in model.parameters())}
 
 
+@pytest.mark.fast_cells(2)
 @pytest.mark.parametrize("init", [False, True])
 @pytest.mark.parametrize("worker_size", [1, 2])
 def test_a_model_on_the_meta_device_is_made_block_by_block(processes: Processes, worker_size: int, init: bool) -> None:
@@ -214,6 +217,7 @@ def trained_job(qsr: dict[str, Any], **fsdp: Any) -> dict[str, Any]:
     return state_of(engine)
 
 
+@pytest.mark.fast_cells(2)
 @pytest.mark.parametrize("worker_size", [1, 2])
 @pytest.mark.parametrize("option", ["activation_checkpointing", "reshard_after_forward"])
 def test_options_that_change_memory_and_no_bits(processes: Processes, option: str, worker_size: int) -> None:

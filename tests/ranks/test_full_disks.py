@@ -72,6 +72,7 @@ print("all was as it should be")
 """
 
 
+@pytest.mark.slow
 def test_a_real_file_system_that_fills_up_and_becomes_read_only(tmp_path: Path) -> None:
     """In a mount namespace of its own; one rank, on FSDP, since DeepSpeed takes longer to start."""
     mount = f"mount -t tmpfs -o size=400k none {tmp_path}"
@@ -117,6 +118,7 @@ def failing_run_job(argv: list[str], until: int) -> tuple[int, str, str, list[st
     return *result, [str(warning.message) for warning in said if "checkpoint" in str(warning.message)]
 
 
+@pytest.mark.fast_cells(1)
 @pytest.mark.parametrize("engine", ["deepspeed", "fsdp"])
 def test_a_run_goes_on_when_checkpoints_fail(processes: Processes, recipe: Path, engine: str) -> None:
     """To the same model as without any checkpoint; only rank 1 finds no room, twice, and then there is some."""

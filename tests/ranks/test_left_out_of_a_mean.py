@@ -124,6 +124,7 @@ def test_large_tensors_that_are_packed(processes: Processes) -> None:
     assert processes.run(packed_job, ranks=3) == [True] * 3
 
 
+@pytest.mark.fast_cells(2)
 @pytest.mark.parametrize("bad", [0, 3])
 @pytest.mark.parametrize("way", ["TwoLevelSharedMemory", "TwoLevelCollectives"])
 def test_in_two_levels(processes: Processes, way: str, bad: int) -> None:

@@ -139,6 +139,7 @@ ENGINES: list[tuple[str, dict[str, Any], list[int], str]] = [
 ]
 
 
+@pytest.mark.fast_cells(6)
 @pytest.mark.parametrize(("kind", "qsr", "bad", "how"), ENGINES, ids=lambda value: str(value))
 def test_an_engine_goes_on(processes: Processes, kind: str, qsr: dict[str, Any], bad: list[int], how: str) -> None:
     size = qsr.get("worker_size", 1)

@@ -176,6 +176,7 @@ def test_the_resolved_recipe_runs_again_to_the_same_bits(processes: Processes, r
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.fast_cells(5)
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -254,6 +255,7 @@ def test_ranks_of_a_worker_evaluate_the_same_number_of_batches(
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
 
+@pytest.mark.fast_cells(4)
 @pytest.mark.parametrize("engine", ["deepspeed", "fsdp"])
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_recipe_runs_on_both_engines(
@@ -280,6 +282,7 @@ def test_precision_and_zero_stage_of_a_recipe(processes: Processes, recipe: Path
     assert all(tensor.dtype == torch.float32 for tensor in load_file(run / "model.safetensors").values())
 
 
+@pytest.mark.slow
 def test_a_loader_that_is_faster_than_the_model_is_not_waited_for(processes: Processes, recipe: Path) -> None:
     """Under 2 % of a step, as records and TensorBoard say; the first steps wait for the loader process to start."""
     model = ["model.kwargs.embed_dim=192", "model.kwargs.depth=8", "model.kwargs.num_heads=3"]

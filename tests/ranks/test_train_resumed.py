@@ -13,6 +13,7 @@ from tests.support.launch import interrupted_job, qsr_job, records, train, worke
 from tests.support.pool import Processes
 
 
+@pytest.mark.fast_cells(2)
 @pytest.mark.parametrize(
     "precision",
     [[], ["precision.dtype=bf16", "precision.zero_stage=3"], ["engine=fsdp"], ["engine=fsdp", "precision.dtype=bf16"]],

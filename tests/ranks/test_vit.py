@@ -20,6 +20,7 @@ from tests.support.pool import Processes
 from tests.support.recipes import normalised
 
 
+@pytest.mark.fast_cells(2)
 @pytest.mark.parametrize(
     "engine",
     [[], ["precision.zero_stage=1"], ["precision.zero_stage=3"], ["engine=fsdp"]],

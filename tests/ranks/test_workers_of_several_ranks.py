@@ -106,6 +106,7 @@ def test_what_remains_inside_a_worker(processes: Processes, combination: Combina
         assert counts == INSIDE[combination.stage]
 
 
+@pytest.mark.fast_cells(4)
 @pytest.mark.parametrize("combination", [Combination(0, "fp32", "SGD"), *LOW_PRECISION], ids=str)
 def test_four_workers(processes: Processes, combination: Combination) -> None:
     """With four summands the all-reduce may add in another order than the reference: 2^-24 relative at each of five
@@ -120,6 +121,7 @@ def test_four_workers(processes: Processes, combination: Combination) -> None:
     torch.testing.assert_close(results[0]["masters"], oracle, rtol=0, atol=12 * 0.05 * bits)
 
 
+@pytest.mark.fast_cells(7)
 @pytest.mark.parametrize(
     ("zero", "ranks", "worker_size"),
     [

@@ -164,13 +164,13 @@ def _destroy_engines() -> None:
 
     from qsr_engine.membership.watchdog import Watchdog
 
-    for found in gc.get_objects():
+    for found in [found for found in gc.get_objects() if isinstance(found, (DeepSpeedEngine, Watchdog))]:
         if isinstance(found, Watchdog):
             found.close()
-    for engine in [found for found in gc.get_objects() if isinstance(found, DeepSpeedEngine)]:
-        engine.destroy()
-        for name in list(vars(engine)):
-            delattr(engine, name)
+            continue
+        found.destroy()
+        for name in list(vars(found)):
+            delattr(found, name)
 
 
 def _leave_process_group() -> None:

@@ -37,6 +37,7 @@ def remote(server: Server, cache: Path, way: str, **changes: Any) -> TrainLoader
 FOR_A_WHILE = ["silent", "stalls", "breaks", "500", "429", "404"]
 
 
+@pytest.mark.fast_cells(6)
 @pytest.mark.filterwarnings("ignore:.*trying again")
 @pytest.mark.parametrize("way", ["cached", "streamed"])
 @pytest.mark.parametrize("fault", FOR_A_WHILE)
