@@ -29,6 +29,7 @@ def ranks_on_hosts(cluster: dict[str, str], **more: str) -> list[str]:
     return [process.communicate(timeout=120)[0] for process in started]
 
 
+@pytest.mark.slow
 def test_a_firewall_between_two_of_three_hosts(cluster: dict[str, str]) -> None:
     """Hosts 2 and 3 reach host 1, and not one another: what one sends the other is dropped."""
     assert ranks_on_hosts(cluster) == ["met\n"] * 3

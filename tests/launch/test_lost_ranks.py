@@ -181,6 +181,7 @@ def start(recipe: Path) -> Iterator[Callable[..., Ranks]]:
 GONE = "no sign of life for"
 
 
+@pytest.mark.fast_cells(1)
 @pytest.mark.parametrize(
     ("engine", "place", "step", "victim", "fault", "why"),
     [

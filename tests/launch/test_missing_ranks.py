@@ -28,6 +28,7 @@ def test_the_launcher_names_the_missing_host(tmp_path: Path) -> None:
     assert "missing: ranks 1, 2 of node-b\n" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", [pytest.param("deepspeed", marks=pytest.mark.slow), "fsdp"])
 def test_qsr_train_ends_without_a_traceback(engine: str, tmp_path: Path, digits: Path) -> None:
     recipe = recipe_of_four_steps(tmp_path, digits, engine)

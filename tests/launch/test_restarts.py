@@ -115,6 +115,7 @@ def rank_process(process: subprocess.Popen[str], rank: int) -> psutil.Process:
     return next(child for child in below if child.environ().get("RANK") == str(rank))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["fsdp", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_a_restarted_run_ends_as_an_undisturbed_one(
     recipe: Path, start: Callable[..., subprocess.Popen[str]], engine: str

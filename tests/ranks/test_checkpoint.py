@@ -30,6 +30,7 @@ def resume_of(combination: Combination, worker_size: int) -> Any:
     return pytest.param(combination, worker_size, marks=marks, id=f"{combination}-{worker_size}")
 
 
+@pytest.mark.fast_cells(6)
 @pytest.mark.parametrize(
     ("combination", "worker_size"), [resume_of(combination, size) for combination in RESUMED for size in (1, 2)]
 )
@@ -52,7 +53,7 @@ def test_a_resumed_run_gives_the_same_bits(
     assert same(whole, resumed)
 
 
-@pytest.mark.fast_cells(3)
+@pytest.mark.fast_cells(2)
 @pytest.mark.parametrize("strategy", ["post_local", "parallel"])
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_the_other_strategies_resume_too(processes: Processes, tmp_path: Path, strategy: str, stage: int) -> None:

@@ -88,7 +88,7 @@ def test_frozen_tied_unused_parameters_and_batch_norm(
         assert all(torch.equal(a, b) for a, b in zip(one["buffers"], other["buffers"], strict=True))
 
 
-@pytest.mark.fast_cells(4)
+@pytest.mark.fast_cells(2)
 @pytest.mark.parametrize(
     "load", [{"load_optimizer_states": False}, {"load_module_only": True}], ids=lambda x: next(iter(x))
 )
@@ -131,6 +131,7 @@ def states_job(combination: Combination, folder: str, qsr: dict[str, Any], load:
     return {**found, "end": finish(engine, combination)["masters"] if load else None}
 
 
+@pytest.mark.fast_cells(3)
 @pytest.mark.parametrize(("before", "after"), [(3, 2), (2, 3)])
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_another_number_of_workers_starts_from_the_mean_of_the_states(
@@ -154,7 +155,7 @@ def test_another_number_of_workers_starts_from_the_mean_of_the_states(
         assert not torch.equal(rank["end"], rank["masters"])
 
 
-@pytest.mark.fast_cells(3)
+@pytest.mark.fast_cells(1)
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "fp16"), (3, "bf16")])
 def test_parameters_alone_go_to_workers_of_another_size_and_stage(
     processes: Processes, tmp_path: Path, stage: int, precision: str
@@ -174,6 +175,7 @@ def test_parameters_alone_go_to_workers_of_another_size_and_stage(
         assert torch.equal(rank["end"], now[0]["end"])
 
 
+@pytest.mark.fast_cells(4)
 @pytest.mark.parametrize("combination", RESUMED[:4] + RESUMED[9:12], ids=lambda c: f"{c.stage}-{c.precision}")
 def test_the_averaged_model_is_exported(processes: Processes, tmp_path: Path, combination: Combination) -> None:
     from qsr_engine.checkpoint.model_file import export

@@ -42,7 +42,7 @@ def cell(combination: Combination) -> Any:
     )
 
 
-@pytest.mark.fast_cells(30)
+@pytest.mark.fast_cells(16)
 @pytest.mark.parametrize("combination", [cell(c) for c in COMBINATIONS if not c.refused])
 def test_combination(processes: Processes, combination: Combination) -> None:
     """Two workers over five rounds of 2, 2, 2, 2 and 4 steps equal the reference, and are silent between boundaries."""

@@ -65,7 +65,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
-@pytest.mark.fast_cells(5)
+@pytest.mark.fast_cells(3)
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     processes: Processes, saved: Path, tmp_path: Path, damage: str

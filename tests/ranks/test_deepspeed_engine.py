@@ -22,6 +22,7 @@ from tests.support.training import QSR
 # -------------------------------------------------------------------- invariant 1: silence between boundaries
 
 
+@pytest.mark.fast_cells(4)
 @pytest.mark.parametrize(("clip", "shared"), [(0.0, True), (1.0, False)])
 @pytest.mark.parametrize(("worker_size", "ranks"), [(1, 2), (2, 4)])
 @pytest.mark.parametrize("config", [{}, STAGE_1], ids=["stage0-fp32", "stage1-bf16"])

@@ -11,6 +11,7 @@ from tests.support.deepspeed_run import STRATEGIES, assert_all_equal, averaging,
 from tests.support.pool import Processes
 
 
+@pytest.mark.fast_cells(6)
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("strategy", sorted(STRATEGIES))
 def test_two_workers_equal_the_reference(processes: Processes, strategy: str, optimizer: str) -> None:
@@ -126,6 +127,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 TINY = 0.0003  # MB: a bucket of 300 bytes, so that the small model is in many pieces
 
 
+@pytest.mark.fast_cells(4)
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("shared", [False, True], ids=["gloo", "shared_memory"])
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -147,7 +149,7 @@ def test_overlapped_with_the_next_forward_the_numbers_are_the_same(
         assert results[0]["distances"][-1] == pytest.approx(oracle["distances"][-1], rel=1e-6)
 
 
-@pytest.mark.fast_cells(6)
+@pytest.mark.fast_cells(3)
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("strategy", ["qsr", "constant"])
 @pytest.mark.parametrize("delay", [1, 3, 100])
@@ -186,6 +188,7 @@ def test_a_delayed_average_in_workers_of_two_ranks(processes: Processes) -> None
 # ------------------------------------------------------------------------------------------------- wire types
 
 
+@pytest.mark.fast_cells(3)
 @pytest.mark.parametrize("overlap", ["none", "next_forward"])
 @pytest.mark.parametrize(("wire", "bits"), [("bf16", 8), ("fp16", 11), ("int8", 7)])
 def test_fewer_bits_on_the_wire_stay_near_the_reference(

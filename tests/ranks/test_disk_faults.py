@@ -152,6 +152,7 @@ def every_position_job(kind: str, folder: str, bad_rank: int, number: int, for_g
         said.append(error)
 
 
+@pytest.mark.fast_cells(2)
 @pytest.mark.parametrize(
     ("kind", "bad_rank", "number", "for_good"),
     [

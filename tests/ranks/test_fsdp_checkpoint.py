@@ -107,7 +107,7 @@ RESUMED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.fast_cells(6)
+@pytest.mark.fast_cells(3)
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_gives_the_same_bits(processes: Processes, tmp_path: Path, name: str) -> None:
     job: dict[str, Any] = {"folder": str(tmp_path), **RESUMED[name]}
@@ -121,6 +121,7 @@ def test_a_resumed_run_gives_the_same_bits(processes: Processes, tmp_path: Path,
     assert same(whole, resumed)
 
 
+@pytest.mark.fast_cells(3)
 @pytest.mark.parametrize(("ranks", "worker_size"), [(1, 1), (2, 1), (2, 2), (4, 2), (6, 2)])
 def test_another_number_of_workers_takes_the_mean_of_the_states(
     processes: Processes, tmp_path: Path, ranks: int, worker_size: int
@@ -282,7 +283,7 @@ def move_job(folder: str, worker_size: int, to: str, stage: int, alone: bool) ->
     return {"saved": saved, "loaded": loaded, "step": step, "global_steps": other.global_steps}
 
 
-@pytest.mark.fast_cells(2)
+@pytest.mark.fast_cells(1)
 @pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize("to", ["fsdp", "deepspeed"])
 @pytest.mark.parametrize(("worker_size", "stage"), [(1, 0), (2, 3)])

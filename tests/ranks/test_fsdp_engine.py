@@ -143,7 +143,7 @@ def test_both_engines_equal_the_reference(
 # ------------------------------------------------------------------------------ what the DeepSpeed engine has too
 
 
-@pytest.mark.fast_cells(2)
+@pytest.mark.fast_cells(1)
 @pytest.mark.parametrize("worker_size", [1, 2])
 @pytest.mark.parametrize("strategy", ["qsr", "post_local", "parallel"])
 def test_gradient_accumulation(processes: Processes, strategy: str, worker_size: int) -> None:
@@ -172,7 +172,7 @@ def test_clipping_is_per_worker_and_silent(processes: Processes, strategy: str, 
         assert_silent(results, worker_size)
 
 
-@pytest.mark.fast_cells(2)
+@pytest.mark.fast_cells(1)
 @pytest.mark.parametrize("worker_size", [1, 2])
 @pytest.mark.parametrize(
     ("optimizer", "state"), [("adamw", ["exp_avg"]), ("adamw", ["exp_avg", "exp_avg_sq"]), ("sgd", ["momentum_buffer"])]
@@ -187,7 +187,7 @@ def test_averaged_optimizer_state(processes: Processes, optimizer: str, state: l
     assert_silent(results, worker_size)
 
 
-@pytest.mark.fast_cells(2)
+@pytest.mark.fast_cells(1)
 @pytest.mark.parametrize("worker_size", [1, 2])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_bf16_computes_in_bf16_and_reduces_in_fp32(processes: Processes, optimizer: str, worker_size: int) -> None:
@@ -200,7 +200,7 @@ def test_bf16_computes_in_bf16_and_reduces_in_fp32(processes: Processes, optimiz
     assert_silent(results, worker_size)
 
 
-@pytest.mark.fast_cells(4)
+@pytest.mark.fast_cells(2)
 @pytest.mark.parametrize("worker_size", [1, 2])
 @pytest.mark.parametrize(
     ("averaging", "delay"),
@@ -226,6 +226,7 @@ def test_ways_of_averaging(processes: Processes, averaging: dict[str, Any], dela
         assert_silent(results, worker_size)
 
 
+@pytest.mark.fast_cells(1)
 @pytest.mark.parametrize("wire", ["bf16", "int8"])
 def test_fewer_bits_on_the_wire(processes: Processes, wire: str) -> None:
     """Rounded relative to the differences of the workers, which are at most 0.05 a step: near the reference, and the
@@ -301,7 +302,7 @@ def boundary_job(worker_size: int, shared: bool, hidden: int) -> dict[str, Any]:
     return {"moved": held() != before, "extra": peaks[True] - peaks[False], "model": size}
 
 
-@pytest.mark.fast_cells(2)
+@pytest.mark.fast_cells(1)
 @pytest.mark.parametrize(("worker_size", "shared"), [(1, True), (1, False), (2, True), (2, False)])
 def test_a_boundary_makes_no_copy_of_the_model_and_moves_nothing(
     processes: Processes, worker_size: int, shared: bool

@@ -65,6 +65,7 @@ def odd_job(worker_size: int) -> dict[str, Any]:
     return state_of(engine)
 
 
+@pytest.mark.fast_cells(1)
 @pytest.mark.parametrize("worker_size", [1, 2])
 def test_shared_frozen_and_tiny_weights(processes: Processes, worker_size: int) -> None:
     """Bit for bit as the reference: shared weights stay shared, frozen ones stay as they are."""
@@ -109,6 +110,7 @@ def unused_job(worker_size: int) -> list[tuple[bool, int]]:
     return counts
 
 
+@pytest.mark.fast_cells(1)
 @pytest.mark.parametrize("worker_size", [1, 2])
 def test_a_layer_that_one_worker_does_not_use(processes: Processes, worker_size: int) -> None:
     for counts in processes.run(unused_job, ranks=2 * worker_size, worker_size=worker_size):
@@ -157,7 +159,7 @@ def blocks_job(wrap: str) -> list[str]:
     return [name for name, module in engine.module.named_modules() if isinstance(module, FSDPModule)]
 
 
-@pytest.mark.fast_cells(2)
+@pytest.mark.fast_cells(1)
 @pytest.mark.parametrize(
     ("wrap", "names"),
     [
@@ -193,7 +195,7 @@ def meta_job(worker_size: int, init: bool, depth: int) -> dict[str, Any]:
     return {"state": state, "most": most, "whole": sum(p.numel() * 4 for p in model.parameters())}
 
 
-@pytest.mark.fast_cells(2)
+@pytest.mark.fast_cells(1)
 @pytest.mark.parametrize("init", [False, True])
 @pytest.mark.parametrize("worker_size", [1, 2])
 def test_a_model_on_the_meta_device_is_made_block_by_block(processes: Processes, worker_size: int, init: bool) -> None:
@@ -217,7 +219,7 @@ def trained_job(qsr: dict[str, Any], **fsdp: Any) -> dict[str, Any]:
     return state_of(engine)
 
 
-@pytest.mark.fast_cells(2)
+@pytest.mark.fast_cells(1)
 @pytest.mark.parametrize("worker_size", [1, 2])
 @pytest.mark.parametrize("option", ["activation_checkpointing", "reshard_after_forward"])
 def test_options_that_change_memory_and_no_bits(processes: Processes, option: str, worker_size: int) -> None:

@@ -164,6 +164,7 @@ def full_at_the_end_job(argv: list[str], file: str) -> tuple[int, str, str]:
         setattr(owner, name, original)
 
 
+@pytest.mark.fast_cells(1)
 @pytest.mark.parametrize("file", ["model.safetensors", "summary.json"])
 def test_a_run_whose_last_files_find_no_room_is_resumed(processes: Processes, recipe: Path, file: str) -> None:
     argv = [

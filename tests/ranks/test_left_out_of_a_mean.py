@@ -83,6 +83,7 @@ def way_job(way: str, bad: int) -> float:
     return worst
 
 
+@pytest.mark.fast_cells(2)
 @pytest.mark.parametrize(("way", "bad"), [("AllReduce", 0), ("SharedMemory", 0), ("SharedMemory", 2)])
 def test_the_mean_is_that_of_the_others(processes: Processes, way: str, bad: int) -> None:
     """Two good workers add up to the same bits in any order. Three, in the second averaging, round once more."""
@@ -124,7 +125,7 @@ def test_large_tensors_that_are_packed(processes: Processes) -> None:
     assert processes.run(packed_job, ranks=3) == [True] * 3
 
 
-@pytest.mark.fast_cells(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [0, 3])
 @pytest.mark.parametrize("way", ["TwoLevelSharedMemory", "TwoLevelCollectives"])
 def test_in_two_levels(processes: Processes, way: str, bad: int) -> None:
@@ -163,6 +164,7 @@ def _assert_alike(tensors: list[Tensor]) -> None:
     assert all(torch.equal(other, mine) for other in others)
 
 
+@pytest.mark.fast_cells(2)
 @pytest.mark.parametrize("wire", ["fp32", "bf16", "fp16", "int8"])
 def test_it_is_as_if_the_others_were_alone(processes: Processes, wire: str) -> None:
     """Also what is kept from one averaging to the next: int8's roundings, an outer optimizer's momentum."""

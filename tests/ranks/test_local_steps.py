@@ -91,6 +91,7 @@ def absent_job(overlap: str) -> str:
     return "nothing was raised"
 
 
+@pytest.mark.fast_cells(1)
 @pytest.mark.parametrize(
     ("overlap", "step", "what"),
     [

@@ -139,7 +139,7 @@ ENGINES: list[tuple[str, dict[str, Any], list[int], str]] = [
 ]
 
 
-@pytest.mark.fast_cells(6)
+@pytest.mark.fast_cells(3)
 @pytest.mark.parametrize(("kind", "qsr", "bad", "how"), ENGINES, ids=lambda value: str(value))
 def test_an_engine_goes_on(processes: Processes, kind: str, qsr: dict[str, Any], bad: list[int], how: str) -> None:
     size = qsr.get("worker_size", 1)
@@ -330,6 +330,7 @@ def bad_train_job(argv: list[str]) -> tuple[int, str]:
         module.make_engine = make
 
 
+@pytest.mark.fast_cells(1)
 @pytest.mark.parametrize("policy", ["leave_out", "stop"])
 def test_a_recipe_goes_on_after_a_loss_that_is_not_finite(
     processes: Processes,

@@ -115,7 +115,7 @@ def job(kind: str, qsr: dict[str, Any], folder: str = "", save_at: int = -1, loa
 KINDS = ["fsdp", "zero0", "zero2", "zero3"]
 
 
-@pytest.mark.fast_cells(2)
+@pytest.mark.fast_cells(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_workers_of_two_ranks_shard_its_state_and_resume_to_the_same_bits(
     processes: Processes, tmp_path: Path, kind: str

@@ -123,6 +123,7 @@ def test_every_worker_has_a_dynamic_loss_scale_of_its_own(processes: Processes) 
     assert second == [16.0] * 12
 
 
+@pytest.mark.fast_cells(3)
 @pytest.mark.parametrize("worker_size", [1, 2])
 @pytest.mark.parametrize(
     "combination",

@@ -100,7 +100,7 @@ STAGE_1: dict[str, Any] = {
 }
 
 
-@pytest.mark.fast_cells(5)
+@pytest.mark.fast_cells(2)
 @pytest.mark.parametrize(
     ("way", "disturb", "config"),
     [
@@ -150,7 +150,7 @@ def saved_job(folder: str, averaging: dict[str, Any], resume: bool) -> dict[str,
         be_fast()
 
 
-@pytest.mark.fast_cells(2)
+@pytest.mark.fast_cells(1)
 @pytest.mark.parametrize(
     "averaging",
     [

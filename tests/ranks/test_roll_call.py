@@ -194,6 +194,7 @@ def test_a_port_that_is_taken(processes: Processes) -> None:
     assert "(MASTER_PORT) is taken by another process on this host" in text
 
 
+@pytest.mark.slow
 def test_a_server_that_says_nothing(processes: Processes) -> None:
     """It takes connections, as the port of a process that hangs; torch's client would wait for ever."""
     with socket.create_server(("127.0.0.1", 0)) as silent:

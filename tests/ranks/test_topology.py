@@ -37,6 +37,7 @@ def way_job(**options: Any) -> str:
     return averager.way
 
 
+@pytest.mark.fast_cells(5)
 @pytest.mark.parametrize(
     ("hosts", "options", "way"),
     [

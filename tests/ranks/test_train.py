@@ -272,6 +272,7 @@ def test_every_recipe_runs_on_both_engines(
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["engine"] == engine
 
 
+@pytest.mark.fast_cells(2)
 @pytest.mark.parametrize("precision", [["bf16", 2], ["fp32", 3], ["bf16", 0]])
 def test_precision_and_zero_stage_of_a_recipe(processes: Processes, recipe: Path, precision: list[Any]) -> None:
     dtype, stage = precision
@@ -294,6 +295,7 @@ def test_a_loader_that_is_faster_than_the_model_is_not_waited_for(processes: Pro
     assert [event.value for event in events] == pytest.approx(waited)
 
 
+@pytest.mark.fast_cells(1)
 @pytest.mark.parametrize("engine", [["precision.zero_stage=3"], ["engine=fsdp"]], ids=["zero3", "fsdp"])
 def test_sharpness_is_measured_on_the_averaged_model_and_changes_nothing(
     processes: Processes, recipe: Path, engine: list[str]

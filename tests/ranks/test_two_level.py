@@ -116,6 +116,7 @@ def random_job(seed: int, layout: list[int], options: dict[str, Any]) -> str:
     return averager.way
 
 
+@pytest.mark.fast_cells(1)
 @pytest.mark.parametrize(
     "hosts",
     [pytest.param(TWO_OF_TWO, marks=pytest.mark.slow, id="host by host"), pytest.param(APART, id="by turns")],
@@ -241,6 +242,7 @@ def absent_job(way: str) -> str:
     return message
 
 
+@pytest.mark.fast_cells(1)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_rank_that_does_not_come_is_an_error_on_every_other(processes: Processes, way: str) -> None:
     messages = processes.run(on_hosts, ranks=4, seconds=60, hosts=TWO_OF_TWO, what=absent_job, way=way)
@@ -318,6 +320,7 @@ def overlapped_job(averaging: dict[str, Any]) -> tuple[str, int, Tensor]:
         return engine.local_steps.averager.way, overlapped, training.flat(engine.module.parameters())
 
 
+@pytest.mark.fast_cells(1)
 @pytest.mark.parametrize("way", WAYS)
 def test_behind_the_next_forward_every_bit_is_the_same(processes: Processes, way: str) -> None:
     job: dict[str, Any] = {"hosts": TWO_OF_TWO, "what": overlapped_job}

@@ -99,6 +99,7 @@ def inside_job(combination: Combination) -> dict[str, int]:
     return counts
 
 
+@pytest.mark.fast_cells(2)
 @pytest.mark.parametrize("combination", LOW_PRECISION[:1] + LOW_PRECISION[2::2], ids=str)
 def test_what_remains_inside_a_worker(processes: Processes, combination: Combination) -> None:
     """README lists it."""
@@ -121,7 +122,7 @@ def test_four_workers(processes: Processes, combination: Combination) -> None:
     torch.testing.assert_close(results[0]["masters"], oracle, rtol=0, atol=12 * 0.05 * bits)
 
 
-@pytest.mark.fast_cells(7)
+@pytest.mark.fast_cells(3)
 @pytest.mark.parametrize(
     ("zero", "ranks", "worker_size"),
     [

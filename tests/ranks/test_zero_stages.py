@@ -68,7 +68,7 @@ def test_post_local_changes_to_local_steps_and_keeps_the_state(
     torch.testing.assert_close(results[0]["masters"], oracle, rtol=0, atol=12 * 0.05 * bits)
 
 
-@pytest.mark.fast_cells(4)
+@pytest.mark.fast_cells(2)
 @pytest.mark.parametrize("combination", [*LOW_PRECISION[1:], Combination(2, "fp32", "offloaded SGD")], ids=str)
 def test_parallel_is_deepspeeds_own(processes: Processes, combination: Combination) -> None:
     """The same bits as a plain engine of deepspeed.initialize."""
@@ -117,7 +117,7 @@ def plain_job(combination: Combination) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------- averaged state
 
 
-@pytest.mark.fast_cells(10)
+@pytest.mark.fast_cells(4)
 @pytest.mark.parametrize("overlap", ["none", "next_forward"])
 @pytest.mark.parametrize(
     ("optimizer", "state"), [("AdamW", ["exp_avg"]), ("AdamW", ["exp_avg", "exp_avg_sq"]), ("SGD", ["momentum_buffer"])]
@@ -196,7 +196,7 @@ def accumulate_job(combination: Combination, qsr: dict[str, Any]) -> torch.Tenso
     return whole_masters(engine)
 
 
-@pytest.mark.fast_cells(6)
+@pytest.mark.fast_cells(3)
 @pytest.mark.parametrize("optimizer", ["SGD", "offloaded SGD"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("strategy", ["qsr", "post_local"])

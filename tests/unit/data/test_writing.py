@@ -282,6 +282,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.fast_cells(1)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_killed_command_goes_on_where_it_stopped(tmp_path: Path, large: Path, number: signal.Signals) -> None:
     root, out = large, tmp_path / "out"

@@ -25,6 +25,7 @@ RECIPES = sorted(CONFIGS.rglob("*.yaml"))
 # ---------------------------------------------------------------------------------------------- from the options
 
 
+@pytest.mark.fast_cells(20)
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_plans_with_costs(path: Path) -> None:
     plan = make_plan(path, samples=None if "imagenet" in str(path) else 1437)
