@@ -8,7 +8,7 @@ NEEDS = {
     "test_averaging_on_gpu.py": ["pydantic"],
     "test_data_on_gpu.py": ["sklearn", "PIL", "pydantic", "torchvision", "cykooz_resizer", "fsspec", "tqdm"],
     "test_engine_on_gpu.py": ["deepspeed", "pydantic"],
-    "test_fsdp_on_gpu.py": ["timm", "pydantic"],
+    "test_fsdp_on_gpu.py": ["timm", "torchvision", "pydantic"],
 }
 MISSING = {file: [name for name in names if find_spec(name) is None] for file, names in NEEDS.items()}
 collect_ignore = [file for file, names in MISSING.items() if names]
