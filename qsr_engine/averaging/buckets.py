@@ -18,8 +18,8 @@ SMALL = 1_000_000  # bytes; smaller tensors travel together, since a collective 
 PIECE = 16_000_000  # bytes that are on their way as one; beyond it, the size hardly matters to gloo
 
 # Size of a bucket in MB (1e6 bytes) where the configuration gives none, for the backend of the group. Measured for
-# gloo (benchmarks/averaging.py --bucket-sizes): a forward that waits for its first bucket begins the sooner, the
-# smaller it is. For NCCL it is not measured.
+# gloo (python -m benchmarks.averaging --bucket-sizes): a forward that waits for its first bucket begins the sooner,
+# the smaller it is. For NCCL it is not measured.
 BUCKET_MB = {"gloo": PIECE / 1e6, "nccl": 64.0}
 
 

@@ -75,9 +75,13 @@ def read_deepspeed_config(config: str | os.PathLike[str] | Mapping[str, Any]) ->
     """The keys of a DeepSpeed configuration, in a dict of their own.
 
     Raises:
-        ConfigError: the file cannot be read.
+        ConfigError: it is neither a mapping nor a path, or the file cannot be read.
     """
-    return dict(config) if isinstance(config, Mapping) else _read_json(Path(os.fspath(config)))
+    if isinstance(config, Mapping):
+        return dict(config)
+    if not isinstance(config, str | os.PathLike):
+        raise ConfigError(f"config: found {config!r}; give a mapping or the path of a JSON file")
+    return _read_json(Path(config))
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

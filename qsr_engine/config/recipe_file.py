@@ -74,15 +74,15 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 def _read_with_base(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
     try:
         resolved = path.resolve()
-        if resolved in chain:
-            names = " -> ".join(str(step) for step in (*chain, resolved))
-            raise ConfigError(f"{path}: recipes extend one another in a circle: {names}")
         with path.open("rb") as file:
             content = file.read(_MOST_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"{path}: cannot read this recipe: {error.strerror or error}") from error
     except (ValueError, RuntimeError) as error:  # a name with a NUL, or links in a circle
         raise ConfigError(f"{str(path)!r}: cannot read this recipe: {error}") from error
+    if resolved in chain:
+        names = " -> ".join(str(step) for step in (*chain, resolved))
+        raise ConfigError(f"{path}: recipes extend one another in a circle: {names}")
     if len(content) > _MOST_BYTES:
         raise ConfigError(f"{path}: more than {_MOST_BYTES} bytes, and no recipe has so many")
     try:

@@ -47,6 +47,8 @@ def _explain(model: type[BaseModel], error: ValidationError) -> list[str]:
             lines.append(f"{path}: unknown key{_nearest(model, item['loc'])}")
         elif item["type"] == "missing":
             lines.append(f"{path}: this key is missing; write it")
+        elif item["type"] == "model_type":
+            lines.append(f"{path}: found {item['input']!r}; this is a block of keys, so write a mapping")
         elif item["type"] == "value_error":
             lines.append(f"{path + ': ' if path else ''}{item['ctx']['error']}")
         else:

@@ -99,6 +99,7 @@ def refused_job(arguments: dict[str, Any]) -> str:
         ({"config": {"qsr": {**QSR, "worker_size": 3}, "train_batch_size": 8}}, "worker_size is 3 and there are 2"),
         ({"config": {"qsr": QSR, "train_batch_size": 7}}, "train_batch_size is 7"),
         ({"config": {"qsr": QSR, "train_batch_size": 8}, "optimizer": None}, "there is no optimizer"),
+        ({"config": {"qsr": QSR, "train_batch_size": 8}, "model": nn.ReLU()}, "the ReLU has no parameter to train"),
         ({"config": {"qsr": QSR, "train_batch_size": 8}, "mpu": 3}, "initialize(mpu=...)"),
         ({"config": {"qsr": QSR, "train_batch_size": 8}, "lr_scheduler": 3}, "both qsr.lr and lr_scheduler"),
         ({"config": {"qsr": QSR, "train_batch_size": 8, "fp16": {"enabled": True}}}, "fp16 is enabled"),

@@ -1,4 +1,4 @@
-"""The real DeepSpeed engine gives what tests/reference.py gives, which simulates the workers in one process."""
+"""The real DeepSpeed engine gives what tests/support/reference.py gives, which simulates the workers in one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small regression task that jobs train on, the same in the engine and in tests/reference.py."""
+"""A small regression task that jobs train on, the same in the engine and in tests/support/reference.py."""
 
 from __future__ import annotations
 

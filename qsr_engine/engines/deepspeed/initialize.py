@@ -153,7 +153,9 @@ def _groups_and_config(
 
 
 def _check_model(model: nn.Module) -> None:
-    """Refuse what DeepSpeed cannot broadcast."""
+    """Refuse what has nothing to train, and what DeepSpeed cannot broadcast."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(f"the {type(model).__name__} has no parameter to train (requires_grad)")
     flat = [name for name, p in model.named_parameters() if p.dim() == 0 and not hasattr(p, "ds_id")]
     if flat:
         raise ConfigError(f"the parameter {flat[0]!r} has the shape [], which DeepSpeed cannot broadcast; make it [1]")

@@ -50,7 +50,7 @@ def initialize_fsdp(
             in DeepSpeed), bf16 and tensorboard, and the blocks `fsdp` (config.FSDPOptions) and `qsr`.
         lr_scheduler: makes a scheduler, which the engine steps at every step; only without `qsr.lr`.
         wrap: classes of the blocks, or a function that says of a module whether it is one; by default they are found
-            (engines/blocks.py).
+            (engines/fsdp/blocks.py).
         init: fills what a module of a meta-device model holds itself (not what its children hold); by default the
             module's own reset_parameters().
     Raises:

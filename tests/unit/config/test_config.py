@@ -102,6 +102,8 @@ def test_split_deepspeed_config(tmp_path: Path) -> None:
         split_deepspeed_config({"qsrr": BLOCK})
     with pytest.raises(ConfigError, match=r"did you mean 'QSR'"):
         split_deepspeed_config({"QSR": BLOCK})
+    with pytest.raises(ConfigError, match="config: found 3; give a mapping or the path of a JSON file"):
+        split_deepspeed_config(3)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="cannot read"):
         split_deepspeed_config(tmp_path / "missing.json")
     path.write_text("{")
@@ -323,7 +325,8 @@ def test_impossible_durations_are_refused(tmp_path: Path, changes: dict[str, Any
         ("extends: [1]", "extends: found [1]"),
         ("a: &x {b: 1}\nc: *x", "the alias *x is not read here"),
         ("extends: missing.yaml", "cannot read this recipe"),
-        ("extends: a.yaml", "in a circle"),
+        ("extends: a.yaml", "a.yaml: recipes extend one another in a circle"),
+        ("qsr: [1]", "qsr: found [1]; this is a block of keys, so write a mapping"),
         ("!!python/object/apply:os.system ['true']", "not a YAML file"),
     ],
 )
@@ -331,6 +334,13 @@ def test_files_that_are_no_recipes(tmp_path: Path, text: str, words: str) -> Non
     with pytest.raises(ConfigError) as caught:
         load_recipe(write(tmp_path, "a.yaml", text))
     assert words in str(caught.value)
+    assert "instance of" not in str(caught.value)  # no words of pydantic about classes
+
+
+def test_a_circle_of_recipes_is_named_and_nothing_else(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(write(tmp_path, "a.yaml", "extends: a.yaml"))
+    assert "cannot read" not in str(caught.value)
 
 
 def test_the_recipes_of_this_repository_are_right() -> None:
