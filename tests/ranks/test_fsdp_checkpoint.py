@@ -264,7 +264,7 @@ def test_the_mean_of_states_in_fp64(processes: Processes, tmp_path: Path) -> Non
 # ----------------------------------------------------------------------------------------- the other engine
 
 
-def move_job(folder: str, worker_size: int, to: str, stage: int, alone: bool) -> dict[str, Any]:
+def move_job(folder: str, worker_size: int, to: str, stage: int, module_only: bool) -> dict[str, Any]:
     """Save with one engine, load with the other; both models, on rank 0."""
     qsr = {**QSR, "worker_size": worker_size}
     kinds = {"fsdp": lambda q: start(q, MODELS["resnet"](), "sgd")}
@@ -276,7 +276,7 @@ def move_job(folder: str, worker_size: int, to: str, stage: int, alone: bool) ->
     saved = state_of(engine)
     engine.destroy()
     other = kinds[to]({**qsr, "on_other_workers": "fresh"})
-    other.load_checkpoint(folder, load_module_only=alone)
+    other.load_checkpoint(folder, load_module_only=module_only)
     step, loaded = other.local_steps.step, state_of(other)
     while not other.local_steps.finished:
         take_step(other, "resnet")
@@ -284,17 +284,18 @@ def move_job(folder: str, worker_size: int, to: str, stage: int, alone: bool) ->
 
 
 @pytest.mark.fast_cells(1)
-@pytest.mark.parametrize("alone", [True, False])
-@pytest.mark.parametrize("to", ["fsdp", "deepspeed"])
-@pytest.mark.parametrize(("worker_size", "stage"), [(1, 0), (2, 3)])
+@pytest.mark.parametrize(
+    ("to", "worker_size", "stage", "module_only"),
+    [("fsdp", 1, 0, False), ("fsdp", 2, 3, True), ("deepspeed", 1, 0, True), ("deepspeed", 2, 3, False)],
+)
 def test_a_model_moves_between_the_engines(
-    processes: Processes, tmp_path: Path, worker_size: int, stage: int, to: str, alone: bool
+    processes: Processes, tmp_path: Path, worker_size: int, stage: int, to: str, module_only: bool
 ) -> None:
     """The parameters and batch-norm statistics alone, or with the step; the optimizer starts anew."""
     job: dict[str, Any] = {"folder": str(tmp_path), "worker_size": worker_size, "to": to, "stage": stage}
-    result = processes.run(move_job, ranks=2 * worker_size, alone=alone, **job)[0]
+    result = processes.run(move_job, ranks=2 * worker_size, module_only=module_only, **job)[0]
     assert furthest(result["loaded"], result["saved"]) == 0
-    assert result["step"] == (0 if alone else 4)
+    assert result["step"] == (0 if module_only else 4)
     assert result["global_steps"] == 12
 
 

@@ -115,9 +115,9 @@ def test_parallel_is_torchs_own(processes: Processes, worker_size: int) -> None:
 
 @pytest.mark.fast_cells(1)
 @pytest.mark.parametrize(
-    ("ranks", "worker_size"), [(2, 1), pytest.param(4, 1, marks=pytest.mark.slow), pytest.param(4, 2)]
+    ("model", "optimizer", "ranks", "worker_size"),
+    [("vit", "adamw", 2, 1), ("vit", "adamw", 4, 1), ("resnet", "sgd", 2, 1), ("resnet", "sgd", 4, 2)],
 )
-@pytest.mark.parametrize(("model", "optimizer"), [("vit", "adamw"), ("resnet", "sgd")])
 def test_both_engines_equal_the_reference(
     processes: Processes, model: str, optimizer: str, ranks: int, worker_size: int
 ) -> None:

@@ -196,8 +196,7 @@ def meta_job(worker_size: int, init: bool, depth: int) -> dict[str, Any]:
 
 
 @pytest.mark.fast_cells(1)
-@pytest.mark.parametrize("init", [False, True])
-@pytest.mark.parametrize("worker_size", [1, 2])
+@pytest.mark.parametrize(("worker_size", "init"), [(2, False), (1, True)])
 def test_a_model_on_the_meta_device_is_made_block_by_block(processes: Processes, worker_size: int, init: bool) -> None:
     """Rank 0's values on every worker. A rank of two takes its half of 3.2 MB and a block at a time."""
     results = processes.run(meta_job, ranks=2 * worker_size, worker_size=worker_size, init=init, depth=12)
