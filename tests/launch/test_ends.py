@@ -62,7 +62,6 @@ def test_an_interrupted_qsr_train_ends_at_once(recipe: Path) -> None:
         ("deepspeed", "rank 1"),
         pytest.param("deepspeed", "deepspeed.launcher.launch", marks=pytest.mark.slow),
         pytest.param("deepspeed", "deepspeed.launcher.runner", marks=pytest.mark.slow),
-        pytest.param("fsdp", "rank 1", marks=pytest.mark.slow),
         pytest.param("fsdp", "torch.distributed.run", marks=pytest.mark.slow),
     ],
 )

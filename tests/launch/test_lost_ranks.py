@@ -186,13 +186,11 @@ GONE = "no sign of life for"
     ("engine", "place", "step", "victim", "fault", "why"),
     [
         ("deepspeed", "a local step", 9, 2, kill, GONE),
-        pytest.param("fsdp", "a local step", 9, 2, freeze, GONE, marks=pytest.mark.slow),
         pytest.param("fsdp", "the data", 6, 1, never_ends, "no progress for", marks=pytest.mark.slow),
         pytest.param("deepspeed", "the data", 6, 1, leave, "its process has ended", marks=pytest.mark.slow),
         pytest.param("deepspeed", "an averaging", 8, 1, freeze, GONE, marks=pytest.mark.slow),
         ("fsdp", "an averaging", 8, 2, kill, GONE),
         pytest.param("fsdp", "a checkpoint", 8, 1, kill, GONE, marks=pytest.mark.slow),
-        pytest.param("deepspeed", "a checkpoint", 8, 2, freeze, GONE, marks=pytest.mark.slow),
         pytest.param("fsdp", "an evaluation", 20, 1, freeze, GONE, marks=pytest.mark.slow),
     ],
 )

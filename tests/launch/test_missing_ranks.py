@@ -29,7 +29,7 @@ def test_the_launcher_names_the_missing_host(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", [pytest.param("deepspeed", marks=pytest.mark.slow), "fsdp"])
+@pytest.mark.parametrize("engine", ["deepspeed", "fsdp"])
 def test_qsr_train_ends_without_a_traceback(engine: str, tmp_path: Path, digits: Path) -> None:
     recipe = recipe_of_four_steps(tmp_path, digits, engine)
     environment = {**rank_on_a_host(0, 2, free_port()), "QSR_START_SECONDS": "1"}

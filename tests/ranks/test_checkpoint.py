@@ -22,18 +22,15 @@ from tests.support.training import QSR
 COMPILED = [pytest.mark.slow, pytest.mark.compiled]
 
 
-def resume_of(combination: Combination, worker_size: int) -> Any:
-    """In `make test` one worker size of each: two ranks a worker in fp32 and fp16, one rank in bf16."""
+def resume_of(combination: Combination) -> Any:
+    """One worker size of each: two ranks a worker in fp32, in fp16 and at stage 3, one rank in bf16 below it."""
     marks = COMPILED if combination.compiled else []
-    if (worker_size == 2) != combination.precision.startswith("fp"):
-        marks = [*marks, pytest.mark.slow]
+    worker_size = 2 if combination.precision.startswith("fp") or combination.stage == 3 else 1
     return pytest.param(combination, worker_size, marks=marks, id=f"{combination}-{worker_size}")
 
 
 @pytest.mark.fast_cells(6)
-@pytest.mark.parametrize(
-    ("combination", "worker_size"), [resume_of(combination, size) for combination in RESUMED for size in (1, 2)]
-)
+@pytest.mark.parametrize(("combination", "worker_size"), [resume_of(combination) for combination in RESUMED])
 def test_a_resumed_run_gives_the_same_bits(
     processes: Processes, tmp_path: Path, combination: Combination, worker_size: int
 ) -> None:

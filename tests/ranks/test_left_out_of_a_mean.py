@@ -126,8 +126,7 @@ def test_large_tensors_that_are_packed(processes: Processes) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bad", [0, 3])
-@pytest.mark.parametrize("way", ["TwoLevelSharedMemory", "TwoLevelCollectives"])
+@pytest.mark.parametrize(("way", "bad"), [("TwoLevelSharedMemory", 0), ("TwoLevelCollectives", 3)])
 def test_in_two_levels(processes: Processes, way: str, bad: int) -> None:
     """Three and four terms, in another order than the oracle's: three roundings of half an eps, on either side."""
     found = processes.run(on_hosts, ranks=4, hosts=TWO_OF_TWO, what=way_job, way=way, bad=bad)

@@ -214,6 +214,7 @@ def test_recipes_train(processes: Processes, recipe: Path, overrides: list[str])
         assert summary["communication_percent"] == 100
 
 
+@pytest.mark.slow  # tests/unit/data/test_ring.py shows it of the batches
 def test_loader_processes_change_nothing(processes: Processes, recipe: Path) -> None:
     states = [
         load_file(train(processes, recipe, f"data.loader_processes={count}") / "model.safetensors") for count in (0, 1)

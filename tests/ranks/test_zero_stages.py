@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -30,15 +31,16 @@ LR = QSR["lr"]
 # ------------------------------------------------------------------------------------------------ strategies
 
 
-@pytest.mark.fast_cells(7)
-@pytest.mark.parametrize("worker_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.fast_cells(5)
 @pytest.mark.parametrize(
-    "combination",
+    ("combination", "worker_size"),
     [
-        Combination(0, "fp32", "AdamW"),
-        *LOW_PRECISION,
-        Combination(1, "bf16, fp32 accumulation", "AdamW"),
-        *(Combination(stage, precision, "offloaded SGD") for stage in (1, 2, 3) for precision in ("fp32", "fp16")),
+        *itertools.product(
+            [Combination(0, "fp32", "AdamW"), *LOW_PRECISION, Combination(1, "bf16, fp32 accumulation", "AdamW")],
+            [1, 2],
+        ),
+        *((Combination(stage, "fp32", "offloaded SGD"), 2) for stage in (1, 2, 3)),
+        *((Combination(stage, "fp16", "offloaded SGD"), 1) for stage in (1, 2, 3)),
     ],
     ids=str,
 )
