@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tests.support import training
 from tests.support.checkpointed import PLAIN, RESUMED, same, train_job
 from tests.support.combinations import NO_COMPILER, Combination, start, take_step, whole_parameters
+from tests.support.heard import messages_of_this_job
 from tests.support.pool import JobError, Processes
 from tests.support.training import QSR
 
@@ -138,18 +139,9 @@ def other_job(
     accumulation: int = 1,
 ) -> dict[str, Any]:
     """Train with the parameters in an order of the optimizer, saving at the end; or load, and train on."""
-    import logging
-
     import qsr_engine
 
-    said: list[str] = []
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage())
-
-    handler = Handler()
-    logging.getLogger("qsr_engine").addHandler(handler)
+    said = messages_of_this_job()
     model = training.make_model(torch.float32)
     parameters = list(model.parameters())
     engine = qsr_engine.initialize(
@@ -175,7 +167,6 @@ def other_job(
             ends.append(engine.local_steps.step)
     if load is None:
         engine.save_checkpoint(folder)
-    logging.getLogger("qsr_engine").removeHandler(handler)
     return {**found, "ends": ends, "said": said, "parameters": whole_parameters(engine)}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from tests.support.combinations import (
     whole_parameters,
 )
 from tests.support.counting import collectives_across_workers
+from tests.support.heard import messages_of_this_job
 from tests.support.pool import Processes
 from tests.support.training import QSR
 
@@ -29,14 +29,7 @@ def overflow_job(
     """The gradients of the first worker overflow at the given steps."""
     import torch.distributed as dist
 
-    said: list[str] = []
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage())
-
-    handler = Handler()
-    logging.getLogger("qsr_engine").addHandler(handler)
+    said = messages_of_this_job()
     engine = start(combination, qsr, **config)
     seen, counts = [], []
     while not engine.local_steps.finished:
@@ -50,7 +43,6 @@ def overflow_job(
         engine.backward(loss)
         boundary = engine.step()
         counts.append((boundary, collectives_across_workers(qsr["worker_size"]) - before))
-    logging.getLogger("qsr_engine").removeHandler(handler)
     state = engine.local_steps
     return {
         "parameters": whole_parameters(engine),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import subprocess
 import sys
@@ -17,7 +16,6 @@ from PIL import Image
 
 from qsr_engine.data import (
     DataError,
-    Index,
     check_shards,
     index_shards,
     read_index,
@@ -25,10 +23,7 @@ from qsr_engine.data import (
     write_digits,
     write_imagefolder,
 )
-from qsr_engine.data.index import Shard, Split
 from tests.support.shard_files import read_samples, write_images, write_tar
-
-SHA = "0" * 64
 
 
 def members(shard: Path) -> dict[str, bytes]:
@@ -302,72 +297,6 @@ def test_files_that_are_no_tar_and_empty_folders_are_named(tmp_path: Path) -> No
         (tmp_path / "train-000000.tar").write_bytes(content)
         with pytest.raises(DataError, match=r"train-000000\.tar: this shard cannot be read past sample 0: it is trunc"):
             index_shards(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", r"index\.json: not JSON that can be read"),
-        ("[]", r"index\.json"),
-        ('{"format": 2, "classes": null, "splits": {}}', "format: found 2; input should be 1"),
-        ('{"format": 1, "classes": null, "splits": {}, "extra": 1}', "extra: unknown key"),
-        ('{"format": 1, "classes": null, "splits": {"train": {"samples": 3, "shards": []}}}', "samples is 3"),
-    ],
-)
-def test_a_wrong_index_is_refused(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "index.json").write_text(text)
-    with pytest.raises(DataError, match=message):
-        read_index(tmp_path)
-
-
-def test_a_missing_index_says_which_command_makes_it(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=f"qsr shards index {tmp_path}"):
-        read_index(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["pipe:touch hit", "../train-0.tar", "/etc/passwd", "a/b.tar", "..", "a\n.tar", ""])
-def test_shard_names_that_are_no_plain_file_names_are_refused(tmp_path: Path, name: str) -> None:
-    shard = {"name": name, "samples": 1, "bytes": 1, "sha256": SHA}
-    raw = {"format": 1, "classes": None, "splits": {"train": {"samples": 1, "shards": [shard]}}}
-    (tmp_path / "index.json").write_text(json.dumps(raw))
-    with pytest.raises(DataError, match=r"splits\.train\.shards\.0\.name"):
-        read_index(tmp_path)
-
-
-def test_a_shard_listed_twice_is_refused() -> None:
-    shard = Shard(name="train-0.tar", samples=1, bytes=1, sha256=SHA)
-    with pytest.raises(ValueError, match=r"'train-0\.tar' is listed twice"):
-        Split(samples=2, shards=[shard, shard])
-
-
-def test_unknown_and_empty_splits_are_named(small: Path) -> None:
-    index = read_index(small)
-    with pytest.raises(DataError, match="no split 'vall'; did you mean 'val'"):
-        check_shards(small, index, "vall")
-    empty = Index(classes=None, splits={"train": Split(samples=0, shards=[])})
-    with pytest.raises(DataError, match="'train' has no samples"):
-        check_shards(small, empty, "train")
-
-
-@pytest.mark.parametrize(
-    ("size", "message"),
-    [
-        (None, "this shard is missing"),
-        (0, "this shard is empty: it has 0 bytes, and index.json says 10240"),
-        (10239, "this shard is truncated: it has 10239 bytes, and index.json says 10240"),
-        (10241, "this shard is too long: it has 10241 bytes, and index.json says 10240"),
-    ],
-)
-def test_shards_of_another_size_are_found_without_reading(small: Path, size: int | None, message: str) -> None:
-    shard = small / "train-000001.tar"
-    if size is None:
-        shard.unlink()
-    else:
-        shard.write_bytes(bytes(size))
-    index = read_index(small)
-    check_shards(small, index, "val")
-    with pytest.raises(DataError, match=rf"train-000001\.tar: {message}"):
-        check_shards(small, index, "train")
 
 
 def test_the_index_is_read_without_importing_torch() -> None:

@@ -14,6 +14,7 @@ from qsr_engine.cli.main import main
 from qsr_engine.config.recipe_file import load_recipe, resolve_recipe
 from qsr_engine.config.strict import ConfigError
 from qsr_engine.planning.plan import HEADER, make_plan, write_header
+from tests.support.forecasts import figures
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 VIT: dict[str, Any] = {
@@ -34,12 +35,6 @@ def write(folder: Path, block: Any, name: str = "ds.json") -> Path:
     path = folder / name
     path.write_text(json.dumps({"train_batch_size": 4096, "qsr": block}))
     return path
-
-
-def figures(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
-    assert main(["plan", *argv, "--json"]) == 0
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return found
 
 
 def test_the_papers_vit_b(deepspeed_json: Path, capsys: pytest.CaptureFixture[str]) -> None:
