@@ -82,7 +82,7 @@ def measure_all(
     for number in range(arguments.rounds):
         for name, data in sets.items():
             for cores in arguments.cores:
-                order = [way for way in ways if way.name not in results.problems]
+                order = [way for way in ways if way.name not in results.problems and cores in way.cores]
                 draw.shuffle(order)
                 for way in order:
                     job = {"do": "measure", "root": str(data.root), "copies": data.copies, "cores": cores}

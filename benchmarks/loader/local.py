@@ -11,8 +11,9 @@ from typing import Any
 from benchmarks.loader.data import BATCH, SIZE, Batches, Data, random_box
 
 
-def ours(data: Data, processes: int) -> Batches:
-    from qsr_engine.config.recipe import DataConfig
+def ours(data: Data, processes: int, randaugment: bool = False, threads: int = 1, most: int = 0) -> Batches:
+    """`most`: loader processes, whatever the number of cores."""
+    from qsr_engine.config.recipe import DataConfig, RandAugmentConfig
     from qsr_engine.data import read_index
     from qsr_engine.data.loader import TrainLoader
 
@@ -21,7 +22,9 @@ def ours(data: Data, processes: int) -> Batches:
         train="train",
         image_size=SIZE,
         augment="crop_flip",
-        loader_processes=processes,
+        randaugment=RandAugmentConfig(kind="composer") if randaugment else None,
+        loader_processes=most or processes,
+        loader_threads=threads,
     )
     index = read_index(data.shards)
     loader = TrainLoader(data.shards, index, config, rank=0, ranks=1, batch_size=BATCH, seed=0)
@@ -73,15 +76,16 @@ def endless(loader: Any) -> Batches:
             yield images
 
 
-def transforms_of(version: int) -> Any:
+def transforms_of(version: int, randaugment: bool = False) -> Any:
     """v1: from a Pillow picture to a tensor. v2: from tensor to tensor."""
+    from torchvision.transforms import v2
+
+    augment = [v2.RandAugment(2, 10)] if randaugment else []
     if version == 1:
         from torchvision.transforms import Compose, PILToTensor, RandomHorizontalFlip, RandomResizedCrop
 
-        return Compose([RandomResizedCrop(SIZE), RandomHorizontalFlip(), PILToTensor()])
-    from torchvision.transforms import v2
-
-    return v2.Compose([v2.RandomResizedCrop(SIZE, antialias=True), v2.RandomHorizontalFlip()])
+        return Compose([RandomResizedCrop(SIZE), RandomHorizontalFlip(), *augment, PILToTensor()])
+    return v2.Compose([v2.RandomResizedCrop(SIZE, antialias=True), v2.RandomHorizontalFlip(), *augment])
 
 
 def decode_tensor(jpeg: Any) -> Any:
@@ -98,16 +102,16 @@ def read_and_decode(path: str) -> Any:
     return decode_tensor(read_file(path))
 
 
-def torchvision_folder(data: Data, processes: int, version: int) -> Batches:
+def torchvision_folder(data: Data, processes: int, version: int, randaugment: bool = False) -> Batches:
     from torch.utils.data import DataLoader
     from torchvision.datasets import ImageFolder
 
     options = {"loader": read_and_decode} if version == 2 else {}
-    dataset = ImageFolder(str(data.folder / "train"), transforms_of(version), **options)
+    dataset = ImageFolder(str(data.folder / "train"), transforms_of(version, randaugment), **options)
     return endless(DataLoader(dataset, BATCH, shuffle=True, num_workers=processes, drop_last=True))
 
 
-def timm_loader(data: Data, processes: int, scheme: str) -> Batches:
+def timm_loader(data: Data, processes: int, scheme: str, augment: str | None = None) -> Batches:
     import torch
     from timm.data import create_dataset, create_loader
 
@@ -119,6 +123,7 @@ def timm_loader(data: Data, processes: int, scheme: str) -> Batches:
         BATCH,
         is_training=True,
         color_jitter=0.0,
+        auto_augment=augment,
         interpolation="bilinear",
         num_workers=processes,
         device=torch.device("cpu"),

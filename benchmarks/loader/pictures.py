@@ -19,7 +19,8 @@ def picture_ours(jpeg: bytes, box: Box) -> Pixels:
 
     picture = np.empty((SIZE, SIZE, 3), np.uint8)
     decoder = Decoder(SIZE, lambda width, height, draw: View(*box))
-    decoder.decode(Sample("", "", jpeg, 0), random.Random(0), picture)
+    bad = decoder.decode([Sample("", "", jpeg, 0)], random.Random(0), picture[None])
+    assert not bad, bad
     return picture
 
 

@@ -33,10 +33,13 @@ class Way:
     picture: str  # who decodes and resizes: a key of PICTURES
     prepare: Callable[[Data], None] | None = None  # makes its format
     versions: tuple[str, ...] = ()  # distributions to name, beside torch
+    cores: tuple[int, ...] = (1, 2)  # it is measured on
 
 
 OURS, BASELINE, FLOOR = "qsr_engine", "torchvision ImageFolder, Pillow", "floor: decoding the crop"
 FFCV_JPEG = "ffcv, JPEG"
+AUGMENTED = "qsr_engine, RandAugment (the paper's)"
+EIGHT = ("qsr_engine, 8 processes", "qsr_engine, 8 threads")
 WAYS = [
     Way(FLOOR, "qsr_engine", floor, ""),
     Way(OURS, "qsr_engine", ours, "ours", versions=("qsr-engine",)),
@@ -87,4 +90,28 @@ WAYS = [
         versions=("mosaicml-streaming", "torchvision"),
     ),
     Way("DALI on the CPU", "nvidia.dali", dali, "dali", versions=("nvidia-dali-cuda130",)),
+    Way(AUGMENTED, "qsr_engine", partial(ours, randaugment=True), "augmented"),
+    Way(
+        "torchvision ImageFolder, Pillow, RandAugment",
+        "torchvision",
+        partial(torchvision_folder, version=1, randaugment=True),
+        "augmented",
+        cores=(1,),
+    ),
+    Way(
+        "torchvision ImageFolder, decode_jpeg, RandAugment",
+        "torchvision",
+        partial(torchvision_folder, version=2, randaugment=True),
+        "augmented",
+        cores=(1,),
+    ),
+    Way(
+        "timm, folder, RandAugment",
+        "timm",
+        partial(timm_loader, scheme="", augment="rand-m10-n2"),
+        "augmented",
+        cores=(1,),
+    ),
+    Way(EIGHT[0], "qsr_engine", partial(ours, most=8), "ours", cores=(2,)),
+    Way(EIGHT[1], "qsr_engine", partial(ours, most=1, threads=8), "ours", cores=(2,)),
 ]

@@ -9,6 +9,8 @@ Files in the order in which they import one another:
     index            the model of index.json
     checking         the files of shards beside what the index says of them
     images           Pillow: formats, limits, smaller copies; without torch
+    rows             what the index keeps of every sample
+    table            samples.npy, which holds these rows
     tar              what is read of a tar file, and what is refused: headers, limits, keys and suffixes
     samples          what a sample must be: its image and its label
     writing/         makes and checks folders of shards
@@ -19,12 +21,13 @@ Files in the order in which they import one another:
     streaming        samples of shards as they come
     sources          the one or the other of both, for a split
     views            which part of an image is shown
-    decoding         from bytes to pixels (_jpeg.c: one region of a JPEG)
+    randaugment      what training does to pictures beside the crop (_pixels.c: the same, compiled)
+    decoding         from bytes to pixels (_batch.c, _jpeg.c, _resize.c: a batch in one call)
     batches          samples decoded into a batch, and what stands in for bad ones
-    gpu_decoding     the same by nvJPEG
     ring             loader processes, and memory that they share with the rank
     device           batches on the GPU, normalised and mixed there
     loader           the batches of a rank
+    own_loader       a loader of the user's own in its place
 
 `TrainLoader` and `EvalLoader` are imported from `qsr_engine.data.loader`: they import torch, which takes seconds, and
 `qsr shards` does not need it.
@@ -33,7 +36,14 @@ Files in the order in which they import one another:
 from qsr_engine.data.checking import check_shards
 from qsr_engine.data.errors import DataError
 from qsr_engine.data.index import Index, read_index
-from qsr_engine.data.writing import index_shards, verify_shards, write_cifar10, write_digits, write_imagefolder
+from qsr_engine.data.writing import (
+    index_shards,
+    shuffle_shards,
+    verify_shards,
+    write_cifar10,
+    write_digits,
+    write_imagefolder,
+)
 
 __all__ = [
     "DataError",
@@ -41,6 +51,7 @@ __all__ = [
     "check_shards",
     "index_shards",
     "read_index",
+    "shuffle_shards",
     "verify_shards",
     "write_cifar10",
     "write_digits",

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from random import Random
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,51 +51,42 @@ def decode_batch(
     Raises:
         DataError: a sample is bad and `skip` is false, or no sample is left to replace the bad ones.
     """
-    labels, bad = [], {}
-    with torch_seeded(seed, decoder.augment is not None):
+    with torch_seeded(seed, decoder.augment is not None and decoder.augment.of_torch):
         random = Random(seed)
-        for number, sample in enumerate(samples):
-            try:
-                if isinstance(sample, DataError):
-                    raise sample
-                decoder.decode(sample, random, out[number])
-                labels.append(sample.label)
-            except DataError as error:
-                if not skip:
-                    raise
-                bad[number] = str(error)
-                labels.append(-1)
-                out[number] = 0
+        bad = decoder.decode(samples, random, out)
+        if bad and not skip:
+            raise bad[min(bad)]
+        labels = [-1 if isinstance(sample, DataError) else sample.label for sample in samples]
+        for number in bad:
+            labels[number], out[number] = -1, 0
         if replace and len(bad) == len(samples):
-            labels[0] = decode_spare(decoder, spares, random, out[0], list(bad.values()))
+            labels[0] = decode_spare(decoder, spares, random, out[:1], [str(bad[number]) for number in sorted(bad)])
             out[1:], labels[1:] = out[0], [labels[0]] * (len(labels) - 1)
         elif replace:
-            replace_bad(out, labels, bad)
-    return labels, tuple(bad.values())
+            _replace_bad(out, labels, bad)
+    return labels, tuple(str(bad[number]) for number in sorted(bad))
 
 
 def decode_spare(
     decoder: Decoder, spares: Iterable[Sample | DataError], random: Random, out: Pixels, bad: Sequence[str]
 ) -> int:
-    """Decode the first good spare into `out`, uint8 [S, S, 3]. Returns its label.
+    """Decode the first good spare into `out`, uint8 [1, S, S, 3]. Returns its label.
 
     Raises:
         DataError: none is good; `bad` says what was wrong with the batch.
     """
     for spare in spares:
-        if isinstance(spare, Sample):
-            with contextlib.suppress(DataError):
-                decoder.decode(spare, random, out)
-                return spare.label
+        if isinstance(spare, Sample) and not decoder.decode([spare], random, out):
+            return spare.label
     raise DataError(f"all {len(bad)} samples of a batch are bad, and those that come next; the last: {bad[-1]}")
 
 
-def replace_bad(pictures: Any, labels: list[int], bad: Mapping[int, str]) -> None:
+def _replace_bad(out: Pixels, labels: list[int], bad: Mapping[int, DataError]) -> None:
     """Put the next good sample of the batch, or the first, in the place of each bad one; at least one is good."""
     good = [number for number in range(len(labels)) if number not in bad]
     for number in bad:
         other = next((n for n in good if n > number), good[0])
-        pictures[number], labels[number] = pictures[other], labels[other]
+        out[number], labels[number] = out[other], labels[other]
 
 
 @contextmanager

@@ -92,7 +92,7 @@ class ShardCache:
     def _held(self, name: str) -> Iterator[Path]:
         """The whole copy of a shard, which nobody forgets inside."""
         shard = self.shards[name]
-        copy = self.folder / f"{shard.sha256[:16]}-{name}"
+        copy = self.folder / f"{shard.sha256[:16]}-{name.replace('/', '-')}"
         asked = time.time()
         try:
             with self._lock(copy.name):

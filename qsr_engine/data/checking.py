@@ -7,10 +7,10 @@ from pathlib import Path
 
 from qsr_engine.data.errors import DataError
 from qsr_engine.data.index import INDEX_NAME, Index, Shard
-from qsr_engine.data.places import is_url
+from qsr_engine.data.places import Places, is_url
 
 
-def check_shards(folder: str | Path, index: Index, split: str) -> None:
+def check_shards(folder: Places, index: Index, split: str) -> None:
     """Check that every shard of a split is there with the size that the index recorded. Reads no shard.
 
     Shards behind a URL are compared when they are fetched, and not here.
@@ -19,8 +19,9 @@ def check_shards(folder: str | Path, index: Index, split: str) -> None:
         DataError: a shard is missing, empty, truncated or too long; the split is unknown or has no samples.
     """
     for shard in index.split(split).shards:
-        if not is_url(folder):
-            path = Path(folder) / shard.name
+        place, name = index.where_is(shard.name, folder)
+        if not is_url(place):
+            path = Path(place) / name
             try:
                 wrong = wrong_size(path, path.stat().st_size, shard)
             except OSError as error:

@@ -1,35 +1,35 @@
-"""From the bytes of an image to the pixels of its view: decode what the view needs, resize it.
+"""From the bytes of images to the pixels of their views: decode what a view needs, resize it, augment it.
 
-JPEG images of the usual kinds are decoded by libjpeg-turbo, the rows and columns of the view only (`_jpeg.c`). All
-others, and all where that extension was not built, are decoded whole by Pillow; both give the same pixels.
-Pictures are uint8 [S, S, 3].
+JPEG images of the usual kinds are made by one call of compiled code for all pictures (`_batch.c`): libjpeg-turbo
+decodes the rows and columns of the view only. All others, and all where that extension is not there, are made by
+Pillow. Both give the same pixels, those of Pillow's resize(..., BILINEAR, box=...). Pictures are uint8 [S, S, 3].
 """
 
 from __future__ import annotations
 
 import io
 import math
+from array import array
+from collections.abc import Sequence
 from random import Random
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import cykooz_resizer as resizer
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torchvision.transforms import v2
 
 from qsr_engine.data.errors import DataError
-from qsr_engine.data.images import check_limits, check_scans, reason, to_eight_bits
+from qsr_engine.data.images import FORMATS, check_limits, check_scans, reason, to_eight_bits
+from qsr_engine.data.randaugment import MOVE, NO_OPERATION, Augment, Composer, Drawn, encoded
 from qsr_engine.data.samples import Sample
 from qsr_engine.data.views import ChooseView, View
 
 try:
     from qsr_engine.data import _jpeg
-except ImportError:  # no compiler or no libjpeg-turbo when the package was installed
-    REGIONS = False
+except ImportError as error:  # no compiler or no libjpeg-turbo when the package was installed
+    REGIONS, NO_REGIONS = False, f"qsr_engine.data._jpeg was not built: {error}"
 else:
-    REGIONS = True
+    REGIONS, NO_REGIONS = True, ""
 
 # Where a crop is so many times larger than the picture even after it was halved, the DCT halves it. The difference to
 # Pillow's resize of all pixels is 0.1 to 0.4 of 255 then, in the mean over crops of a photograph; with 2 it is 0.6.
@@ -38,84 +38,105 @@ REDUCED = 3
 Pixels = NDArray[np.uint8]
 
 
-def _options(box: tuple[float, float, float, float] | None) -> Any:
-    algorithm = resizer.ResizeAlg.convolution(resizer.FilterType.bilinear)
-    return resizer.ResizeOptions(algorithm, crop_box=resizer.CropBox(*box) if box else None)
-
-
-_WHOLE = _options(None)
-
-
-class Augment:
-    """RandAugment on pictures [S, S, 3], with torch's global generator (Cubuk et al., arXiv 1909.13719).
-
-    Args:
-        operations: a picture's number of operations, N of the paper.
-        magnitude: from 0 to 30, M of the paper.
-    """
-
-    def __init__(self, operations: int, magnitude: int) -> None:
-        self.transform = v2.RandAugment(operations, magnitude)
-
-    def __call__(self, picture: Pixels) -> Pixels:
-        # Of a Pillow image: of a tensor on the CPU these operations take three times as long.
-        return np.asarray(self.transform(Image.fromarray(picture)))
-
-
 class Decoder:
     """Decodes samples into pictures of S x S pixels.
 
     Args:
         size: S.
         choose: the view of a sample.
-        augment: applied to the picture afterwards.
+        augment: applied to the pictures afterwards.
+        threads: that decode at the same time.
     """
 
-    def __init__(self, size: int, choose: ChooseView, augment: Augment | None = None) -> None:
-        self.size, self.choose, self.augment = size, choose, augment
-        self._made: Any = None  # resizer and target, made once: a target of its own for each picture costs 2 %
+    def __init__(self, size: int, choose: ChooseView, augment: Augment | None = None, threads: int = 1) -> None:
+        self.size, self.choose, self.augment, self.threads = size, choose, augment, threads
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_made": None}  # they cannot be pickled, and another process makes its own
+    def decode(self, samples: Sequence[Sample | DataError], random: Random, out: Pixels) -> dict[int, DataError]:
+        """Decode samples into `out`, uint8 [B, S, S, 3].
 
-    def decode(self, sample: Sample, random: Random, out: Pixels) -> None:
-        """Decode one sample into `out`, uint8 [S, S, 3].
-
-        Raises:
-            DataError: the bytes are not a whole JPEG or PNG within the limits of images.py.
+        Returns:
+            By number what is wrong with a sample, or was before: its bytes are not a whole JPEG, PNG or WebP within
+            the limits of images.py. Its picture is anything.
         """
+        bad: dict[int, DataError] = {}
+        jobs: list[_Job] = []
+        for number, sample in enumerate(samples):
+            try:
+                if isinstance(sample, DataError):
+                    raise sample
+                jobs.append(self._job(number, sample, random))
+            except DataError as error:
+                bad[number] = error
+        for job in self._decode_simple(jobs, out):
+            try:
+                self._decode_whole(job, out[job.number])
+            except DataError as error:
+                bad[job.number] = error
+        if self.augment is not None and not isinstance(self.augment, Composer):
+            for job in jobs:
+                if job.number not in bad:
+                    out[job.number] = self.augment(out[job.number], random)
+        return bad
+
+    def _job(self, number: int, sample: Sample, random: Random) -> _Job:
+        """What is drawn for a sample, all of it before anything is decoded."""
         width, height, simple = image_size(sample)
         view = self.choose(width, height, random)
-        region = Region.of(view, width, height, self.size)
-        pixels = _decode_simple(sample, region) if simple else None
-        picture = self._resize(decode_whole(sample, region) if pixels is None else pixels, region)
-        if self.augment is None and not (view.dx or view.dy):
-            _copy(picture, out, flip=view.flip)
-            return
-        picture = _moved(picture, view.dx, view.dy)
-        if view.flip:
-            picture = np.ascontiguousarray(picture[:, ::-1])
-        out[:] = picture if self.augment is None else self.augment(picture)
+        drawn = self.augment.draw(random, self.size) if isinstance(self.augment, Composer) else []
+        return _Job(number, sample, view, Region.of(view, width, height, self.size), simple, drawn)
 
-    def _resize(self, pixels: bytes, region: Region) -> Pixels:
-        """uint8 [S, S, 3]: the box of the region, antialiased, as Pillow's resize(..., BILINEAR, box=...)."""
-        if self._made is None:
-            self._made = resizer.Resizer(), resizer.ImageData(self.size, self.size, resizer.PixelType.U8x3)
-        made, target = self._made
-        source = resizer.ImageData(region.width, region.height, resizer.PixelType.U8x3, pixels)
-        whole = region.box == (0, 0, region.width, region.height)
-        made.resize(source, target, _WHOLE if whole else _options(region.box))
-        return np.frombuffer(target.get_buffer(), np.uint8).reshape(self.size, self.size, 3)
+    def _decode_simple(self, jobs: Sequence[_Job], out: Pixels) -> list[_Job]:
+        """By libjpeg-turbo, in one call. Returns the jobs that it does not take, or finds something to complain of."""
+        simple = [job for job in jobs if job.simple]
+        if not simple:
+            return list(jobs)
+        plans, operations = array("d"), array("d")
+        lists = [job.operations(self.size) for job in simple]
+        most = max(map(len, lists))
+        for job, listed in zip(simple, lists, strict=True):
+            plans.extend((job.number, *job.region[:4], job.region.eighths, *job.region.box, job.view.flip))
+            for values in [*listed, *[NO_OPERATION] * (most - len(listed))]:
+                operations.extend(values)
+        sources = [job.sample.image for job in simple]
+        found = _jpeg.decode_batch(sources, plans, operations, out, self.size, self.threads)
+        failed = {job.number for job, message in zip(simple, found, strict=True) if message is not None}
+        return [job for job in jobs if not job.simple or job.number in failed]
+
+    def _decode_whole(self, job: _Job, out: Pixels) -> None:
+        """By Pillow. Raises DataError where the image cannot be decoded."""
+        pixels, view = decode_whole(job.sample, job.region), job.view
+        shown = pixels.resize((self.size, self.size), Image.Resampling.BILINEAR, job.region.box)
+        picture = _moved(np.asarray(shown), view.dx, view.dy)
+        out[:] = picture[:, ::-1] if view.flip else picture
+        if isinstance(self.augment, Composer):
+            out[:] = self.augment.apply(out, job.drawn)
+
+
+class _Job(NamedTuple):
+    """A sample, its place in the batch, and what was drawn for it."""
+
+    number: int
+    sample: Sample
+    view: View
+    region: Region
+    simple: bool
+    drawn: Drawn
+
+    def operations(self, side: int) -> list[tuple[float, ...]]:
+        """What is done to the picture, as compiled code reads it. It is flipped already when it is moved."""
+        dx, dy = self.view.dx, self.view.dy
+        moved = [(MOVE, dx if self.view.flip else -dx, -dy, 0, 0, 0, 0)] if dx or dy else []
+        return [*moved, *encoded(self.drawn, side)]
 
 
 class Region(NamedTuple):
-    """The pixels that a view needs, in the image scaled by eighths / 8, and the box to resize inside them."""
+    """The pixels that a view may show, in the image scaled by eighths / 8, and the box to resize inside them."""
 
     x: int
     y: int
     width: int
     height: int
-    box: tuple[float, float, float, float]  # left, top, width, height
+    box: tuple[float, float, float, float]  # left, top, right, bottom
     eighths: int
 
     @classmethod
@@ -125,32 +146,31 @@ class Region(NamedTuple):
         while eighths > 1 and min(view.width, view.height) * eighths / 16 >= REDUCED * size:
             eighths //= 2
         scale = eighths / 8
-        x, across, left, wide = _range(view.left, view.width, width, scale, size, view.context)
-        y, down, top, high = _range(view.top, view.height, height, scale, size, view.context)
-        return cls(x, y, across, down, (left, top, wide, high), eighths)
+        x, across, left, right = _range(view.left, view.width, width, scale, view.context)
+        y, down, top, bottom = _range(view.top, view.height, height, scale, view.context)
+        return cls(x, y, across, down, (left, top, right, bottom), eighths)
 
 
-def _range(
-    start: float, length: float, side: int, scale: float, size: int, context: bool
-) -> tuple[int, int, float, float]:
-    """One axis: first pixel and number of pixels to decode, then start and length of the box inside them."""
+def _range(start: float, length: float, side: int, scale: float, context: bool) -> tuple[int, int, float, float]:
+    """One axis: first pixel and number of pixels of the region, then where the box begins and ends inside them."""
     side = math.ceil(side * scale)  # as libjpeg rounds it
-    start, length = start * scale, length * scale
-    # A bilinear filter reaches one pixel of the smaller of both images to each side.
-    reach = math.ceil(max(1.0, length / size)) + 1 if context else 0
-    first = max(0, math.floor(start) - reach)
-    last = min(side, math.ceil(start + length) + reach)
-    start -= first
-    return first, last - first, start, min(length, last - first - start)
+    start, end = max(0.0, start * scale), min(side, (start + length) * scale)
+    first, last = (0, side) if context else (math.floor(start), math.ceil(end))
+    return first, last - first, start - first, end - first
 
 
 def image_size(sample: Sample) -> tuple[int, int, bool]:
-    """Width and height of an image in pixels from its header, and whether libjpeg-turbo decodes it by regions.
+    """Width and height of an image in pixels, and whether libjpeg-turbo decodes it by regions: from the index, or where
+    that does not know them from the header.
 
     Raises:
-        DataError: it is not a JPEG or PNG, or is larger than the limits of images.py.
+        DataError: it is not a JPEG, PNG or WebP, or is larger than the limits of images.py.
     """
     data, simple = sample.image, False
+    if sample.header is not None:  # decoders check that the crop lies in the image, or that this is its size
+        width, height, simple = sample.header
+        check_limits(width, height, sample.where)
+        return width, height, simple and REGIONS
     try:
         if REGIONS and data[:2] == b"\xff\xd8":
             width, height, simple = _jpeg.size(data)
@@ -168,21 +188,12 @@ def image_size(sample: Sample) -> tuple[int, int, bool]:
 
 
 def _size_by_pillow(data: bytes) -> tuple[int, int]:
-    with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         return image.size
 
 
-def _decode_simple(sample: Sample, region: Region) -> bytes | None:
-    """RGB pixels of the region, by libjpeg-turbo; None where it finds something to complain of."""
-    try:
-        pixels: bytes = _jpeg.decode(sample.image, region.x, region.y, region.width, region.height, region.eighths)
-    except ValueError:
-        return None
-    return pixels
-
-
-def decode_whole(sample: Sample, region: Region) -> bytes:
-    """RGB pixels of the region, by Pillow, which decodes the whole image.
+def decode_whole(sample: Sample, region: Region) -> Image.Image:
+    """RGB of the region, by Pillow, which decodes the whole image.
 
     Raises:
         DataError: the image cannot be decoded, or is a JPEG of too many scans.
@@ -190,15 +201,18 @@ def decode_whole(sample: Sample, region: Region) -> bytes:
     data = sample.image
     check_scans(data, sample.where)
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             check_limits(*image.size, sample.where)  # of this header: another reader may have found another
+            if sample.header is not None and image.size != sample.header[:2]:
+                known = "{} x {} pixels, and its index says {} x {}".format(*image.size, *sample.header[:2])
+                raise DataError(f"{sample.where} has {known}; `qsr shards index DIR --again` makes the index again")
             scale = 8 // region.eighths
             image.draft(None, (image.width // scale, image.height // scale))  # of a JPEG; it does nothing to a PNG
             pixels = to_eight_bits(image).convert("RGB")
-            if image.format == "PNG" and scale > 1:
+            if image.format != "JPEG" and scale > 1:
                 pixels = pixels.reduce(scale)
             box = (region.x, region.y, region.x + region.width, region.y + region.height)
-            return pixels.crop(box).tobytes()
+            return pixels.crop(box)
     except DataError:
         raise
     except Exception as error:
@@ -206,16 +220,7 @@ def decode_whole(sample: Sample, region: Region) -> bytes:
 
 
 def _undecodable(sample: Sample, error: Exception) -> DataError:
-    return DataError(f"{sample.where} does not decode as JPEG or PNG: {reason(error)}")
-
-
-def _copy(picture: Pixels, out: Pixels, *, flip: bool) -> None:
-    if flip:
-        # torch flips channels-last images with SIMD: an eighth of numpy's time.
-        source = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None]
-        torch.from_numpy(out).copy_(torch.flip(source, (3,))[0].permute(1, 2, 0))
-    else:
-        out[:] = picture
+    return DataError(f"{sample.where} does not decode as JPEG, PNG or WebP: {reason(error)}")
 
 
 def _moved(picture: Pixels, dx: int, dy: int) -> Pixels:
@@ -228,3 +233,29 @@ def _moved(picture: Pixels, dx: int, dy: int) -> Pixels:
         max(0, -dy) : height + min(0, -dy), max(0, -dx) : width + min(0, -dx)
     ]
     return moved
+
+
+def _check_regions() -> str:
+    """Why compiled code is not used: its picture of a small image is not Pillow's. Empty where it is."""
+    y, x = np.mgrid[:90, :120]
+    pixels = np.stack([x * 2, y * 2, (x * y) % 256], 2).astype(np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG", quality=90)
+    sample = Sample("", "", stream.getvalue(), 0)
+    found = np.zeros((2, 16, 16, 3), np.uint8)
+    view = View(7, 5, 90, 80, flip=True)
+    decoder = Decoder(16, lambda width, height, random: view)
+    try:
+        width, height, simple = _jpeg.size(sample.image)
+        job = _Job(0, sample, view, Region(7, 5, 90, 80, (0, 0, 90, 80), 8), simple, [])
+        left = decoder._decode_simple([job], found)
+        decoder._decode_whole(job, found[1])
+    except (ValueError, DataError, OSError) as error:
+        return f"it failed: {error}"
+    if left or (width, height) != (120, 90):
+        return "it does not decode a plain JPEG"
+    return "" if np.array_equal(*found) else "its pixels are not Pillow's; are both built for one libjpeg-turbo?"
+
+
+if REGIONS and (NO_REGIONS := _check_regions()):
+    REGIONS, NO_REGIONS = False, f"qsr_engine.data._jpeg was built, and {NO_REGIONS}"

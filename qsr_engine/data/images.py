@@ -19,6 +19,7 @@ from qsr_engine.data.errors import DataError
 MAX_PIXELS = 100_000_000  # 300 MB decoded; a larger image is a mistake or an attack
 MAX_ASPECT = 100  # long side to short side; resizing the short side makes a bomb of a 1 x 100,000 image
 MAX_SCANS = 100  # of a progressive JPEG; encoders write about 10, and each costs a pass over the whole image
+FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow's names of those that are read
 GREY = ("1", "L", "LA")  # Pillow's modes that become grey JPEG; all others become RGB
 SIXTEEN_BITS = ("I;16", "I")  # those of a grey PNG of 16 bits: of this Pillow, and of older ones
 
@@ -50,13 +51,15 @@ def encoder_version() -> str:
 
 
 def image_suffix(data: bytes, where: str) -> str:
-    """ "jpg" or "png", by the content: one of ImageNet's .JPEG files is a PNG. Raises DataError for anything else."""
+    """ "jpg", "png" or "webp", by the content: one of ImageNet's .JPEG files is a PNG. Raises DataError for others."""
     if data.startswith(b"\xff\xd8\xff"):
         return "jpg"
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return "png"
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "webp"
     raise DataError(
-        f"{where}: this is neither JPEG nor PNG, it begins with {data[:8]!r}; convert, replace or delete it"
+        f"{where}: this is neither JPEG, PNG nor WebP, it begins with {data[:8]!r}; convert, replace or delete it"
     )
 
 
@@ -143,7 +146,7 @@ def _opened(data: bytes, where: str) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow, about pixels and about broken EXIF
-            with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 check_limits(*image.size, where)
                 check_scans(data, where)
                 yield image
@@ -153,5 +156,5 @@ def _opened(data: bytes, where: str) -> Iterator[Image.Image]:
         raise DataError(f"{where} has too many pixels; the limit is {MAX_PIXELS:,}") from error
     except Exception as error:  # what Pillow raises for broken bytes depends on the format and on where they break
         raise DataError(
-            f"{where}: this does not decode as JPEG or PNG: {reason(error)}; replace or delete it"
+            f"{where}: this does not decode as JPEG, PNG or WebP: {reason(error)}; replace or delete it"
         ) from error

@@ -11,15 +11,16 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from qsr_engine.config.digest import digest
 from qsr_engine.config.strict import ConfigError, Count, PositiveInt, StrictModel, validate
 from qsr_engine.data.errors import DataError
-from qsr_engine.data.places import check_place, is_url
+from qsr_engine.data.places import Places, check_place, expand_places, is_url
 from qsr_engine.data.retrying import RETRY, Retry
 
 INDEX_NAME = "index.json"
+TABLE_NAME = "samples.npy"
 MAX_INDEX = 64 << 20  # bytes; 400,000 shards
 
 
@@ -33,8 +34,12 @@ class Shard(StrictModel):
     @classmethod
     def _plain(cls, name: str) -> str:
         # webdataset takes a name for a URL and runs a shell for pipe:..., and an index may come from elsewhere.
-        if any(part in name for part in ("/", "\\", ":", "..")) or not name.isprintable():
-            raise ValueError(f"found {name!r}; write the plain name of a file in this folder, without / \\ : or ..")
+        if (
+            any(part in ("", ".", "..") for part in name.split("/"))
+            or any(sign in name for sign in ("\\", ":", ".."))
+            or not name.isprintable()
+        ):
+            raise ValueError(f"found {name!r}; write the name of a file in this folder, without \\ : or ..")
         return name
 
 
@@ -53,21 +58,47 @@ class Split(StrictModel):
         return self
 
 
+class SampleTable(StrictModel):
+    """The file of all samples beside an index (`table.py`)."""
+
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
 class Index(StrictModel):
     """The content of index.json. `classes` are the class names by label, or None where they are not known."""
 
     format: Literal[1] = 1
     classes: list[str] | None
     splits: dict[str, Split]
+    place: str | None = None  # of the shards, a folder or a URL; None: beside the index
+    label: Annotated[str, Field(pattern=r"^(cls|txt|json:.+)$")] = "cls"  # where it is in a sample
+    table: SampleTable | None = None  # None: an older index, and shards are walked when they are opened
+
+    @model_validator(mode="after")
+    def _named_once(self) -> Index:
+        names = [shard.name for split in self.splits.values() for shard in split.shards]
+        if self.table is not None and len(set(names)) < len(names):
+            raise ValueError("a shard is listed in two splits; name it in one of them")
+        return self
 
     @property
     def class_count(self) -> int | None:
         """Number of classes, or None where it is not known."""
         return None if self.classes is None else len(self.classes)
 
+    def where_is(self, name: str, folder: Places) -> tuple[str | Path, str]:
+        """The place of a shard of an index that lies in a folder, and its name there."""
+        assert isinstance(folder, str | Path)
+        return self.place or folder, name
+
     def digest(self) -> int:
-        """A 63-bit number, the same on every rank that reads the same data."""
-        return digest(self.model_dump())
+        """A 63-bit number, the same on every rank that reads the same data, wherever that lies."""
+        return digest(self.model_dump(exclude={"place", "table", *(["label"] if self.label == "cls" else [])}))
+
+    def dump(self) -> dict[str, object]:
+        """As it is written, without what is as in an older index."""
+        defaults = {"place": None, "label": "cls", "table": None}
+        return {name: value for name, value in self.model_dump().items() if defaults.get(name, ...) != value}
 
     def split(self, name: str) -> Split:
         """The split of this name. Raises DataError where there is none, or it is empty."""
@@ -80,7 +111,61 @@ class Index(StrictModel):
         return self.splits[name]
 
 
-def read_index(folder: str | Path, retry: Retry = RETRY) -> Index:
+class JoinedIndex(Index):
+    """Several indexes as one: shard NAME of part N is called N/NAME."""
+
+    _parts: list[tuple[str, Index]] = PrivateAttr(default_factory=list)
+
+    @property
+    def parts(self) -> list[tuple[str, Index]]:
+        """Place and index of each part; those have all shards, also where only some of them are in the whole."""
+        return self._parts
+
+    def where_is(self, name: str, folder: Places) -> tuple[str | Path, str]:
+        number, _, rest = name.partition("/")
+        place, index = self._parts[int(number)]
+        return index.where_is(rest, place)
+
+
+def read_index(places: Places, retry: Retry = RETRY) -> Index:
+    """Read the index of a folder or a URL; of several (see expand_places) one that joins theirs.
+
+    Args:
+        retry: of reads from a URL.
+    Raises:
+        DataError: one is missing, is not JSON, or is not an index of a format that is known here; or they do not fit
+            together.
+    """
+    found = expand_places(places) if not isinstance(places, Path) else [(str(places), None)]
+    if len(found) == 1 and found[0][1] is None:
+        return _read_one(found[0][0], retry)
+    parts: list[tuple[str, Index]] = []
+    splits: dict[str, list[Shard]] = {}
+    for number, (place, names) in enumerate(found):
+        index = _read_one(place, retry)
+        parts.append((str(place), index))
+        wanted = None if names is None else set(names)
+        for split, content in index.splits.items():
+            for shard in content.shards:
+                if wanted is None or shard.name in wanted:
+                    splits.setdefault(split, []).append(shard.model_copy(update={"name": f"{number}/{shard.name}"}))
+                    (wanted or set()).discard(shard.name)
+        if wanted:
+            raise DataError(
+                f"{place}: its index has no shard {min(wanted)!r}; write names that it has, or index it again"
+            )
+    classes = [index.classes for _, index in parts]
+    if any(one != classes[0] for one in classes):
+        raise DataError(
+            f"{parts[0][0]}: its classes are others than those of another part; labels would not mean the same"
+        )
+    joined = {name: Split(samples=sum(s.samples for s in shards), shards=shards) for name, shards in splits.items()}
+    whole = JoinedIndex(classes=classes[0], splits=joined)
+    whole._parts = parts
+    return whole
+
+
+def _read_one(folder: str | Path, retry: Retry) -> Index:
     """Read FOLDER/index.json; the folder may be a URL.
 
     Args:
@@ -105,9 +190,16 @@ def read_index(folder: str | Path, retry: Retry = RETRY) -> Index:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON that can be read: {error}; delete it and make it again") from error
     try:
-        return validate(Index, raw, where=str(path))
+        index = validate(Index, raw, where=str(path))
     except ConfigError as error:
         raise DataError(str(error)) from None
+    if index.place is not None:
+        check_place(index.place)
+        if is_url(folder) and not is_url(index.place):
+            raise DataError(
+                f"{path}: it says that its shards are in {index.place!r}, and it lies behind a URL; index again"
+            )
+    return index
 
 
 def _read(path: str | Path, retry: Retry) -> bytes:

@@ -8,32 +8,37 @@ ring         the loader processes, each of which does all of this for one batch 
 
 from __future__ import annotations
 
+import logging
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import webdataset as wds
 
 from qsr_engine.config.recipe import DataConfig
 from qsr_engine.data.batches import ImageBatch, decode_batch
-from qsr_engine.data.decoding import Augment, Decoder, Pixels
+from qsr_engine.data.decoding import NO_REGIONS, REGIONS, Decoder, Pixels
 from qsr_engine.data.device import on_device
 from qsr_engine.data.errors import DataError
-from qsr_engine.data.gpu_decoding import GPUDecoder, in_thread
-from qsr_engine.data.index import Index
-from qsr_engine.data.order import epoch_of, plan_epoch, plan_evaluation, seed_for
+from qsr_engine.data.index import TABLE_NAME, Index
+from qsr_engine.data.order import epoch_of, plan_epoch, plan_evaluation, plan_samples, seed_for
+from qsr_engine.data.places import Places
+from qsr_engine.data.randaugment import make_augment
 from qsr_engine.data.ring import Beside, run_here, run_in_processes
-from qsr_engine.data.samples import Item, Sample, bad_sample
+from qsr_engine.data.samples import Item, Position, Sample, bad_sample
 from qsr_engine.data.sources import Source, make_source
 from qsr_engine.data.views import EvalView, TrainView
 
+log = logging.getLogger(__name__)
+
 CPU = torch.device("cpu")
+_DRAWN = 4096  # samples whose shards are looked up at once
 _AHEAD = 8  # batches of a loader process whose shards are fetched before they are needed
 
 
@@ -48,8 +53,10 @@ class RawBatch(NamedTuple):
 class TrainLoader:
     """The training batches of one rank, without end, resumable at any batch.
 
+    Every rank has as many: iterate over it in a loop of your own, and keep its state_dict() with a checkpoint.
+
     Args:
-        folder: of the shards, or its URL.
+        folder: of the shards, or its URL; or several, as read_index() takes them.
         config: which split, image size, augmentation, shuffle buffer and loader processes.
         batch_size: samples in a micro-batch of this rank.
     Raises:
@@ -58,7 +65,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: Places,
         index: Index,
         config: DataConfig,
         *,
@@ -70,13 +77,21 @@ class TrainLoader:
         self.config, self.batch_size = config, batch_size
         self._split = index.split(config.train)
         self._source = make_source(folder, index, config, config.train)
+        if config.shuffle == "samples" and not self._source.any_order:
+            raise DataError(
+                f"data.shuffle is 'samples', and {folder} has no {TABLE_NAME} or is behind a URL, where a sample at a "
+                "time is slow; run `qsr shards index DIR --again` for a folder, or write shuffle: buffer"
+            )
         self._rank, self._ranks, self._seed = rank, ranks, seed
-        augment = config.randaugment
+        self._next, self._bad = 0, set[str]()
         self._decoder = Decoder(
             config.image_size,
             TrainView(config.image_size, config.augment),
-            Augment(augment.operations, augment.magnitude) if augment else None,
+            make_augment(config.randaugment),
+            config.loader_threads,
         )
+        if not REGIONS and rank == 0:
+            log.warning("pictures are decoded by Pillow, at half the speed: %s", NO_REGIONS)
 
     def batches(self, start: int = 0, skipped: Iterable[str] = (), device: torch.device = CPU) -> Iterator[ImageBatch]:
         """Yield batches on a device from micro-batch number `start` on, counted from the start of training.
@@ -91,22 +106,45 @@ class TrainLoader:
         produce = _Decode(
             partial(self._raw_batches, start), self._source, self._decoder, self.config.max_bad_samples > 0, True
         )
-        batches: Iterator[ImageBatch]
-        if self.config.decoder == "gpu":
-            decoder = GPUDecoder(self._decoder, device)
-            batches = (
-                decoder.batch(samples, seed, spares, skip=produce.skip)
-                for seed, samples, spares in in_thread(produce.samples(0, 1))
-            )
-        else:
-            batches = on_device(_batches(produce, self.batch_size, self.config), device)
+        batches = on_device(_batches(produce, self.batch_size, self.config, device.type == "cuda"), device)
         return _limited(batches, set(skipped), self.config.max_bad_samples, "this rank")
+
+    def __iter__(self) -> Iterator[ImageBatch]:
+        """Batches on the CPU, from where load_state_dict() or the last iteration has left it."""
+        for batch in self.batches(self._next, self._bad):
+            self._next += 1
+            self._bad.update(batch.skipped)
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where an iteration stands: batches that were given, and bad samples that were skipped."""
+        return {"batches": self._next, "skipped_samples": sorted(self._bad)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Before an iteration begins."""
+        self._next, self._bad = int(state["batches"]), set(state["skipped_samples"])
 
     def items(self, start: int = 0) -> Iterator[Item]:
         """This rank's samples in order, from number `start` of its stream on."""
         epoch, before = epoch_of(start, self._split.samples, self._rank, self._ranks)
         for number in count(epoch):
-            yield from islice(self._shuffled(number), before if number == epoch else 0, None)
+            first = before if number == epoch else 0
+            if self.config.shuffle == "samples":
+                yield from self._drawn(number, first)
+            else:
+                yield from islice(self._shuffled(number), first, None)
+
+    def _drawn(self, epoch: int, first: int) -> Iterator[Item]:
+        """The samples of this rank in an epoch from the first one on, drawn from all samples of the split."""
+        numbers = plan_samples(self._split.samples, self._seed, epoch, self._rank, self._ranks)[first:]
+        names = [shard.name for shard in self._split.shards]
+        ends = np.cumsum([shard.samples for shard in self._split.shards])
+        for start in range(0, len(numbers), _DRAWN):
+            part = numbers[start : start + _DRAWN]
+            shards = np.searchsorted(ends, part, side="right")
+            starts = np.concatenate(([0], ends))[shards]
+            for shard, number in zip(shards.tolist(), (part - starts).tolist(), strict=True):
+                yield Position(names[shard], number)
 
     def _shuffled(self, epoch: int) -> Iterator[Item]:
         buffer = self.config.shuffle_buffer
@@ -136,14 +174,14 @@ class EvalLoader:
     """
 
     def __init__(
-        self, folder: str | Path, index: Index, config: DataConfig, *, rank: int, ranks: int, batch_size: int
+        self, folder: Places, index: Index, config: DataConfig, *, rank: int, ranks: int, batch_size: int
     ) -> None:
         split = index.split(config.eval)
         self.most_batches = -(-split.samples // (ranks * batch_size))  # of any rank; each has this many, or one fewer
         self.batch_size, self.config = batch_size, config
         source = make_source(folder, index, config, config.eval)
         slices = plan_evaluation(split, rank, ranks)
-        decoder = Decoder(config.image_size, EvalView(config.image_size))
+        decoder = Decoder(config.image_size, EvalView(config.image_size), None, config.loader_threads)
         raw_batches = partial(_evaluation_batches, partial(source.items, slices), batch_size)
         self._produce = _Decode(raw_batches, source, decoder, config.max_bad_samples > 0, False)
 
@@ -208,10 +246,10 @@ def _limited(batches: Iterator[ImageBatch], skipped: set[str], limit: int, where
         yield batch._replace(skipped=texts)
 
 
-def _batches(produce: _Decode, batch_size: int, config: DataConfig) -> Iterator[ImageBatch]:
+def _batches(produce: _Decode, batch_size: int, config: DataConfig, pinned: bool = False) -> Iterator[ImageBatch]:
     shape = (batch_size, config.image_size, config.image_size, 3)
     processes = config.loader_processes
-    decoded = run_in_processes(produce, shape, processes) if processes else run_here(produce, shape)
+    decoded = run_in_processes(produce, shape, processes, pinned=pinned) if processes else run_here(produce, shape)
     for pixels, (labels, skipped) in decoded:
         images = torch.from_numpy(pixels)[: len(labels)].permute(0, 3, 1, 2)
         del pixels  # or the slot would be held until the next batch is asked for

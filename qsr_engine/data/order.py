@@ -15,6 +15,9 @@ import random
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from qsr_engine.config.digest import digest
 from qsr_engine.data.index import Shard, Split
 
@@ -50,6 +53,20 @@ def plan_epoch(split: Split, seed: int, epoch: int, rank: int, ranks: int) -> li
     ends = [samples_before(epoch + 1, split.samples, r, ranks) for r in range(rank + 1)]
     lengths = [end - samples_before(epoch, split.samples, r, ranks) for r, end in enumerate(ends)]
     return slice_shards(shards, sum(lengths[:-1]), sum(lengths))
+
+
+def plan_samples(samples: int, seed: int, epoch: int, rank: int, ranks: int) -> NDArray[np.int64]:
+    """The numbers of the samples that a rank reads in an epoch, where all samples of a split are shuffled.
+
+    Counted in the order of the index. numpy promises that the old generator gives the same for ever.
+    """
+    seeds = divmod(seed_for("samples", seed, epoch), 1 << 32)
+    order = np.random.RandomState(seeds).permutation(samples)
+    start = sum(
+        samples_before(epoch + 1, samples, r, ranks) - samples_before(epoch, samples, r, ranks) for r in range(rank)
+    )
+    length = samples_before(epoch + 1, samples, rank, ranks) - samples_before(epoch, samples, rank, ranks)
+    return order[start : start + length]
 
 
 def plan_evaluation(split: Split, rank: int, ranks: int) -> list[ShardSlice]:

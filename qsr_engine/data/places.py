@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import glob
+import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
+
+import braceexpand
 
 from qsr_engine.data.errors import DataError
 
@@ -16,7 +21,42 @@ PROTOCOLS = (
 )
 
 
-def is_url(place: str | Path) -> bool:
+Places = str | Path | Sequence[str]
+"""A folder of shards, or the URL of one; or several, with braces and patterns (see expand_places)."""
+
+
+def expand_places(places: Places) -> list[tuple[str, list[str] | None]]:
+    """Folders and URLs, and for each the names of its shards where only some are meant.
+
+    Braces make several names of one; on this host * ? [..] do too. A name that ends in .tar is one shard of the folder
+    that it is in. What is there as it is written stays as it is.
+
+    Raises:
+        DataError: nothing is named so.
+    """
+    names: list[str] = []
+    for text in [places] if isinstance(places, str | Path) else places:
+        text = str(text)
+        parts = [text] if os.path.exists(text) else list(braceexpand.braceexpand(text))
+        for part in parts:
+            if is_url(part) or not re.search(r"[*?\[]", part) or os.path.exists(part):
+                names.append(part)
+                continue
+            found = sorted(glob.glob(part))
+            if not found:
+                raise DataError(f"{part}: no folder and no shard is named so; write names that are there")
+            names += found
+    of_folder: dict[str, list[str] | None] = {}
+    for name in names:
+        folder, sign, shard = name.rpartition("/")
+        if not name.endswith(".tar") or (not is_url(name) and os.path.isdir(name)):
+            of_folder[name] = None
+        elif of_folder.setdefault(folder if sign else ".", []) is not None:
+            of_folder[folder if sign else "."] += [shard]  # type: ignore[operator]
+    return list(of_folder.items())
+
+
+def is_url(place: Places) -> bool:
     """Whether a place is a URL and not a folder."""
     return isinstance(place, str) and "://" in place
 

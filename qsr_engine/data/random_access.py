@@ -6,17 +6,19 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
 from qsr_engine.data.errors import DataError, PassingError
 from qsr_engine.data.order import ShardSlice
 from qsr_engine.data.retrying import RETRY, Retry, Tries
-from qsr_engine.data.samples import Item, Position, RawSample, Sample, at_position, sample_or_error
+from qsr_engine.data.rows import Header, Row
+from qsr_engine.data.samples import Item, Position, Sample, at_position, check_label, sample_or_error, where
+from qsr_engine.data.table import Table
 from qsr_engine.data.tar_shard import TarShard
 
 # Shards that a reader keeps open. The samples of a shuffle buffer come from few shards, and from older ones now and
 # then; a shard that was closed is walked again.
 OPEN_SHARDS = 64
+OPEN_FILES = 256  # where the index has their places: a file alone, of the 1,024 that a process usually may have
 ANNOUNCED = 60.0  # seconds for which a shard need not be announced again
 
 
@@ -32,6 +34,8 @@ class RandomAccess:
         classes: number of classes, or None where it is not known.
         announce: called with the name of a shard some time before the first of its samples is loaded.
         retry: of a read.
+        rule: where the label of a sample is, as the index says.
+        table: the places of all samples; None where the index has none, and shards are walked.
     """
 
     most_spares = 1 << 14  # positions, which are small
@@ -42,7 +46,12 @@ class RandomAccess:
         classes: int | None,
         announce: Callable[[str], None] | None = None,
         retry: Retry = RETRY,
+        rule: str = "cls",
+        table: Table | None = None,
     ) -> None:
+        self._rule, self._table = rule, table
+        self.any_order = table is not None and announce is None
+        self._most_open = OPEN_SHARDS if table is None else OPEN_FILES
         self._open_shard, self._classes, self._announce, self._retry = open_shard, classes, announce, retry
         self._open: OrderedDict[str, TarShard | DataError] = OrderedDict()
         self._given_up: set[str] = set()  # of those in _open, whose tries are used up
@@ -56,10 +65,9 @@ class RandomAccess:
     def load(self, item: Item) -> Sample | DataError:
         assert isinstance(item, Position)
         try:
-            path, raw = self._read(item)
+            return self._read(item)
         except DataError as error:
             return at_position(error, item)
-        return sample_or_error(path, raw, self._classes)
 
     def announce(self, item: Item) -> None:
         assert isinstance(item, Position)
@@ -70,13 +78,15 @@ class RandomAccess:
             self._announce(item.shard)
             self._announced[item.shard] = now
 
-    def _read(self, item: Position) -> tuple[Path, RawSample]:
-        """The path of a shard, and a sample of it as TarShard.read() gives it; with the tries that it may take."""
+    def _read(self, item: Position) -> Sample | DataError:
+        """A sample, or what is wrong with it; a DataError of its shard is raised, with the tries that it may take."""
         name, tries = item.shard, Tries(self._retry)
         while True:
             try:
                 shard = self._shard(name)
-                return shard.path, shard.read(item.number)
+                if self._table is None:
+                    return sample_or_error(shard.path, shard.read(item.number), self._classes, self._rule)
+                return self._of_row(shard, item.number, self._table.row(name, item.number))
             except PassingError as error:
                 if name in self._given_up:
                     raise
@@ -87,6 +97,15 @@ class RandomAccess:
                     self._given_up.add(name)
                     raise
                 self._close(name)
+
+    def _of_row(self, shard: TarShard, number: int, row: Row) -> Sample | DataError:
+        key, image = shard.read_row(number, row)
+        header = Header(row.width, row.height, bool(row.fast)) if row.width else None
+        try:
+            label = check_label(where(shard.path, key), row.label, self._classes)
+        except DataError as error:
+            return error
+        return Sample(str(shard.path), key, image, label, header)
 
     def _shard(self, name: str) -> TarShard:
         """An open shard. Raises DataError where it cannot be opened; that is remembered, unless it may pass."""
@@ -110,7 +129,7 @@ class RandomAccess:
 
         Copies that the cache has forgotten meanwhile take space until they are closed.
         """
-        if len(self._open) > OPEN_SHARDS:
+        if len(self._open) > self._most_open:
             self._close(next(iter(self._open)))
         if self._announce is not None:
             for other, shard in list(self._open.items()):

@@ -34,6 +34,14 @@ def read_bytes(url: str, most: int, retry: Retry) -> bytes:
     return retried(read, retry)
 
 
+def list_files(url: str, pattern: str) -> list[str]:
+    """The names, below a URL, of files that a pattern with * ? [..] names; sorted. Raises DataError as fetch_file()."""
+    with _as_data_error(url, missing=DataError):
+        file_system, path = _file_system(url)
+        root = path.rstrip("/")
+        return sorted(str(found)[len(root) + 1 :] for found in file_system.glob(f"{root}/{pattern}"))
+
+
 def fetch_file(url: str, to: Path, size: int) -> None:
     """Fetch a file that should have so many bytes.
 
@@ -49,22 +57,24 @@ class ShardStream(io.RawIOBase):
     """The bytes of a shard behind a URL, as they come.
 
     Args:
-        size: bytes that the index says.
+        size: bytes that the index says; None where there is no index yet.
     Raises:
         DataError: it cannot be opened or read, or has other than `size` bytes; a PassingError where that may pass.
     """
 
-    def __init__(self, url: str, size: int) -> None:
+    def __init__(self, url: str, size: int | None) -> None:
         super().__init__()
         self._url, self._size, self._read = url, size, 0
         with _as_data_error(url):
             file_system, path = _file_system(url)
-            self._stream: IO[bytes] = file_system.open(path, "rb", **_in_one_go(url, size))
+            self._stream: IO[bytes] = file_system.open(path, "rb", **_in_one_go(url, 1 if size is None else size))
 
     def read(self, size: int = -1) -> bytes:
         with _as_data_error(self._url):
             data = self._stream.read(size)
         self._read += len(data)
+        if self._size is None:
+            return data
         if not data and size and self._read < self._size:
             raise PassingError(f"{self._url}: the connection ended after {self._read} of {self._size} bytes")
         _check_size(self._url, self._read, self._size)

@@ -68,16 +68,24 @@ def run_here(produce: Produce, shape: tuple[int, ...]) -> Iterator[tuple[Pixels,
         yield room.pop(), beside
 
 
-def run_in_processes(produce: Produce, shape: tuple[int, ...], processes: int) -> Iterator[tuple[Pixels, Beside]]:
+def run_in_processes(
+    produce: Produce, shape: tuple[int, ...], processes: int, *, pinned: bool = False
+) -> Iterator[tuple[Pixels, Beside]]:
     """The same batches in the same order, decoded by so many loader processes.
 
+    Args:
+        pinned: the memory is one that a GPU copies from by itself; where CUDA refuses that, it is not.
     Raises:
         DataError: what a process raised, after the batches before it; or a process was killed.
     """
     # A process decodes into one slot while another one waits; the rank holds the batch that it has, and, of a single
     # process, the one before it too while it asks for the next.
-    slots = 4 if processes == 1 else 3
+    # One that is copied to a GPU is held one batch longer.
+    slots = (4 if processes == 1 else 3) + pinned
     loaders = [_Loader(produce, number, processes, shape, slots) for number in range(processes)]
+    if pinned:
+        for loader in loaders:
+            loader.memory.pin(_register, _unregister)
     try:
         for loader in cycle(loaders):
             message = loader.receive()
@@ -171,7 +179,14 @@ class _Memory:
         self._map()
 
     def _map(self) -> None:
-        self._all = np.frombuffer(mmap.mmap(self._file, int(np.prod(self.shape))), np.uint8).reshape(self.shape)
+        self._flat = np.frombuffer(mmap.mmap(self._file, int(np.prod(self.shape))), np.uint8)
+        self._all = self._flat.reshape(self.shape)
+
+    def pin(self, register: Callable[[int, int], bool], unregister: Callable[[int], object]) -> None:
+        """Register the memory, by address and bytes, and take that back when no slot and no view of one is left."""
+        address = self._flat.ctypes.data
+        if register(address, self._flat.nbytes):
+            weakref.finalize(self._flat, unregister, address).atexit = False  # views of it hold this very array
 
     def slot(self, number: int) -> Pixels:
         """One slot, an array of its own: it can be told when it dies."""
@@ -188,6 +203,14 @@ class _Memory:
     def __del__(self) -> None:
         with contextlib.suppress(OSError, AttributeError):
             os.close(self._file)
+
+
+def _register(address: int, size: int) -> bool:
+    return int(torch.cuda.cudart().cudaHostRegister(address, size, 0)) == 0  # type: ignore[no-untyped-call]
+
+
+def _unregister(address: int) -> None:
+    torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
 
 
 def _load(

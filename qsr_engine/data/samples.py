@@ -5,13 +5,15 @@ Samples are raw bytes throughout. webdataset's decoders are never used: they unp
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from qsr_engine.data.errors import DataError
+from qsr_engine.data.rows import Header
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png")  # of the member that is the image, the first that is there
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")  # of the member that is the image, the first that is there
 
 
 class RawSample(NamedTuple):
@@ -28,6 +30,7 @@ class Sample(NamedTuple):
     key: str
     image: bytes
     label: int
+    header: Header | None = None  # where the index knows it
 
     @property
     def where(self) -> str:
@@ -43,7 +46,7 @@ class Position(NamedTuple):
 
 
 Item = Position | Sample | DataError
-_OF_POSITION = re.compile(r"[^/:]+: sample \d+: ")  # what at_position() writes; names of shards have no colon
+_OF_POSITION = re.compile(r"[^:]+: sample \d+: ")  # what at_position() writes; names of shards have no colon
 
 
 def where(shard: object, key: str) -> str:
@@ -51,23 +54,24 @@ def where(shard: object, key: str) -> str:
     return f"{shard}: sample {key!r}"
 
 
-def parse_sample(shard: object, raw: RawSample, classes: int | None) -> Sample:
+def parse_sample(shard: object, raw: RawSample, classes: int | None, rule: str = "cls") -> Sample:
     """Take image and label out of the members of a sample.
 
     Args:
         shard: its path, or what messages call it.
         classes: number of classes, or None where it is not known.
+        rule: where its label is, as the index says.
     Raises:
         DataError: one of them is missing or wrong.
     """
     place = where(shard, raw.key)
-    return Sample(str(shard), raw.key, find_image(place, raw.members), find_label(place, raw.members, classes))
+    return Sample(str(shard), raw.key, find_image(place, raw.members), find_label(place, raw.members, classes, rule))
 
 
-def sample_or_error(shard: object, raw: RawSample, classes: int | None) -> Sample | DataError:
+def sample_or_error(shard: object, raw: RawSample, classes: int | None, rule: str = "cls") -> Sample | DataError:
     """As parse_sample(), with the error returned."""
     try:
-        return parse_sample(shard, raw, classes)
+        return parse_sample(shard, raw, classes, rule)
     except DataError as error:
         return error
 
@@ -77,20 +81,49 @@ def find_image(place: str, members: Mapping[str, bytes]) -> bytes:
     for suffix in IMAGE_SUFFIXES:
         if suffix in members:
             return members[suffix]
-    raise DataError(f"{place} has no image (.jpg, .jpeg or .png); its members are: {listing(members)}")
+    raise DataError(f"{place} has no image (.jpg, .jpeg, .png or .webp); its members are: {listing(members)}")
 
 
-def find_label(place: str, members: Mapping[str, bytes], classes: int | None) -> int:
-    """The label of a sample. Raises DataError where there is none, or it is none of so many classes."""
-    if "cls" not in members:
-        raise DataError(f"{place} has no label (.cls); its members are: {listing(members)}")
-    text = members["cls"].strip()
+def image_suffix_of(members: Iterable[str]) -> str | None:
+    """Which member of a sample is its image: the first of IMAGE_SUFFIXES that is there."""
+    there = set(members)
+    return next((suffix for suffix in IMAGE_SUFFIXES if suffix in there), None)
+
+
+def find_label(place: str, members: Mapping[str, bytes], classes: int | None, rule: str = "cls") -> int:
+    """The label of a sample.
+
+    Args:
+        rule: "cls" or "txt", the member that is the label, or "json:FIELD", a field of the member .json.
+    Raises:
+        DataError: there is none, or it is none of so many classes.
+    """
+    suffix, _, field = rule.partition(":")
+    if suffix not in members:
+        raise DataError(f"{place} has no label (.{suffix}); its members are: {listing(members)}")
+    text = _field(place, members[suffix], field) if field else members[suffix].strip()
     if not (text.isdigit() and len(text) < 10):
         raise DataError(f"{place} has the label {text[:20]!r}; a label is a whole number from 0, in decimal digits")
-    label = int(text)
+    return check_label(place, int(text), classes)
+
+
+def check_label(place: str, label: int, classes: int | None) -> int:
+    """The label. Raises DataError where it is none of so many classes."""
     if classes is not None and label >= classes:
         raise DataError(f"{place} has the label {label}, and there are {classes} classes (0 to {classes - 1})")
     return label
+
+
+def _field(place: str, data: bytes, field: str) -> bytes:
+    """A field of a member .json, as text."""
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place} has a .json that cannot be read: {error}") from error
+    if not isinstance(content, dict) or field not in content:
+        names = ", ".join(map(repr, list(content)[:10])) if isinstance(content, dict) else "none"
+        raise DataError(f"{place} has no field {field!r} in its .json; the fields are: {names}")
+    return str(content[field]).strip().encode(errors="backslashreplace")
 
 
 def listing(suffixes: Iterable[str]) -> str:

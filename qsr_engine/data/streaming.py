@@ -25,8 +25,10 @@ class Streamed:
         open_shard: a stream of a shard's bytes, by the shard's name.
         classes: number of classes, or None where it is not known.
         retry: of a shard.
+        rule: where the label of a sample is, as the index says.
     """
 
+    any_order = False
     most_spares = 64  # whole samples
 
     def __init__(
@@ -35,8 +37,10 @@ class Streamed:
         open_shard: Callable[[str], IO[bytes]],
         classes: int | None,
         retry: Retry = RETRY,
+        rule: str = "cls",
     ) -> None:
         self._name, self._stream, self._classes, self._retry = name, open_shard, classes, retry
+        self._rule = rule
 
     def items(self, slices: Iterable[ShardSlice]) -> Iterator[Item]:
         for piece in slices:
@@ -44,7 +48,7 @@ class Streamed:
             try:
                 for raw in self._read(piece.name):
                     if number >= piece.start:
-                        yield sample_or_error(self._name(piece.name), raw, self._classes)
+                        yield sample_or_error(self._name(piece.name), raw, self._classes, self._rule)
                     number += 1
                     if number == piece.stop:
                         break

@@ -6,9 +6,11 @@ this machine. Sparse files, compressed archives and headers that would take memo
 
 from __future__ import annotations
 
+import io
+import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 from qsr_engine.data.errors import DataError, PassingError
@@ -32,6 +34,8 @@ class Member(NamedTuple):
     key: str
     suffix: str
     data: bytes
+    offset: int  # of the data in the shard, in bytes
+    header: int  # blocks of 512 bytes before the data that are its headers
 
 
 class RefusedError(ValueError):
@@ -94,7 +98,15 @@ def open_tar(stream: Readable, mode: str) -> tarfile.TarFile:
     return opened
 
 
-def plain_files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+PassedOver = Callable[[str, str], None]
+"""Told of each member that is no part of a sample: what it is, and its name."""
+
+
+def _say_nothing(what: str, name: str) -> None:
+    pass
+
+
+def plain_files(tar: tarfile.TarFile, passed_over: PassedOver = _say_nothing) -> Iterator[tarfile.TarInfo]:
     """The headers of plain files. Raises RefusedError for a member that is sparse or has too many bytes."""
     for header in tar:
         if header.issparse():
@@ -102,17 +114,56 @@ def plain_files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         check_size(header.name, header.size)  # again: pax records come after the header that was checked
         if header.isreg():
             yield header
+        elif not header.isdir():
+            passed_over("a link, a device or of another kind that is no file", header.name)
         tar.members = []  # type: ignore[attr-defined]  # tarfile keeps all of them otherwise
 
 
-def read_members(tar: tarfile.TarFile) -> Iterator[Member]:
+def read_members(tar: tarfile.TarFile, passed_over: PassedOver = _say_nothing) -> Iterator[Member]:
     """The files that belong to samples, in their order."""
-    for header in plain_files(tar):
+    for header in plain_files(tar, passed_over):
         names = key_and_suffix(header.name)
-        if names is not None:
-            content = tar.extractfile(header)
-            assert content is not None
-            yield Member(*names, content.read())
+        if names is None:
+            passed_over("of a name that belongs to no sample", header.name)
+            continue
+        content = tar.extractfile(header)
+        assert content is not None
+        headers = (header.offset_data - header.offset) // tarfile.BLOCKSIZE
+        yield Member(*names, content.read(), header.offset_data, headers)
+
+
+def read_at(file: int, size: int, offset: int) -> bytes:
+    """So many bytes of an open file from a place on; fewer only where it ends.
+
+    A network file system may give fewer at once, and so does Linux of more than 2 GB.
+    """
+    data = os.pread(file, size, offset)
+    while 0 < len(data) < size:
+        more = os.pread(file, size - len(data), offset + len(data))
+        if not more:
+            break
+        data += more
+    return data
+
+
+def name_and_size(headers: bytes) -> tuple[str, int]:
+    """The name of a member, and its bytes, from the blocks of its headers. Raises an exception where they are none."""
+    last = headers[-tarfile.BLOCKSIZE :]
+    name, end, _ = last[:100].partition(b"\0")
+    if not end or last[345] or (len(headers) > tarfile.BLOCKSIZE and (b"path=" in headers or b"size=" in headers)):
+        with open_tar(io.BytesIO(headers), "r:") as tar:  # long names
+            header = tar.next()
+            assert header is not None
+            return header.name, header.size
+    return name.decode(errors="surrogateescape"), octal(last[124:136])
+
+
+def octal(field: bytes) -> int:
+    """A number in a header; int() alone would take a sign, and a walk would go backwards."""
+    digits = field.strip(b"\0 ")
+    if not digits.isdigit():
+        raise ValueError(f"{digits!r} is not a number")
+    return int(digits, 8)
 
 
 class Uncompressed:

@@ -1,4 +1,6 @@
-"""A local tar shard whose samples are read in any order: one walk over its headers, then one read for each member.
+"""A local tar shard whose samples are read in any order, each by one read at the place that the index says.
+
+Where an older index says no places, one walk over the headers finds them when the first sample is asked for.
 
 A sample is the members of one key, next to one another, as for the webdataset library; reading them so gives four times
 as many a second. Members are read with pread() and not mapped: of a mapped file that another process truncates, the
@@ -9,20 +11,26 @@ from __future__ import annotations
 
 import os
 import tarfile
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from qsr_engine.data.samples import RawSample
+from qsr_engine.data.errors import DataError
+from qsr_engine.data.rows import Row
+from qsr_engine.data.samples import IMAGE_SUFFIXES, RawSample
 from qsr_engine.data.tar import (
     TwiceError,
     check_not_compressed,
     check_size,
     ends_early,
     key_and_suffix,
+    name_and_size,
+    octal,
     open_tar,
     plain_files,
+    read_at,
     unreadable,
 )
 
@@ -53,9 +61,13 @@ class TarShard:
             self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise unreadable(path, 0, error) from error
-        self.samples: list[tuple[str, dict[str, _Extent]]] = []  # key, and members by suffix
         self._keys: set[str] = set()
         self._damage: Exception | None = None
+
+    @cached_property
+    def samples(self) -> list[tuple[str, dict[str, _Extent]]]:
+        """Key, and members by suffix, of every sample that a walk over the headers finds."""
+        self._found: list[tuple[str, dict[str, _Extent]]] = []
         headers: list[tuple[int, bytes]] = []  # each with the number of its sample
         try:
             self._walk(headers)
@@ -64,8 +76,9 @@ class TarShard:
         wrong = _first_wrong(headers)
         if wrong is not None:
             self._damage = tarfile.HeaderError("bad checksum")
-            del self.samples[wrong:]
+            del self._found[wrong:]
         self._keys.clear()
+        return self._found
 
     @property
     def deleted(self) -> bool:
@@ -96,7 +109,7 @@ class TarShard:
         sample = RawSample(key, {})
         for suffix, (offset, size) in members.items():
             try:
-                data = os.pread(self._file, size, offset)
+                data = read_at(self._file, size, offset)
             except OSError as error:
                 raise unreadable(self.path, number, error) from error
             if len(data) != size:
@@ -104,25 +117,50 @@ class TarShard:
             sample.members[suffix] = data
         return sample
 
+    def read_row(self, number: int, row: Row) -> tuple[str, bytes]:
+        """The key and the image of sample `number`, which lies where its row says.
+
+        Raises:
+            DataError: it does not lie there, or cannot be read.
+        """
+        before = row.header * _BLOCK
+        try:
+            data = read_at(self._file, before + row.length, max(0, row.offset - before))
+        except OSError as error:
+            raise unreadable(self.path, number, error) from error
+        if len(data) != before + row.length:
+            raise unreadable(self.path, number, EOFError())
+        try:
+            name, size = name_and_size(data[:before])
+            names = key_and_suffix(name)
+        except Exception:  # a damaged header can say anything
+            names, size = None, -1
+        if names is None or names[1] not in IMAGE_SUFFIXES or size != row.length:
+            raise DataError(
+                f"{self.path}: this shard has no image at byte {row.offset}, where its index has that of sample "
+                f"{number}: it is damaged or was replaced; copy it again, or `qsr shards index DIR --again`"
+            )
+        return names[0], data[before:]
+
     def _walk(self, headers: list[tuple[int, bytes]]) -> None:
         size = os.fstat(self._file).st_size
-        check_not_compressed(os.pread(self._file, _BLOCK, 0))
+        check_not_compressed(read_at(self._file, _BLOCK, 0))
         offset = 0
-        while len(header := os.pread(self._file, _BLOCK, offset)) == _BLOCK and header[0]:
+        while len(header := read_at(self._file, _BLOCK, offset)) == _BLOCK and header[0]:
             if header[156] not in _PLAIN or header[345]:
                 headers.clear()
                 return self._walk_by_tarfile(size)  # long names, links, folders
-            length = _octal(header[124:136])
+            length = octal(header[124:136])
             name = header[:100].partition(b"\0")[0].decode(errors="surrogateescape")
             self._add(name, _Extent(offset + _BLOCK, length), size)
-            headers.append((max(0, len(self.samples) - 1), header))
+            headers.append((max(0, len(self._found) - 1), header))
             offset += _BLOCK + -(-length // _BLOCK) * _BLOCK
         if header.count(0) != len(header) or offset == 0:  # the archive ends with blocks of zeros, or with the file
             raise EOFError
         return None
 
     def _walk_by_tarfile(self, size: int) -> None:
-        self.samples.clear()
+        self._found.clear()
         self._keys.clear()
         with os.fdopen(os.dup(self._file), "rb") as stream:
             for header in plain_files(open_tar(stream, "r:")):
@@ -133,12 +171,12 @@ class TarShard:
         if names is None:
             return
         key, suffix = names
-        if not self.samples or self.samples[-1][0] != key:
+        if not self._found or self._found[-1][0] != key:
             if key in self._keys:
                 raise TwiceError(key)
             self._keys.add(key)
-            self.samples.append((key, {}))
-        members = self.samples[-1][1]
+            self._found.append((key, {}))
+        members = self._found[-1][1]
         try:
             if member.offset + member.size > file_size:
                 raise EOFError
@@ -146,7 +184,7 @@ class TarShard:
             if suffix in members:
                 raise TwiceError(key)
         except (EOFError, ValueError):
-            self.samples.pop()
+            self._found.pop()
             raise
         members[suffix] = member
 
@@ -159,17 +197,9 @@ def _first_wrong(headers: list[tuple[int, bytes]]) -> int | None:
     found = blocks.sum(1, dtype=np.int64) - blocks[:, _CHECKSUM].sum(1, dtype=np.int64) + 8 * ord(" ")
     for (sample, header), total in zip(headers, found.tolist(), strict=True):
         try:
-            right = _octal(header[_CHECKSUM]) == total
+            right = octal(header[_CHECKSUM]) == total
         except ValueError:
             right = False
         if not right:
             return sample
     return None
-
-
-def _octal(field: bytes) -> int:
-    """A number in a header; int() alone would take a sign, and a walk would go backwards."""
-    digits = field.strip(b"\0 ")
-    if not digits.isdigit():
-        raise ValueError(f"{digits!r} is not a number")
-    return int(digits, 8)

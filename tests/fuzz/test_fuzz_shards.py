@@ -23,7 +23,7 @@ from qsr_engine.data.index import read_index
 from qsr_engine.data.samples import Sample, parse_sample
 from qsr_engine.data.streaming import read_stream
 from qsr_engine.data.tar_shard import TarShard
-from qsr_engine.data.writing.verifying import scan_shard
+from qsr_engine.data.writing.scanning import scan_shard
 from tests.fuzz.make_seeds import CORPUS
 from tests.support.shard_files import with_field
 

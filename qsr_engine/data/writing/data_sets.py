@@ -1,4 +1,4 @@
-"""Make a folder of shards with its index: from images, from small data sets of others, or from existing shards.
+"""Make a folder of shards with its index: from images, or from small data sets of others.
 
 The same input, options and seed give the same bytes, for any number of processes, and whether or not the command was
 killed and run again. A folder with an index is whole.
@@ -10,22 +10,20 @@ import hashlib
 import random
 import re
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from qsr_engine.data.errors import DataError
 from qsr_engine.data.images import Shrink, encode_png, encoder_version, image_suffix, shrink_image
-from qsr_engine.data.index import INDEX_NAME, Index, Shard, Split
-from qsr_engine.data.writing.folder import refuse_data_set, write_index
+from qsr_engine.data.index import Index
+from qsr_engine.data.writing.counted import say_passed_over
+from qsr_engine.data.writing.folder import refuse_data_set
 from qsr_engine.data.writing.imagefolder import find_images
-from qsr_engine.data.writing.resuming import RECORD_NAME, ShardPlan, ShardSize, write_planned
+from qsr_engine.data.writing.resuming import ShardPlan, ShardSize, write_planned
 from qsr_engine.data.writing.stored import StoredImage
-from qsr_engine.data.writing.verifying import scan_shard
 
 SHARD_BYTES = 256_000_000  # seconds of reading on a slow disk, and 600 shards of ImageNet for the ranks to share
 QUALITY = 90  # of JPEG, where images are made smaller
@@ -46,14 +44,15 @@ def write_imagefolder(
     short_side: int | None = None,
     quality: int | None = None,
     processes: int = 1,
+    say: Callable[[str], object] = print,
 ) -> Index:
     """Write shards from images in ImageNet's layout, ROOT/train/CLASS/*.JPEG and ROOT/val/CLASS/*.
 
     Sub-folders of root named train, val, validation (it becomes val) and test are splits. In place of train and val
     root may hold the archives ILSVRC2012_img_train.tar, and ILSVRC2012_img_val.tar with ILSVRC2012_devkit_t12.tar.gz.
     Without any of them, or with `split` given, root itself is one split, ROOT/CLASS/*, named `split` or "train". The
-    class names in sorted order are the labels from 0. Images (.jpg, .jpeg, .png) are shuffled once by seed, and stored
-    byte for byte unless max_side or short_side is given.
+    class names in sorted order are the labels from 0. Images (.jpg, .jpeg, .png, .webp) are shuffled once by seed, and
+    stored byte for byte unless max_side or short_side is given.
 
     When this was killed, call it again: finished shards are kept where they still have their checksums.
 
@@ -64,6 +63,7 @@ def write_imagefolder(
         max_side: images whose long side has more pixels are resized to it, and become JPEG.
         short_side: the same for the short side; give one of them.
         quality: of that JPEG, 1 to 100, 90 by default.
+        say: told which files lie beside the images and are passed over, a line for each kind.
         processes: number of processes that write. More than one needs a script with `if __name__ == "__main__":`.
     Raises:
         DataError: there are no classes, a class has no images, a split has a class that training has not, a file is
@@ -75,6 +75,7 @@ def write_imagefolder(
     root, out = Path(root), Path(out)
     refuse_data_set(out)  # before a million files are listed
     images = find_images(root, split, out)
+    say_passed_over([("", images.passed_over)], say)
     for sources in images.splits.values():
         random.Random(seed).shuffle(sources)
     shard_size = ShardSize(None if samples_per_shard else shard_bytes, samples_per_shard)
@@ -144,72 +145,6 @@ def write_cifar10(
         random.Random(seed).shuffle(order)
         splits[name] = _Arrays(part.data, part.targets, order)
     return _write_arrays(out, list(parts["train"].classes), splits, seed, samples_per_shard)
-
-
-def index_shards(folder: str | Path) -> Index:
-    """Write the index of a folder of tar shards. Every shard is read once.
-
-    They are named SPLIT-NUMBER.tar, as train-000000.tar is, or SPLIT-NUMBER-of-NUMBER.tar.
-
-    Class names are not known afterwards (None), so labels are not checked against them.
-
-    Raises:
-        DataError: there are no shards, a name has no split, a shard cannot be read or is empty, a sample has no image
-            or no label, there is an index already or it cannot be written, or the folder is not written to its end.
-    """
-    folder = Path(folder)
-    refuse_data_set(folder)
-    if (folder / RECORD_NAME).exists():
-        raise DataError(f"{folder} is not written to its end; run the command that began it again, it writes the index")
-    try:
-        paths = sorted(path for path in folder.iterdir() if path.suffix == ".tar")
-    except OSError as error:
-        raise DataError(f"{folder}: this folder cannot be read: {error.strerror or error}; name another one") from error
-    if not paths:
-        raise DataError(f"{folder}: there are no tar shards here; expected files such as {folder / 'train-000000.tar'}")
-    split_of = {path: _split_of(path) for path in paths}  # before the first is read, which takes a while
-    found: dict[str, list[Shard]] = {}
-    for path in tqdm(paths, desc="reading", unit="shard", disable=None):
-        found.setdefault(split_of[path], []).append(_measure_whole(path))
-    splits = {
-        split: Split(samples=sum(shard.samples for shard in shards), shards=shards) for split, shards in found.items()
-    }
-    index = Index(classes=None, splits=splits)
-    try:
-        write_index(folder, index)
-    except OSError as error:
-        reason = error.strerror or error
-        raise DataError(
-            f"{folder / INDEX_NAME}: this index cannot be written: {reason}; mend that and run the same command again"
-        ) from error
-    return index
-
-
-def _split_of(path: Path) -> str:
-    """The split that the name of a shard says."""
-    match = re.fullmatch(r"(.+?)-[0-9]+(-of-[0-9]+)?\.tar", path.name)
-    # The rest is what an index takes for a name.
-    if match is None or any(part in path.name for part in ("\\", ":", "..")) or not path.name.isprintable():
-        raise DataError(
-            f"{path.parent}: the name {path.name!r} does not say its split; rename the file as train-000000.tar or "
-            "train-000000-of-000012.tar are named, without \\ : or .."
-        )
-    return match[1]
-
-
-def _measure_whole(path: Path) -> Shard:
-    """The index entry of a shard made elsewhere. Raises DataError where it cannot be read, or a sample is wrong."""
-    try:
-        scan = scan_shard(path, None)
-    except OSError as error:
-        raise DataError(
-            f"{path}: this shard cannot be read: {error.strerror or error}; copy or write it again, or delete it"
-        ) from error
-    if scan.problems:
-        raise DataError(scan.problems[0])
-    if scan.samples == 0:
-        raise DataError(f"{path}: this shard has no samples; delete it")
-    return Shard(name=path.name, samples=scan.samples, bytes=scan.bytes, sha256=scan.sha256)
 
 
 class _Arrays(NamedTuple):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from qsr_engine.data.errors import DataError
-from qsr_engine.data.index import INDEX_NAME, Index
+from qsr_engine.data.index import INDEX_NAME, TABLE_NAME, Index
 
 
 @contextmanager
@@ -27,10 +27,20 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
-def write_index(folder: Path, index: Index) -> None:
-    """Write FOLDER/index.json, whole or not at all."""
+def write_index(folder: Path, index: Index, rows: Iterable[bytes] | None = None) -> Index:
+    """Write FOLDER/index.json, whole or not at all, and before it FOLDER/samples.npy. Returns what was written.
+
+    Args:
+        rows: those of every shard, packed, in the order of the index; None writes an index without them.
+    """
+    if rows is not None:
+        from qsr_engine.data.table import write_table  # numpy, which not every command needs
+
+        with replacing(folder / TABLE_NAME) as stream:
+            index = index.model_copy(update={"table": write_table(stream, rows)})
     with replacing(folder / INDEX_NAME) as stream:
-        stream.write((json.dumps(index.model_dump(), indent=1, ensure_ascii=False) + "\n").encode())
+        stream.write((json.dumps(index.dump(), indent=1, ensure_ascii=False) + "\n").encode())
+    return index
 
 
 def refuse_data_set(folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from qsr_engine.data.errors import DataError
 from qsr_engine.data.samples import IMAGE_SUFFIXES
+from qsr_engine.data.writing.counted import Passed, PassedOver
 from qsr_engine.data.writing.imagenet import TRAIN, VAL, list_train, list_val
 from qsr_engine.data.writing.stored import ListedImage, StoredImage
 
@@ -26,6 +27,7 @@ class Images(NamedTuple):
     classes: list[str]
     splits: dict[str, list[StoredImage]]  # sorted by class and name
     digest: str
+    passed_over: list[PassedOver]  # files and folders beside the images
 
 
 def find_images(root: Path, split: str | None, out: Path) -> Images:
@@ -57,6 +59,7 @@ def _find_images(root: Path, split: str | None, out: Path) -> Images:
 
     classes: list[str] | None = None
     listed: dict[str, Iterator[ListedImage]] = {}
+    passed = Passed()
     if "train" in archives:
         classes, listed["train"] = list_train(train_tar)
     elif folders:
@@ -66,13 +69,12 @@ def _find_images(root: Path, split: str | None, out: Path) -> Images:
     assert classes is not None  # each of the three ways above sets it
     _check_names(root, classes)
     for name, folder in folders.items():
-        listed[name] = _list_folder(folder, classes, out)
+        listed[name] = _list_folder(folder, classes, out, passed.add)
 
-    sha256 = hashlib.sha256()
-    splits = {}
+    sha256, splits = hashlib.sha256(), {}
     for name in sorted(listed, key=[*SPLIT_FOLDERS.values(), split].index):
         splits[name] = [_hashed(sha256, name, *image) for image in listed[name]]
-    return Images(classes, splits, sha256.hexdigest())
+    return Images(classes, splits, sha256.hexdigest(), passed.found())
 
 
 def _hashed(sha256: hashlib._Hash, split: str, source: StoredImage, identity: str) -> StoredImage:
@@ -114,8 +116,13 @@ def _refuse_inside(out: Path, folders: Iterable[Path]) -> None:
             raise DataError(f"{out} is in {folder}, where images are looked for; name a folder outside of it")
 
 
-def _list_folder(folder: Path, classes: list[str], out: Path) -> Iterator[ListedImage]:
-    """The images of a split, sorted by class and name."""
+def _list_folder(
+    folder: Path, classes: list[str], out: Path, passed_over: Callable[[str, str], None]
+) -> Iterator[ListedImage]:
+    """The images of a split, sorted by class and name; what lies beside them is told to passed_over()."""
+    for other in sorted(os.listdir(folder)):
+        if other.startswith(".") or not (folder / other).is_dir():
+            passed_over("beside the classes", str(folder / other))
     labels = {name: label for label, name in enumerate(classes)}
     names = _class_names(folder)
     _refuse_inside(out, (folder / name for name in names))  # a class may be a link that leads there
@@ -124,9 +131,13 @@ def _list_folder(folder: Path, classes: list[str], out: Path) -> Iterator[Listed
             raise DataError(f"{folder / name}: training has no class {name!r}; add it there, or take it away here")
     for name in tqdm(names, desc=f"listing {folder.name}", unit="class", disable=None):
         of_class = os.path.join(folder, name)
-        files = sorted(file for file in os.listdir(of_class) if _is_image(file))
+        there = sorted(os.listdir(of_class))
+        files = [file for file in there if _is_image(file)]
         if not files:
-            raise DataError(f"{of_class}: there are no images here (.jpg, .jpeg or .png); add some or delete it")
+            raise DataError(f"{of_class}: there are no images here (.jpg, .jpeg, .png or .webp); add some or delete it")
+        for other in there:
+            if not _is_image(other):
+                passed_over(_kind(other), os.path.join(of_class, other))
         for file in files:
             path = os.path.join(of_class, file)
             size, changed = _measure(path)
@@ -135,6 +146,12 @@ def _list_folder(folder: Path, classes: list[str], out: Path) -> Iterator[Listed
 
 def _is_image(file: str) -> bool:
     return file.lower().endswith(SUFFIXES) and not file.startswith(".")  # macOS leaves ._NAME.jpg beside NAME.jpg
+
+
+def _kind(file: str) -> str:
+    """What a file that is no image is called where such files are counted."""
+    suffix = os.path.splitext(file)[1].lower()
+    return "of a hidden name" if file.startswith(".") else suffix or "without a suffix"
 
 
 def _measure(path: str) -> tuple[int, int]:

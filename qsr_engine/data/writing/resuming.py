@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -21,12 +21,12 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from qsr_engine.data.checking import measure_shard
 from qsr_engine.data.errors import DataError
-from qsr_engine.data.index import INDEX_NAME, Index, Shard, Split
+from qsr_engine.data.index import INDEX_NAME, TABLE_NAME, Index, Shard, Split
 from qsr_engine.data.writing.folder import refuse_data_set, replacing, write_index
 from qsr_engine.data.writing.processes import check_wanted, run_jobs
-from qsr_engine.data.writing.shard import sample_bytes, write_shard
+from qsr_engine.data.writing.scanning import scan_shard
+from qsr_engine.data.writing.shard import Written, sample_bytes, write_shard
 
 Item = TypeVar("Item")
 
@@ -62,7 +62,7 @@ class ShardPlan(Generic[Item]):
     its label, and raises DataError. `identity` has everything that the bytes of the shards depend on.
     """
 
-    classes: list[str]
+    classes: list[str] | None
     splits: Mapping[str, Sequence[Item]]
     sizes: Mapping[str, Sequence[int]]
     load: Callable[[Item], tuple[str, bytes, int]]
@@ -106,14 +106,13 @@ def write_planned(out: Path, plan: ShardPlan[Item], processes: int) -> Index:
         try:
             _delete_temporary(out, names)
             record.begin()
-            finished = _write_missing(out, plan, shards, record, processes)
+            finished, rows = _write_missing(out, plan, shards, record, processes)
             splits = {
                 split: Split(samples=len(plan.splits[split]), shards=[finished[name] for name, _ in parts])
                 for split, parts in shards.items()
             }
-            index = Index(classes=plan.classes, splits=splits)
             with _cannot_be_written(out / INDEX_NAME):
-                write_index(out, index)
+                index = write_index(out, Index(classes=plan.classes, splits=splits), (rows[name] for name in names))
         except BaseException:
             _delete_temporary(out, names)  # of processes that were killed
             if not record.finished:
@@ -125,9 +124,10 @@ def write_planned(out: Path, plan: ShardPlan[Item], processes: int) -> Index:
 
 def _write_missing(
     out: Path, plan: ShardPlan[Item], shards: dict[str, list[tuple[str, range]]], record: _Record, processes: int
-) -> dict[str, Shard]:
-    """Write, or find whole, every shard. Returns them by name."""
+) -> tuple[dict[str, Shard], dict[str, bytes]]:
+    """Write, or find whole, every shard. Returns them by name, and the packed rows of their samples."""
     finished: dict[str, Shard] = {}
+    rows: dict[str, bytes] = {}
     jobs = (
         _ShardToWrite(
             out / name, part.start, plan.splits[split][part.start : part.stop], plan.load, record.finished.get(name)
@@ -138,18 +138,22 @@ def _write_missing(
     total = sum(len(items) for items in plan.splits.values())
     with tqdm(desc="writing", total=total, unit="image", disable=None) as bar:
 
-        def take(shard: Shard) -> None:
+        def take(written: Written) -> None:
+            shard, rows[written.shard.name] = written
             finished[shard.name] = shard
             record.add(shard)
             bar.update(shard.samples)
 
         run_jobs(_finish_shard, jobs, min(processes, sum(len(parts) for parts in shards.values())), take)
-    return finished
+    return finished, rows
 
 
-def _finish_shard(job: _ShardToWrite[Any]) -> Shard:
-    if job.recorded is not None and _is_whole(job.path, job.recorded):
-        return job.recorded
+def _finish_shard(job: _ShardToWrite[Any]) -> Written:
+    if job.recorded is not None:
+        with suppress(OSError):
+            scan = scan_shard(job.path, None)
+            if (scan.bytes, scan.sha256) == (job.recorded.bytes, job.recorded.sha256):
+                return Written(job.recorded, scan.rows)
     with _cannot_be_written(job.path):
         return write_shard(job.path, _samples(job))
 
@@ -158,13 +162,6 @@ def _samples(job: _ShardToWrite[Any]) -> Iterator[tuple[str, str, bytes, int]]:
     for number, item in enumerate(job.items, job.first):
         check_wanted()
         yield f"{number:08d}", *job.load(item)
-
-
-def _is_whole(path: Path, recorded: Shard) -> bool:
-    try:
-        return path.stat().st_size == recorded.bytes and measure_shard(path, recorded.samples) == recorded
-    except OSError:
-        return False
 
 
 class _Record:
@@ -246,7 +243,7 @@ def _refuse_others(out: Path, own: set[str]) -> None:
 
 
 def _delete_temporary(out: Path, shards: Sequence[str]) -> None:
-    own = {*shards, INDEX_NAME, RECORD_NAME}
+    own = {*shards, INDEX_NAME, TABLE_NAME, RECORD_NAME}
     for path in out.glob(".*.tmp"):
         match = re.fullmatch(r"\.(.+)\.\d+\.tmp", path.name)  # as replacing() names them
         if match and match[1] in own:

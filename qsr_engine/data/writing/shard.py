@@ -11,27 +11,37 @@ import io
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from qsr_engine.data.index import Shard
+from qsr_engine.data.rows import pack
 from qsr_engine.data.writing.folder import replacing
 
 
-def write_shard(path: Path, samples: Iterable[tuple[str, str, bytes, int]]) -> Shard:
+class Written(NamedTuple):
+    """A shard's entry in the index, and the packed rows of its samples."""
+
+    shard: Shard
+    rows: bytes
+
+
+def write_shard(path: Path, samples: Iterable[tuple[str, str, bytes, int]]) -> Written:
     """Write (key, image suffix, image bytes, label) as one tar file, whole or not at all.
 
     Raises:
         OSError: it cannot be written.
     """
-    written = 0
+    rows = []
     with replacing(path) as stream:
         measured = MeasuredStream(stream)
         with tarfile.open(fileobj=measured, mode="w|") as tar:
             for key, suffix, image, label in samples:
                 _add(tar, f"{key}.cls", str(label).encode())
                 _add(tar, f"{key}.{suffix}", image)
-                written += 1
-    return Shard(name=path.name, samples=written, bytes=measured.bytes, sha256=measured.sha256.hexdigest())
+                offset = tar.offset - -(-len(image) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                rows.append(pack(offset, image, label, 1))
+    sha256 = measured.sha256.hexdigest()
+    return Written(Shard(name=path.name, samples=len(rows), bytes=measured.bytes, sha256=sha256), b"".join(rows))
 
 
 def sample_bytes(image_bytes: int) -> int:
@@ -46,17 +56,22 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 class MeasuredStream(io.RawIOBase):
-    """Counts and hashes what is read or written through it, so that the shard is not read again."""
+    """Counts and hashes what is read or written through it, so that the shard is not read again.
+
+    `tail` has the bytes read last: tarfile reads ahead of the end mark.
+    """
 
     def __init__(self, stream: IO[bytes]) -> None:
         super().__init__()
         self.stream = stream
         self.bytes = 0
         self.sha256 = hashlib.sha256()
+        self.tail = b""
 
     def read(self, size: int = -1) -> bytes:
         data = self.stream.read(size)
         self._measure(data)
+        self.tail = (self.tail + data)[-2 * tarfile.RECORDSIZE :]
         return data
 
     def write(self, data: bytes) -> int:  # type: ignore[override]

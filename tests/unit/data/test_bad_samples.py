@@ -38,10 +38,10 @@ BROKEN = {
     "negative": (IMAGE | {"k7.cls": b"-1"}, "has the label b'-1'; a label is a whole number"),
     "huge": (IMAGE | {"k7.cls": b"9" * 5000}, "a label is a whole number"),
     "class": (IMAGE | {"k7.cls": b"10"}, r"has the label 10, and there are 10 classes \(0 to 9\)"),
-    "not an image": (LABEL | {"k7.jpg": b"hello"}, "does not decode as JPEG or PNG"),
-    "truncated jpeg": (LABEL | {"k7.jpg": noise(7, "JPEG")[:-200]}, "does not decode as JPEG or PNG"),
-    "truncated png": (LABEL | {"k7.png": noise(7)[:-40]}, "does not decode as JPEG or PNG"),
-    "other format": (LABEL | {"k7.png": noise(7, "GIF")}, "does not decode as JPEG or PNG"),
+    "not an image": (LABEL | {"k7.jpg": b"hello"}, "does not decode as JPEG, PNG or WebP"),
+    "truncated jpeg": (LABEL | {"k7.jpg": noise(7, "JPEG")[:-200]}, "does not decode as JPEG, PNG or WebP"),
+    "truncated png": (LABEL | {"k7.png": noise(7)[:-40]}, "does not decode as JPEG, PNG or WebP"),
+    "other format": (LABEL | {"k7.png": noise(7, "GIF")}, "does not decode as JPEG, PNG or WebP"),
 }
 
 
@@ -233,7 +233,8 @@ def test_a_long_run_of_bad_samples_is_within_its_limit(data: tuple[Path, Index])
     """Without a shuffle buffer a missing shard gives whole batches of bad samples, and more than 64 in a row."""
     folder = data[0]
     written = [
-        write_shard(folder / f"all-{n:06d}.tar", [(f"{i}", "png", noise(i), n) for i in range(100)]) for n in (0, 1)
+        write_shard(folder / f"all-{n:06d}.tar", [(f"{i}", "png", noise(i), n) for i in range(100)]).shard
+        for n in (0, 1)
     ]
     index = Index(classes=None, splits={"all": Split(samples=200, shards=written)})
     (folder / "all-000001.tar").unlink()

@@ -71,7 +71,7 @@ def test_keys_are_running_numbers_and_nothing_temporary_stays(digits: Path) -> N
     assert [sample.label for sample in read_samples(digits, index, "val")][:12] == [2, 8, 7, 9, 5, 9, 3, 4, 7, 8, 4, 3]
     assert [sample.key for sample in read_samples(digits, index, "val")] == [f"{number:08d}" for number in range(360)]
     names = {shard.name for split in index.splits.values() for shard in split.shards}
-    assert {path.name for path in digits.iterdir()} == {*names, "index.json"}
+    assert {path.name for path in digits.iterdir()} == {*names, "index.json", "samples.npy"}
 
 
 def test_a_failed_write_leaves_neither_shard_nor_index(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_a_failed_write_leaves_neither_shard_nor_index(tmp_path: Path) -> None:
         write_imagefolder(tmp_path / "images", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (tmp_path / "images/train/cat/empty.png").write_bytes(b"GIF89a")
-    with pytest.raises(DataError, match=r"empty\.png: this is neither JPEG nor PNG, it begins with b'GIF89a'"):
+    with pytest.raises(DataError, match=r"empty\.png: this is neither JPEG, PNG nor WebP, it begins with b'GIF89a'"):
         write_imagefolder(tmp_path / "images", tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -217,7 +217,11 @@ def test_index_of_digits_shards_agrees_with_the_one_that_writing_made(digits: Pa
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("train.tar", {"a.jpg": b"A", "a.cls": b"0"}, r"the name 'train\.tar' does not say its split; rename the file"),
+        (
+            "train.tar",
+            {"a.jpg": b"A", "a.cls": b"0"},
+            r"the name 'train\.tar' does not say its split; write --split train=",
+        ),
         ("train-one.tar", {}, r"the name 'train-one\.tar' does not say its split"),
         ("train-00-of.tar", {}, r"the name 'train-00-of\.tar' does not say its split"),
         ("-0.tar", {}, r"the name '-0\.tar' does not say its split"),

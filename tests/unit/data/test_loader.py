@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pydantic import ValidationError
 
 from qsr_engine.data.batches import decode_batch
 from qsr_engine.data.errors import DataError
@@ -150,10 +151,11 @@ def test_no_two_batches_are_augmented_with_the_same_random_numbers(
     assert len(set(seeds)) == len(seeds) == 96
 
 
-@pytest.mark.parametrize("start", [1, 7, 8, 19])
-def test_resuming_at_a_batch_gives_the_batches_from_there(numbered: tuple[Path, Index], start: int) -> None:
-    whole = take(train_loader(numbered).batches(), start + 4)
-    assert equal(take(train_loader(numbered).batches(start), 4), whole[start:])
+@pytest.mark.parametrize(("start", "kind"), [(1, "composer"), (7, "torchvision"), (8, "composer"), (19, "torchvision")])
+def test_resuming_at_a_batch_gives_the_batches_from_there(numbered: tuple[Path, Index], start: int, kind: str) -> None:
+    augmented = {"randaugment": {"kind": kind}}
+    whole = take(train_loader(numbered, **augmented).batches(), start + 4)
+    assert equal(take(train_loader(numbered, **augmented).batches(start), 4), whole[start:])
 
 
 def test_batches_before_start_are_not_decoded(numbered: tuple[Path, Index], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +197,7 @@ def test_evaluation_sees_every_sample_once_in_order(numbered: tuple[Path, Index]
 
 
 def test_a_rank_may_have_nothing_to_evaluate(tmp_path: Path) -> None:
-    shard = write_shard(tmp_path / "all-000000.tar", [("a", "png", noise(0), 0)])
+    shard = write_shard(tmp_path / "all-000000.tar", [("a", "png", noise(0), 0)]).shard
     index = Index(classes=["only"], splits={"all": Split(samples=1, shards=[shard])})
     sizes = [len(list(EvalLoader(tmp_path, index, data_config(), rank=r, ranks=3, batch_size=4))) for r in range(3)]
     assert sorted(sizes) == [0, 0, 1]
@@ -210,3 +212,26 @@ def test_a_shard_name_is_never_a_command(tmp_path: Path, monkeypatch: pytest.Mon
     write_index(*data)
     assert labels(list(EvalLoader(*data, data_config(), rank=0, ranks=1, batch_size=2))) == [0, 1, 2]
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+def test_the_first_rank_says_that_pillow_decodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("qsr_engine.data.loader.REGIONS", False)
+    monkeypatch.setattr("qsr_engine.data.loader.NO_REGIONS", "there is no compiler")
+    data = shards_of(tmp_path, [3])
+    for rank in range(2):
+        train_loader(data, rank=rank)
+    assert [record.getMessage() for record in caplog.records] == [
+        "pictures are decoded by Pillow, at half the speed: there is no compiler"
+    ]
+
+
+def test_a_recipe_that_names_a_decoder() -> None:
+    """Older recipes and checkpoints say cpu, which is what there is."""
+    assert data_config(decoder="cpu") == data_config()
+    with pytest.raises(ValidationError, match=r"decoder is .gpu., and .* on the CPU only; leave decoder out"):
+        data_config(decoder="gpu")
+    for threads in (0, 257):
+        with pytest.raises(ValidationError, match="loader_threads"):
+            data_config(loader_threads=threads)

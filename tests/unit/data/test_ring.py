@@ -18,6 +18,7 @@ import torch
 from qsr_engine.data.errors import DataError
 from qsr_engine.data.index import Index
 from qsr_engine.data.loader import EvalLoader
+from qsr_engine.data.ring import _Memory
 from qsr_engine.data.writing.folder import write_index
 from tests.support.loading import data_config, equal, take, train_loader
 from tests.support.shard_files import shards_of
@@ -34,6 +35,13 @@ def test_loader_processes_give_bit_identical_batches(numbered: tuple[Path, Index
 
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def named_files_in_memory(pid: int) -> list[str]:
+    """What a process maps or has open in /dev/shm that is there when it is gone: files that have a name."""
+    files = [line.split(maxsplit=5)[-1] for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+    files += [os.readlink(f"/proc/{pid}/fd/{number}") for number in os.listdir(f"/proc/{pid}/fd")]
+    return [file for file in files if file.startswith("/dev/shm/") and not file.endswith("(deleted)")]
 
 
 RANK = """
@@ -60,8 +68,12 @@ def running(pid: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
+@pytest.mark.slow
 def test_loader_processes_end_with_a_rank_that_is_killed(numbered: tuple[Path, Index], tmp_path: Path) -> None:
-    """They once went on for ever: torch watches the parent, which is the fork server, and that waited for them."""
+    """They once went on for ever: torch watches the parent, which is the fork server, and that waited for them.
+
+    And nothing stays in /dev/shm: the memory of batches has no name.
+    """
     write_index(numbered[0], numbered[1])
     script = tmp_path / "rank.py"
     script.write_text(RANK)
@@ -72,8 +84,9 @@ def test_loader_processes_end_with_a_rank_that_is_killed(numbered: tuple[Path, I
         servers = children(rank.pid)
         below = servers + [process for server in servers for process in children(server)]
         assert len(below) == 4  # the resource tracker, the fork server and two loader processes
+        assert not [file for process in (rank.pid, *below) for file in named_files_in_memory(process)]
         rank.kill()
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60  # the fork server has torch to put away, which waits for a core
     while (left := [process for process in below if running(process)]) and time.monotonic() < deadline:
         time.sleep(0.05)
     for process in left:
@@ -150,3 +163,23 @@ def test_a_failure_of_ours_has_its_traceback(numbered: tuple[Path, Index]) -> No
 
 def broken_view(width: int, height: int, random: Any) -> Any:
     return 1 / 0
+
+
+def test_pinned_memory_is_given_back_when_nobody_sees_it() -> None:
+    """CUDA is not here: a list stands in for what it has registered."""
+    registered: list[tuple[int, int]] = []
+
+    def register(address: int, size: int) -> bool:
+        registered.append((address, size))
+        return True
+
+    memory = _Memory((2, 3, 5))
+    memory.pin(register, lambda address: registered.clear())
+    slot = torch.from_numpy(memory.slot(1))
+    assert registered == [(slot.data_ptr() - 15, 30)]
+    del memory
+    assert registered, "a slot is still seen"
+    del slot
+    assert not registered
+    refused = _Memory((1, 1))
+    refused.pin(lambda address, size: False, lambda address: pytest.fail("it was not registered"))

@@ -109,8 +109,11 @@ def png_header(width: int, height: int) -> bytes:
         (png_header(60_000, 60_000), r"it\.JPEG has too many pixels; the limit is 100,000,000$"),
         (picture(303, 3), r"it\.JPEG has 303 x 3 pixels; the limit is a side 100 times as long as the other$"),
         (picture(60, 60) + 100 * b"\xff\xda", r"it\.JPEG has 101 scans; the limit is 100$"),
-        (picture(60, 60)[:-300], r"it\.JPEG: this does not decode as JPEG or PNG: .*truncated"),
-        (b"RIFF    WEBP", r"it\.JPEG: this does not decode as JPEG or PNG: cannot identify the image; replace or"),
+        (picture(60, 60)[:-300], r"it\.JPEG: this does not decode as JPEG, PNG or WebP: .*truncated"),
+        (
+            b"RIFF    WEBP",
+            r"it\.JPEG: this does not decode as JPEG, PNG or WebP: cannot identify the image; replace",
+        ),
     ],
 )
 def test_images_that_cannot_be_made_smaller_are_named(tmp_path: Path, data: bytes, message: str) -> None:

@@ -24,7 +24,7 @@ from qsr_engine.data.samples import RawSample, Sample
 from qsr_engine.data.streaming import Streamed, read_shard
 from qsr_engine.data.tar import key_and_suffix
 from qsr_engine.data.tar_shard import TarShard
-from qsr_engine.data.writing.verifying import scan_shard
+from qsr_engine.data.writing.scanning import scan_shard
 from tests.fuzz.make_seeds import CORPUS
 from tests.support.shard_files import noise, shards_of, tar_bytes
 

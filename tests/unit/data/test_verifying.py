@@ -12,7 +12,7 @@ from qsr_engine.cli.main import main
 from qsr_engine.data import DataError, Index, index_shards, read_index, verify_shards
 from qsr_engine.data.index import Shard, Split
 from qsr_engine.data.writing.folder import write_index
-from qsr_engine.data.writing.verifying import scan_shard
+from qsr_engine.data.writing.scanning import scan_shard
 from tests.support.shard_files import picture, tar_bytes, write_tar
 
 A, B = picture(8, 8, seed=0), picture(8, 8, seed=1)
@@ -97,7 +97,7 @@ def test_members_that_belong_to_no_sample_are_passed_over(tmp_path: Path) -> Non
 def test_broken_images_are_found_where_they_are_decoded(tmp_path: Path) -> None:
     write_set(tmp_path, {**WHOLE, "b.jpg": B[:-30]})
     verify_shards(tmp_path)
-    with pytest.raises(DataError, match=r"sample 'b': this does not decode as JPEG or PNG: .*truncated"):
+    with pytest.raises(DataError, match=r"sample 'b': this does not decode as JPEG, PNG or WebP: .*truncated"):
         verify_shards(tmp_path, decode=True)
 
 
@@ -106,7 +106,7 @@ def test_broken_images_are_found_where_they_are_decoded(tmp_path: Path) -> None:
     [
         (picture(303, 3), "has 303 x 3 pixels; the limit is a side 100 times as long as the other"),
         (picture(8, 8) + 100 * b"\xff\xda", "has 101 scans; the limit is 100"),
-        (b"\xff\xd8\xff", "this does not decode as JPEG or PNG: cannot identify the image; replace or delete it"),
+        (b"\xff\xd8\xff", "this does not decode as JPEG, PNG or WebP: cannot identify the image; replace or delete it"),
     ],
 )
 def test_images_that_training_refuses_are_found_where_they_are_decoded(
@@ -135,8 +135,9 @@ def test_shards_that_the_index_does_not_list_are_named(three: Path) -> None:
 
 def test_of_many_problems_the_first_hundred_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_set(tmp_path, {f"{n:03d}.txt": b"" for n in range(120)}, samples=120)  # neither image nor label
-    assert main(["shards", "verify", str(tmp_path)]) == 2
-    lines = capsys.readouterr().err.splitlines()
+    assert main(["shards", "verify", str(tmp_path)]) == 1
+    passed_over, *lines = capsys.readouterr().err.splitlines()
+    assert passed_over == "qsr: passed over: 120 files .txt (the first: train-000000.tar: '000.txt')"
     assert len(lines) == 101
     assert "sample '049' has no label" in lines[99]
     assert lines[100] == "and 140 more"
