@@ -64,13 +64,29 @@ def mode(qsr: QSRConfig, step: int) -> Mode:
     return "parallel" if qsr.strategy == "parallel" or (qsr.strategy == "post_local" and before_switch) else "local"
 
 
-def period(qsr: QSRConfig, step: int, lr: float) -> int:
+def rises(qsr: QSRConfig, step: int, lr: float, before: float | None) -> bool:
+    """Whether a warm-up of which the configuration says nothing is seen at the start of a round.
+
+    So it is only for a learning rate that is read from the optimizer, and where warmup_steps is 0 or not given.
+
+    Args:
+        lr: learning rate of the round's first step.
+        before: that of the round before; None where it is not known.
+    """
+    if qsr.lr is not None or qsr.warmup_steps:
+        return False
+    return lr > before if before is not None else step == 0 and lr == 0
+
+
+def period(qsr: QSRConfig, step: int, lr: float, rising: bool = False) -> int:
     """H of the round that starts at this step, where lr is the learning rate of that step.
 
-    The strategy `qsr` gives max(h_base, floor((alpha / lr)^power)), and h_base while the learning rate warms up
-    (step < warm-up) or where alpha is 0. Whatever the strategy, 1 <= H <= total_steps - step; a round of `swap` also
-    ends at switch_step, so that the last phase starts from an average.
+    The strategy `qsr` gives max(h_base, floor((alpha / lr)^power)), h_warmup while the learning rate warms up
+    (step < warm-up, or rising), and h_base where alpha is 0. Whatever the strategy, 1 <= H <= total_steps - step, and
+    H <= h_max; a round of `swap` also ends at switch_step, so that the last phase starts from an average.
 
+    Args:
+        rising: as rises() says.
     Raises:
         ValueError: the step is outside the run, or lr is negative or not a number.
     """
@@ -81,11 +97,14 @@ def period(qsr: QSRConfig, step: int, lr: float) -> int:
         raise ValueError(f"the learning rate of step {step} is {lr}; the period needs one that is 0 or more")
     if mode(qsr, step) == "parallel":
         return 1
+    longest = min(remaining, qsr.h_max or remaining)
     if qsr.strategy == "swap" and qsr.switch_step is not None:
-        return min(qsr.h_base, qsr.switch_step - step, remaining) if step < qsr.switch_step else remaining
-    if qsr.strategy != "qsr" or not qsr.alpha or step < qsr.period_warmup_steps:
-        return min(qsr.h_base, remaining)
-    return min(max(qsr.h_base, _floor_power(qsr.alpha, lr, qsr.power, remaining)), remaining)
+        return min(qsr.h_base, qsr.switch_step - step, longest) if step < qsr.switch_step else longest
+    if qsr.strategy == "qsr" and (rising or step < qsr.period_warmup_steps):
+        return min(qsr.h_warmup or qsr.h_base, longest)
+    if qsr.strategy != "qsr" or not qsr.alpha:
+        return min(qsr.h_base, longest)
+    return min(max(qsr.h_base, _floor_power(qsr.alpha, lr, qsr.power, longest)), longest)
 
 
 def _floor_power(alpha: float, lr: float, power: float, limit: int) -> int:
@@ -109,18 +128,28 @@ def rounds(qsr: QSRConfig, lr: Callable[[int], float] | None = None) -> Iterator
         if qsr.lr is None:
             raise ValueError("the configuration has no lr block; give rounds() the learning rate as a function")
         lr = partial(learning_rate, qsr.lr, total_steps=qsr.total_steps)
-    step = 0
+    step, before = 0, None
     while step < qsr.total_steps:
-        length = period(qsr, step, lr(step))
+        rate = lr(step)
+        length = period(qsr, step, rate, rises(qsr, step, rate, before))
         yield Round(step, length, mode(qsr, step))
-        step += length
+        step, before = step + length, rate
 
 
-def communication_percent(schedule: Iterable[Round]) -> float:
-    """How much of parallel's communication these rounds need, in per cent.
+def due_fragments(length: int, taken: int, fragments: int) -> tuple[int, ...]:
+    """The fragments of the parameters that are averaged after so many steps of a round of `length`.
 
-    Parallel sends the model's gradients at every step, a round sends the model's parameters once: with one data type
-    for both, that is the number of rounds over the number of steps.
+    Number p (from 0) of P after floor((p + 1) length / P) steps, as torchft does it, and never before the first: each
+    once a round, the last one at its end, and several at one step where the round is shorter than P. Source: Streaming
+    DiLoCo (Douillard et al., arXiv 2501.18512), which averages fragments at steps of their own.
+    """
+    return tuple(p for p in range(fragments) if max(1, (p + 1) * length // fragments) == taken)
+
+
+def averagings_percent(schedule: Iterable[Round]) -> float:
+    """Averagings over steps, in per cent: the paper's relative communication, as each step of `parallel` averages once.
+
+    How many bytes an averaging and a step of `parallel` send is another question: see local_steps.traffic.
     """
     count = steps = 0
     for round_ in schedule:

@@ -24,14 +24,14 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import ranks
-from benchmarks.averaging.hidden import overlap
+from benchmarks.averaging.hidden import SETTINGS, overlap
 from benchmarks.averaging.ways import FLOOR, Way, shapes_of, ways
 from benchmarks.memory import anonymous, peak_memory, release
 from benchmarks.report import Report, parser, table
 from benchmarks.slow_network import address, bytes_sent, slow_network
 from benchmarks.timing import timed
 
-MODELS = {"vit": "ViT-B/16", "resnet": "ResNet-152", "tiny": "1,000 tensors of 1,000 elements"}
+MODELS = {"vit": "ViT-B/16", "small": "ViT-S/16", "resnet": "ResNet-152", "tiny": "1,000 tensors of 1,000 elements"}
 
 
 PARAMETERS = ("qsr: in place", "qsr: bf16", "qsr: fp16", "qsr: int8", "buckets of")
@@ -113,14 +113,18 @@ def shown(rows: list[dict[str, Any]]) -> str:
     return f"{heading}\n\n{table(columns, lines)}"
 
 
-def shown_overlap(found: dict[str, Any]) -> str:
-    return table(list(found), [[value if isinstance(value, str) else f"{value:.3f}" for value in found.values()]])
+def shown_overlap(rows: list[dict[str, Any]]) -> str:
+    columns = [name for name in rows[0] if name != "raw"]
+    cells = [[row[name] for name in columns] for row in rows]
+    return table(
+        columns, [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in line] for line in cells]
+    )
 
 
 def parse() -> argparse.Namespace:
     made = parser(__doc__)
     made.add_argument("--processes", type=int, default=2)
-    made.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    made.add_argument("--models", nargs="+", choices=list(MODELS), default=["vit", "resnet", "tiny"])
     made.add_argument("--repeats", type=int, default=11)
     made.add_argument("--leave-out", default="", help="ways whose names contain this, where memory is short: wire")
     made.add_argument("--bucket-sizes", action="store_true", help="compare sizes of buckets instead")
@@ -132,7 +136,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    report = Report("averaging", arguments, ("torch", "accelerate", "timm", "torchvision"), backend="gloo")
+    report = Report("averaging", arguments, ("torch", "accelerate", "torchft", "timm", "torchvision"), backend="gloo")
     only = "bucket sizes" if arguments.bucket_sizes else "link" if arguments.link else ""
     only = "nothing" if arguments.overlap_only else only
     results: list[dict[str, Any]] = []
@@ -149,8 +153,10 @@ def main() -> None:
             report.add(shown(rows))
             report.save(results=results, overlap=hidden)
         for model in arguments.models if arguments.batch else []:
-            hidden.append(ranks.run(overlap, model, max(3, arguments.repeats // 3), arguments.batch, **where))
-            report.add(shown_overlap(hidden[-1]))
+            for setting in SETTINGS:
+                hidden.append(ranks.run(overlap, model, arguments.repeats, arguments.batch, setting, **where))
+                report.save(results=results, overlap=hidden)
+            report.add(shown_overlap(hidden[-len(SETTINGS) :]))
     report.save(results=results, overlap=hidden)
 
 

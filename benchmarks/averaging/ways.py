@@ -1,13 +1,15 @@
 """The ways of averaging that are compared: of ours, and of others.
 
-The ways of others are written anew from their descriptions, or called where they are an installed library.
+The authors' way is written anew from its description; the others are called, where they are installed.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -30,10 +32,11 @@ def shapes_of(model: str) -> list[torch.Size]:
 
 
 def build(model: str) -> nn.Module:
-    if model == "vit":
+    if model in ("vit", "small"):
         import timm
 
-        return timm.create_model("vit_base_patch16_224")  # type: ignore[no-any-return]
+        size = {"vit": "base", "small": "small"}[model]
+        return timm.create_model(f"vit_{size}_patch16_224")  # type: ignore[no-any-return]
     import torchvision
 
     return torchvision.models.resnet152()  # type: ignore[no-any-return]
@@ -87,16 +90,52 @@ def accelerate_reduce(tensors: list[Tensor]) -> Way | None:
     return way
 
 
-def torchft_local_sgd(tensors: list[Tensor]) -> Way:
-    """torchft's LocalSGD: a copy of every parameter, all of them reduced by themselves in flight, then copied back."""
+def torchft_local_sgd(tensors: list[Tensor]) -> Way | None:
+    """torchft's own LocalSGD, with a replica a process: a quorum of its lighthouse, its averaging, and its commit.
+
+    Rank 0's process holds the lighthouse, where torchft runs it as a process of its own.
+    """
+    os.environ.setdefault("RUST_LOG", "error")  # its servers tell every request
+    try:
+        from torchft.coordination import LighthouseServer
+        from torchft.local_sgd import LocalSGD
+        from torchft.manager import Manager
+        from torchft.process_group import ProcessGroupGloo
+    except ImportError:
+        return None
+    from torch._C._distributed_c10d import TCPStore
+
+    rank, ranks, timeout = dist.get_rank(), dist.get_world_size(), timedelta(seconds=120)
+    lighthouse = None if rank else LighthouseServer(bind="127.0.0.1:0", min_replicas=ranks, join_timeout_ms=1000)
+    told = [None if lighthouse is None else lighthouse.address()]
+    dist.broadcast_object_list(told)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    manager = Manager(
+        pg=ProcessGroupGloo(timeout=timeout),
+        load_state_dict=None,
+        state_dict=None,
+        min_replica_size=ranks,
+        use_async_quorum=False,
+        init_sync=False,
+        timeout=timeout,
+        quorum_timeout=timeout,
+        rank=0,
+        world_size=1,
+        store_addr="127.0.0.1",
+        store_port=store.port,
+        lighthouse_addr=told[0],
+        replica_id=f"worker{rank}",
+        hostname="127.0.0.1",
+    )
+    model = nn.ParameterList([nn.Parameter(tensor) for tensor in tensors])
+    local_sgd = LocalSGD(manager, model, torch.optim.SGD(model.parameters()), sync_every=1)
 
     def way() -> None:
-        copies = [tensor.clone() for tensor in tensors]
-        works = [dist.all_reduce(copy, async_op=True) for copy in copies]
-        for tensor, copy, work in zip(tensors, copies, works, strict=True):
-            work.wait()
-            tensor.copy_(copy.div_(dist.get_world_size()))
+        local_sgd.sync()
+        if manager.num_participants() != ranks:
+            raise RuntimeError(f"{manager.num_participants()} of {ranks} replicas took part")
 
+    way.servers = lighthouse, store  # type: ignore[attr-defined]  # they live as long as the way
     return way
 
 
@@ -105,9 +144,9 @@ def boundary(averager: Averager) -> Way:
 
     def way() -> None:
         header = Header(1, 1, 0.1, 1, averager.sum_of_squares(), averager.moved())
-        headers = exchange_headers(header, torch.device("cpu"))
+        met = exchange_headers(header, torch.device("cpu"))
         averager.average()
-        averager.relative_distance([header.sum_of_squares for header in headers])
+        averager.relative_distance(met.squares, met.ranks)
 
     return way
 

@@ -9,7 +9,8 @@ One launch, for one number of hosts and one rate, takes all runs one after anoth
     alone        local steps and one averaging at the very end: its steps are the compute-only time
     constant 4   DeepSpeed stage 0 under qsr_engine.initialize, H = 4; likewise H = 12
     qsr          H follows the cosine: the longest round is the last
-    qsr, behind  the same with averaging.overlap next_forward
+    qsr, behind  the same with averaging.overlap next_forward; likewise with a wire of bf16, and that alone
+    qsr, delayed the same with averaging.overlap delayed, one step late: another algorithm
     parallel     DeepSpeed's own gradient averaging, after the backward (stage 0)
     ddp          torch's DistributedDataParallel, which averages gradients beside the backward
 
@@ -21,7 +22,8 @@ Columns:
     seconds         of the run on the slowest rank
     of compute      seconds / compute-only time, which is that of the slowest rank of `alone`
     foretold        seconds / what qsr_engine.planning.cost says, with the step time of `alone` and the all-reduces of a
-                    flat tensor of the model's bytes, timed in the same launch; nothing is fitted to the run itself
+                    flat tensor of the model's bytes, timed in the same launch; nothing is fitted to the run itself, and
+                    no averaging is taken to hide behind a forward
     bytes           that the host's port sent / computed: 2 (K - 1) / K of the payload for each averaging
 
 Splitting the time, as the paper's Appendix F does: seconds = steps x c + averagings x a for two runs of different
@@ -75,7 +77,7 @@ def launch(hosts: int, rate: str, models: list[str]) -> list[list[dict[str, Any]
 def totals_table(settings: list[Setting]) -> str:
     rows = []
     for at in settings:
-        compute = at.step_time().mean * STEPS
+        compute = at.step_seconds() * STEPS
         for strategy in (*LOCAL, *GRADIENTS):
             seconds, averagings = at.slowest(strategy), len(rounds_of(strategy))
             ratios = (
@@ -99,7 +101,7 @@ def possible_table(settings: list[Setting]) -> str:
     """QSR's total over the compute-only time, where the cost model says that 1.05 can be had."""
     rows = []
     for at in settings:
-        compute = at.step_time().mean * STEPS
+        compute = at.step_seconds() * STEPS
         foretold, measured = at.foretold("qsr") / compute, at.slowest("qsr") / compute
         mark = " (1.05 is possible)" if foretold <= 1.05 else ""
         rows.append((at, [f"{foretold:.2f}{mark}", f"{measured:.2f}"]))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qsr_engine.config.qsr import QSRConfig
-from qsr_engine.planning.cost import CostModel, Network, Observed, StepTime, fit_two_runs
+from qsr_engine.planning.cost import HIDDEN_BY_BACKWARD, Costs, Observed, beyond_hidden, count, fit_two_runs
 from qsr_engine.schedule import Round, rounds
 
 STEPS = 24
@@ -35,6 +35,14 @@ LOCAL: dict[str, dict[str, Any]] = {
     "constant 12": {"strategy": "constant", "h_base": 12},
     "qsr": {"strategy": "qsr", "h_base": 4, "alpha": 2e-3},
     "qsr, behind": {"strategy": "qsr", "h_base": 4, "alpha": 2e-3, "averaging": BEHIND},
+    "qsr, bf16": {"strategy": "qsr", "h_base": 4, "alpha": 2e-3, "averaging": {"wire_dtype": "bf16"}},
+    "qsr, bf16 behind": {"strategy": "qsr", "h_base": 4, "alpha": 2e-3, "averaging": {**BEHIND, "wire_dtype": "bf16"}},
+    "qsr, delayed": {
+        "strategy": "qsr",
+        "h_base": 4,
+        "alpha": 2e-3,
+        "averaging": {"overlap": "delayed", "delay_steps": 1, "bucket_mb": 1},
+    },
 }
 GRADIENTS = ("parallel", "ddp")
 DDP_BUCKET_MB = 2  # by default 25, more than these models have: nothing would travel beside the backward
@@ -50,6 +58,18 @@ def qsr_block(strategy: str) -> dict[str, Any]:
 def rounds_of(strategy: str) -> list[Round]:
     """All rounds of a whole run; of parallel and ddp, of as many steps as the others have."""
     return list(rounds(QSRConfig(**{**qsr_block(strategy), "total_steps": STEPS})))
+
+
+def foretold(strategy: str, step_seconds: float, averaging_seconds: float, payload: float) -> float:
+    """Seconds of a whole run by the cost model, from the figures of its setting.
+
+    Args:
+        payload: bytes of an averaging, and of the gradients of a step.
+    """
+    hidden = HIDDEN_BY_BACKWARD * step_seconds if strategy == "ddp" else 0.0
+    gradients = beyond_hidden(averaging_seconds, hidden, DDP_BUCKET_MB * 2**20 / payload)
+    run = count(str(qsr_block(strategy)["strategy"]), rounds_of(strategy))
+    return Costs(step_seconds, averaging_seconds, gradients).of(run).total
 
 
 @dataclass(frozen=True)
@@ -70,35 +90,22 @@ class Setting:
         """Of one figure of a run, over the ranks."""
         return statistics.mean(float(rank[strategy][figure]) for rank in self.ranks)
 
-    def step_time(self) -> StepTime:
-        """Of the compute of `alone`, on the slowest rank."""
-        return StepTime(max(statistics.mean(rank["alone"]["compute"]) for rank in self.ranks))
+    def step_seconds(self) -> float:
+        """Mean compute of a step of `alone`, on the slowest rank."""
+        return float(max(statistics.mean(rank["alone"]["compute"]) for rank in self.ranks))
 
     @property
     def payload(self) -> int:
         return int(self.ranks[0]["alone"]["parameter_bytes"])
 
-    def network(self) -> Network:
-        """With the bandwidth that the timed all-reduces reached."""
-        seconds = statistics.median(
-            max(times) for times in zip(*(rank["ddp"]["all_reduce"] for rank in self.ranks), strict=True)
-        )
-        return Network(bandwidth=2 * (self.hosts - 1) / self.hosts * self.payload / seconds)
+    def averaging_seconds(self) -> float:
+        """Of the timed all-reduces, on the slowest rank."""
+        timed = zip(*(rank["ddp"]["all_reduce"] for rank in self.ranks), strict=True)
+        return float(statistics.median(max(times) for times in timed))
 
     def foretold(self, strategy: str) -> float:
         """Seconds of a whole run by the cost model."""
-        step, network = self.step_time(), self.network()
-        model = CostModel(
-            step,
-            network,
-            self.hosts,
-            parameter_bytes=self.payload,
-            gradient_bytes=self.payload,
-            backward_share=2 / 3 if strategy == "ddp" else 0.0,
-            forward_share=1 / 3 if "behind" in strategy else 0.0,
-            bucket_bytes=DDP_BUCKET_MB * 2**20,
-        )
-        return model.run(rounds_of(strategy)).total
+        return foretold(strategy, self.step_seconds(), self.averaging_seconds(), self.payload)
 
     def split(self, first: str, second: str) -> tuple[float, float]:
         """(compute of a step, cost of an averaging) in seconds, from the total times of two runs."""
@@ -121,18 +128,18 @@ class Setting:
 
     def as_runs(self) -> list[dict[str, Any]]:
         """One entry a run, as benchmarks.scale --validate reads them."""
-        step, network = self.step_time(), self.network()
+        bandwidth = 2 * (self.hosts - 1) / self.hosts * self.payload / self.averaging_seconds()
         return [
             {
                 "model": f"{self.model}, {strategy}, {self.rate}",
                 "strategy": qsr_block(strategy)["strategy"],
                 "workers": self.hosts,
-                "bandwidth": network.bandwidth,
+                "bandwidth": bandwidth,
                 "steps": STEPS,
                 "rounds": [round_.length for round_ in rounds_of(strategy)],
                 "parameter_bytes": self.payload,
-                "step_seconds": step.mean,
-                "step_cv": step.cv,
+                "step_seconds": self.step_seconds(),
+                "step_cv": 0.0,
                 "seconds": self.slowest(strategy),
             }
             for strategy in (*LOCAL, *GRADIENTS)

@@ -27,6 +27,8 @@ This package knows tensors, modules and process groups, and no engine. Its files
     gate           a model that waits for each parameter when it reads it
     next_forward   the model whose next forward hides an averaging
     snapshot       the mean of what the buckets held some steps ago
+    fragments      parts of the buckets that are averaged at steps of their own
+    mixing         what a worker keeps of its own parameters
     distance       how far the workers were from their average
     averager       all of it for one rank
 """

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsr_engine.averaging.buckets import PIECE, Piece, packed_pieces, pieces_in_place
-from qsr_engine.averaging.chunks import CHUNK, squares_of_piece, sum_of_squares
+from qsr_engine.averaging.chunks import CHUNK, divide, squares_of_piece, sum_of_squares
 from qsr_engine.averaging.errors import Group, collective
-from qsr_engine.averaging.reducer import NOBODY, LeftOut, Reducer, piece_name, ring_bytes
+from qsr_engine.averaging.reducer import NOBODY, LeftOut, Reducer, backend_of, piece_name, ring_bytes
 
 STAGING_BUCKETS = 2
 
@@ -30,7 +30,7 @@ class AllReduce(Reducer):
 
     def __init__(self, pieces: Sequence[Piece], group: Group, *, difference: bool = False, give: bool = False) -> None:
         ranks = dist.get_world_size(group)
-        super().__init__(pieces, ranks, sum(ring_bytes(piece.nbytes, ranks) for piece in pieces))
+        super().__init__(pieces, ranks, ring_bytes(sum(piece.nbytes for piece in pieces), ranks))
         self.group = group
         self._difference = difference
         self._give = give
@@ -48,7 +48,7 @@ class AllReduce(Reducer):
             return
         in_flight: deque[tuple[int, Tensor, dist.Work]] = deque()
         staged = 0
-        free = self._free_staging(order)
+        free = self._free_staging()
         for index in order:
             piece = self.pieces[index]
             if not self._is_in_place(piece):
@@ -69,12 +69,12 @@ class AllReduce(Reducer):
         return piece.in_place and not (self._difference or self._give)
 
     def _divides_on_the_way(self, flat: Tensor, divisor: int) -> bool:
-        return flat.is_cuda and divisor == self.ranks
+        return divisor == self.ranks and backend_of(self.group, flat.device) == "nccl"
 
-    def _free_staging(self, order: Sequence[int]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
+    def _free_staging(self) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
         """Two buckets for each kind of tensor that is packed, made at the first run and kept."""
         sizes: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        for piece in (self.pieces[index] for index in order):
+        for piece in self.pieces:
             if not self._is_in_place(piece):
                 sizes.setdefault((piece.device, piece.dtype), []).append(piece.numel)
         for (device, dtype), numels in sizes.items():
@@ -112,14 +112,12 @@ class AllReduce(Reducer):
             return None
         divided = self._divides_on_the_way(flat, divisor)
         if self._is_in_place(piece):
-            if not divided:
-                flat.div_(divisor)
-            return None
+            return None if divided else divide(flat, flat, divisor)
         views, tensors = self._views_of(index, buffer), list(piece.tensors)
-        if not (flat.is_cuda or self._difference) and flat.numel() > len(views) * CHUNK:
-            for tensor, view in zip(tensors, views, strict=True):
-                torch.div(view, divisor, out=tensor)  # divided on the way back: one pass over memory less
-            return None
+        whole = not (flat.is_cuda or self._difference) and flat.numel() > len(views) * CHUNK
+        if whole and all(tensor.is_contiguous() for tensor in tensors):
+            parts = [divide(view.view(-1), out.view(-1), divisor) for out, view in zip(tensors, views, strict=True)]
+            return torch.stack([squares for squares in parts if squares is not None]).sum()
         if not divided:
             flat.div_(divisor)
         squares = sum_of_squares(flat) if self._difference else None  # of the mean, which nobody sees afterwards

@@ -15,6 +15,7 @@ from qsr_engine.averaging.errors import Group
 
 ALIGNMENT = 64  # bytes; segments of a bucket start on a cache line, where vector instructions are fastest
 SMALL = 1_000_000  # bytes; smaller tensors travel together, since a collective of their own costs as much as 1 MB does
+FIRST = 1 << 20  # bytes of the first pieces; a power of two, so that on the wire whole blocks need no padding
 PIECE = 16_000_000  # bytes that are on their way as one; beyond it, the size hardly matters to gloo
 
 # Size of a bucket in MB (1e6 bytes) where the configuration gives none, for the backend of the group. Measured for
@@ -193,6 +194,18 @@ class Piece:
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
 
+    @torch.no_grad()
+    def flat(self, into: Tensor | None = None) -> Tensor:
+        """A copy of its values, 1-d: the tensors one after another."""
+        made = torch.empty(self.numel, dtype=self.dtype, device=self.device) if into is None else into
+        return torch.cat([tensor.reshape(-1) for tensor in self.tensors], out=made)
+
+    @torch.no_grad()
+    def fill(self, values: Tensor) -> None:
+        """Copy what flat() gives back into the tensors."""
+        parts = torch.split(values, [tensor.numel() for tensor in self.tensors])
+        torch._foreach_copy_(list(self.tensors), [p.view(t.shape) for p, t in zip(parts, self.tensors, strict=True)])
+
 
 def pieces_in_place(buckets: Sequence[Tensor], capacity: int) -> list[Piece]:
     """Pieces of about `capacity` bytes of flat buckets. Every element is in exactly one piece.
@@ -209,6 +222,26 @@ def pieces_in_place(buckets: Sequence[Tensor], capacity: int) -> list[Piece]:
         for part in _split(bucket, capacity)
     ]
     return alone + [piece for piece in packed if len(piece.tensors) > 1]
+
+
+def small_first(buckets: Sequence[Tensor], capacity: int) -> list[Tensor]:
+    """Views of flat buckets that together are all of their elements, cut so that the first pieces are small.
+
+    Four of FIRST bytes, four of twice as many, and so on up to `capacity`. gloo has two on their way at a time, which
+    share the network: a forward that waits for its first parameters waits for a few MB, and later on for little more
+    than it has read. No rest below FIRST is cut off.
+    """
+    cut: list[Tensor] = []
+    cuts = 0
+    for bucket in buckets:
+        rest = bucket
+        while (size := FIRST << cuts // 4) < capacity and _nbytes(rest) >= size + FIRST:
+            numel = size // bucket.element_size()
+            cut.append(rest[:numel])
+            rest = rest[numel:]
+            cuts += 1
+        cut.append(rest)
+    return cut
 
 
 def packed_pieces(tensors: Sequence[Tensor], capacity: int) -> list[Piece]:

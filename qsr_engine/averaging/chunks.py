@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from qsr_engine.averaging.buckets import Piece
 
-CHUNK = 1 << 16  # elements that stay in a core's cache
+CHUNK = 1 << 16  # elements that stay in a core's cache; torch gives a thread half as many at least
 EXACT = 1 << 20  # elements up to which squares are added up in fp64, which takes up to 2 ms
 
 _ACCURATE = (torch.float32, torch.float64)  # values of other types are added up in fp32
@@ -38,7 +40,47 @@ def add_up(sources: Sequence[Tensor], targets: Sequence[Tensor], divisor: int = 
 
 
 def _chunks(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    return zip(*(torch.split(tensor, CHUNK) for tensor in tensors), strict=True)
+    return zip(*(torch.split(tensor, _chunk()) for tensor in tensors), strict=True)
+
+
+class _ThisThread(threading.local):
+    beside_compute = False
+
+
+_this_thread = _ThisThread()
+
+
+@contextlib.contextmanager
+def beside_compute() -> Iterator[None]:
+    """Inside, this thread works alone, since all others of the rank compute: chunks are too small to be shared.
+
+    torch.set_num_threads() would not do: it also sets how many threads later ones, and MKL's calls anywhere, have.
+    """
+    _this_thread.beside_compute = True
+    try:
+        yield
+    finally:
+        _this_thread.beside_compute = False
+
+
+def _chunk() -> int:
+    """Elements of a chunk, on which all threads of this rank work together, or this one alone."""
+    return CHUNK // 2 if _this_thread.beside_compute else CHUNK * max(1, torch.get_num_threads() // 2)
+
+
+@torch.no_grad()
+def divide(flat: Tensor, into: Tensor, divisor: int) -> Tensor | None:
+    """Write a 1-d tensor over the divisor into another of its size, which may be the same.
+
+    Returns:
+        On a CPU the sum of squares of what was written, as sum_of_squares() finds it, in the same pass over memory; on
+        a GPU None.
+    """
+    if flat.is_cuda:
+        torch.div(flat, divisor, out=into)
+        return None
+    squares = squares_of_chunks(add_up([flat], [into], divisor), flat.numel())
+    return squares if squares.isfinite() else sum_of_squares(into)
 
 
 def squares_of_chunks(chunks: Iterable[Tensor], numel: int) -> Tensor:
@@ -67,13 +109,19 @@ def sum_of_squares(flat: Tensor) -> Tensor:
     On a CPU, beyond EXACT elements: 2e-7 relative in fp32, and a tenth of the time of vector_norm in fp64.
     """
     if flat.is_cuda:
-        norm: Tensor = torch.linalg.vector_norm(flat, dtype=torch.float64)
-        return norm.square()
-    chunks = torch.split(flat, CHUNK)
+        return squares_by_norms(flat)
+    chunks = torch.split(flat, _chunk())
     total = squares_of_chunks(chunks, flat.numel())
     if not total.isfinite():  # or squares beyond fp32
         total = torch.stack([chunk.double().square().sum() for chunk in chunks]).sum()
     return total
+
+
+def squares_by_norms(flat: Tensor) -> Tensor:
+    """sum_of_squares() where launches cost more than passes over memory. torch (2.14) makes an fp64 copy of what it
+    takes the norm of, so that is a part of 8 MB at a time."""
+    norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in torch.split(flat, EXACT)]
+    return torch.stack(norms).square().sum()
 
 
 def squares_of_piece(piece: Piece) -> Tensor:

@@ -11,17 +11,21 @@ little, so that the rounding error is relative to the move and not to the parame
     decode       parameter = last average = last average + mean, the same bits on every rank
 
 It sends as much as a ring all-reduce of the wire's type, and rounds twice whatever K is. fp16 and int8 carry a scale
-for every BLOCK elements. int8 also carries its rounding error into the next averaging, at both roundings (error
-feedback: Seide et al., "1-bit stochastic gradient descent", Interspeech 2014; of the mean as well: Tang et al.,
-"DoubleSqueeze", ICML 2019).
+for every block of at most BLOCK elements. int8 also carries its rounding error into the next averaging, at both
+roundings (error feedback: Seide et al., "1-bit stochastic gradient descent", Interspeech 2014; of the mean as well:
+Tang et al., "DoubleSqueeze", ICML 2019).
+
+What the ranks send one another lies as one matrix, a row a rank, and is worked on in tiles of it: how many kernels a
+piece takes depends on its size, and not on K.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -30,192 +34,272 @@ from torch import Tensor
 
 from qsr_engine.averaging.buckets import Piece
 from qsr_engine.averaging.errors import Group, collective
-from qsr_engine.averaging.reducer import Reducer, all_gather_flat, piece_name
+from qsr_engine.averaging.reducer import Reducer, all_gather_flat, piece_name, without_beginning
 
 WireType = Literal["bf16", "fp16", "int8"]
-BLOCK = 512  # elements with one scale
-_STEP = {"cpu": 256 * BLOCK, "cuda": 32768 * BLOCK}  # elements worked on at once: cache of a core, launches of a GPU
+BLOCK = 512  # elements with one scale, at most
+PADDING = 1 << 16  # elements that a piece is padded by at most; up to it blocks, and so roundings, do not depend on K
+_TILE = {"cpu": 256 * BLOCK, "cuda": 32768 * BLOCK}  # elements worked on at once: cache of a core, launches of a GPU
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """How fp32 values are laid out as bytes: the rounded values of a part, then the scales of its blocks."""
+    """How the elements of a piece are laid out as bytes, a row for each rank: rounded values, then the blocks' scales.
 
-    name: WireType
+    Args:
+        numel: of the piece. Rows are of one length; what is beyond the piece is zeros.
+    """
+
+    wire: WireType
+    ranks: int
+    numel: int
 
     @property
     def dtype(self) -> torch.dtype:
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}[self.name]
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}[self.wire]
 
-    def nbytes(self, numel: int) -> int:
-        """Bytes of a part of numel elements, a multiple of BLOCK."""
-        scales = 0 if self.name == "bf16" else numel // BLOCK * 4
-        return numel * self.dtype.itemsize + scales
+    @functools.cached_property
+    def blocks(self) -> int:
+        """Of a row."""
+        return -(-self.numel // (self.ranks * BLOCK))
 
-    def views(self, part: Tensor, numel: int) -> tuple[Tensor, Tensor]:
-        """(values [numel], scales [blocks]) in the bytes of a part."""
-        end = numel * self.dtype.itemsize
-        return part[:end].view(self.dtype), part[end:].view(torch.float32)
+    @functools.cached_property
+    def block(self) -> int:
+        """Elements of a block. Of many workers as few as it can be, where the scales lie at multiples of 4 bytes."""
+        if self.ranks * BLOCK <= PADDING:
+            return BLOCK
+        line = {"bf16": 1, "fp16": 2, "int8": 4}[self.wire]
+        return -(-self.numel // (self.ranks * self.blocks * line)) * line
+
+    @property
+    def part(self) -> int:
+        """Elements of a row."""
+        return self.blocks * self.block
+
+    @property
+    def nbytes(self) -> int:
+        """Of a row."""
+        return self.part * self.dtype.itemsize + (0 if self.wire == "bf16" else 4 * self.blocks)
+
+    @property
+    def sent(self) -> int:
+        """Bytes that one rank sends."""
+        return 2 * (self.ranks - 1) * self.nbytes
+
+    def tiles(self, rows: int, size: int) -> Iterator[tuple[slice, slice]]:
+        """(rows, blocks of each) of about `size` elements: several whole rows, or a part of one."""
+        step = max(1, size // self.part)
+        wide = self.blocks if step > 1 else max(1, size // self.block)
+        for row in range(0, rows, step):
+            for first in range(0, self.blocks, wide):
+                yield slice(row, min(row + step, rows)), slice(first, min(first + wide, self.blocks))
+
+    def span(self, rows: slice, blocks: slice) -> tuple[int, int]:
+        """First element of a tile in the piece, and how many they are with padding: they follow one another."""
+        width = blocks.stop - blocks.start
+        return rows.start * self.part + blocks.start * self.block, (rows.stop - rows.start) * width * self.block
+
+    def views(self, matrix: Tensor, rows: slice, blocks: slice) -> tuple[Tensor, Tensor]:
+        """(values [rows, blocks, block], scales [rows, blocks, 1]) of a tile in bytes [rows, nbytes]; none of bf16."""
+        end = self.part * self.dtype.itemsize
+        values = matrix[rows, :end].view(self.dtype).view(-1, self.blocks, self.block)[:, blocks]
+        if self.wire == "bf16":
+            return values, values
+        return values, matrix[rows, end:].view(torch.float32)[:, blocks, None]
 
     def encode(self, source: Tensor, values: Tensor, scales: Tensor) -> None:
-        """Round the fp32 source [numel], a multiple of BLOCK, into values and scales; the source is used up."""
-        if self.name != "bf16":
-            blocks = source.view(-1, BLOCK)
-            largest = torch.maximum(blocks.amax(1), -blocks.amin(1))
+        """Round the fp32 source, 1-d and as large as values, into values and scales; it is used up."""
+        blocks = source.view(values.shape)
+        if self.wire != "bf16":
+            largest = torch.maximum(blocks.amax(2, keepdim=True), blocks.amin(2, keepdim=True).neg_())
             # For fp16 a power of two, so that scaling does not round.
-            scale = largest / 127 if self.name == "int8" else largest.log2().floor().exp2()
-            scales.copy_(torch.where(largest > 0, scale, 1.0))
-            blocks /= scales[:, None]
-            if self.name == "int8":
+            scale = largest / 127 if self.wire == "int8" else largest.log2().floor().exp2()
+            scale = torch.where(largest > 0, scale, 1.0)
+            scales.copy_(scale)
+            blocks /= scale
+            if self.wire == "int8":
                 source.round_().clamp_(-127, 127)
-        values.copy_(source)
+        values.copy_(blocks)
 
     def add(self, target: Tensor, values: Tensor, scales: Tensor) -> None:
-        """target [numel] += the rounded values."""
-        if self.name == "bf16":
-            target += values
+        """target, 1-d and as large as values, += the rounded values."""
+        blocks = target.view(values.shape)
+        if self.wire == "bf16":
+            blocks += values
         else:
-            target.view(-1, BLOCK).addcmul_(values.view(-1, BLOCK).float(), scales[:, None])
+            blocks.addcmul_(values.float(), scales)
+
+    def add_up(self, values: Tensor, scales: Tensor, scratch: Tensor, total: Tensor) -> None:
+        """total, 1-d, as large as a row = the rounded values, summed over the rows; scratch is as large as values."""
+        into = total.view(values.shape[1:])
+        if self.wire == "bf16":
+            torch.sum(values, 0, dtype=torch.float32, out=into)
+        else:
+            torch.sum(torch.mul(values, scales, out=scratch.view(values.shape)), 0, out=into)
 
 
 class Compressed(Reducer):
     """The mean of differences in a type of fewer bits. At most two pieces are in flight at a time.
 
     Args:
-        pieces: in-place pieces, which hold the same values on every rank of the group now. Up to four of them take
-            memory at a time.
+        pieces: they hold the same values on every rank of the group now. Up to six of them take memory, as they
+            travel, from the first run on.
     """
 
     exact = False
 
     def __init__(self, pieces: Sequence[Piece], group: Group, wire: WireType) -> None:
         ranks = dist.get_world_size(group)
-        self._format = Format(wire)
-        self._parts = [-(-piece.numel // (ranks * BLOCK)) * BLOCK for piece in pieces]  # elements
-        super().__init__(pieces, ranks, 2 * (ranks - 1) * sum(self._format.nbytes(part) for part in self._parts))
+        self._formats = [Format(wire, ranks, piece.numel) for piece in pieces]
+        super().__init__(pieces, ranks, sum(shape.sent for shape in self._formats))
         self.group = group
-        self._anchors = [piece.tensors[0].clone() for piece in self.pieces]
+        self._anchors = [piece.flat() for piece in self.pieces]
         self._memory: dict[torch.device, Tensor] = {}
+        self._packed: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._staging: dict[torch.device, list[_Buffers]] = {}
         self._residuals: list[tuple[Tensor, Tensor]] = []  # of this rank's differences, of the mean of its part
         if wire == "int8":
             self._residuals = [
                 (
                     torch.zeros(piece.numel, dtype=torch.float32, device=piece.device),
-                    torch.zeros(part, dtype=torch.float32, device=piece.device),
+                    torch.zeros(shape.part, dtype=torch.float32, device=piece.device),
                 )
-                for piece, part in zip(self.pieces, self._parts, strict=True)
+                for piece, shape in zip(self.pieces, self._formats, strict=True)
             ]
+
+    def bytes_of(self, pieces: Iterable[int]) -> int:
+        return sum(self._formats[index].sent for index in pieces)
 
     @torch.no_grad()
     def _run(self, order: Sequence[int], divisor: int) -> Iterator[tuple[int, Tensor | None]]:
         if self.ranks == 1:
             yield from ((index, None) for index in order)
             return
+        free = {device: list(buffers) for device, buffers in self._made_staging().items()}
         sending: deque[_Exchange] = deque()
         gathering: deque[_Exchange] = deque()
         waiting = deque(order)
         while waiting or sending or gathering:
             if waiting:
-                sending.append(self._send(waiting.popleft()))
+                index = waiting.popleft()
+                sending.append(self._send(index, free[self.pieces[index].device].pop()))
             if sending and (len(sending) == 2 or not waiting):
                 gathering.append(self._reduce(sending.popleft(), divisor))
             if gathering and (len(gathering) == 2 or not (waiting or sending)):
                 done = gathering.popleft()
                 self._apply(done)
+                free[self.pieces[done.index].device].append(done.buffers)
                 yield done.index, None
 
-    def _send(self, index: int) -> _Exchange:
+    def _made_staging(self) -> dict[torch.device, list[_Buffers]]:
+        """Bytes for the three exchanges that are there at a time, made at the first run and kept."""
+        if not self._staging:
+            largest: dict[torch.device, int] = {}
+            for piece, shape in zip(self.pieces, self._formats, strict=True):
+                largest[piece.device] = max(largest.get(piece.device, 0), self.ranks * shape.nbytes)
+            for device, size in largest.items():
+                pairs = torch.empty(3, 2, size, dtype=torch.uint8, device=device)
+                self._staging[device] = [_Buffers(outgoing, incoming) for outgoing, incoming in pairs]
+        return self._staging
+
+    def _send(self, index: int, buffers: _Buffers) -> _Exchange:
         """Encode this rank's difference and send to every rank its part."""
-        piece, size = self.pieces[index], self._format.nbytes(self._parts[index])
-        outgoing = torch.empty(self.ranks, size, dtype=torch.uint8, device=piece.device)
+        piece, shape = self.pieces[index], self._formats[index]
+        outgoing, incoming = buffers.of(self.ranks, shape.nbytes)
         residual = self._residuals[index][0] if self._residuals else None
-        flat, anchor = piece.tensors[0], self._anchors[index]
-        for rank, start, stop in self._steps(index, range(self.ranks)):
-            lo = rank * self._parts[index] + start
-            n = max(0, min(stop - start, piece.numel - lo))
-            difference = self._scratch(index, stop - start)
+        flat, anchor = piece.tensors[0] if piece.in_place else self._pack(piece), self._anchors[index]
+        for rows, blocks in shape.tiles(self.ranks, self._tile(index)):
+            lo, size = shape.span(rows, blocks)
+            n = max(0, min(size, piece.numel - lo))
+            difference = self._scratch(index, size)
             torch.sub(flat[lo : lo + n], anchor[lo : lo + n], out=difference[:n])
-            difference[n:] = 0
+            if n < size:
+                difference[n:] = 0
             carried = None if residual is None else residual[lo : lo + n]
-            self._encode(difference, outgoing[rank], index, start, carried)
-        incoming = torch.empty_like(outgoing)
+            self._encode(shape, difference, shape.views(outgoing, rows, blocks), carried)
         with self._naming(index):
             work = dist.all_to_all_single(incoming, outgoing, group=self.group, async_op=True)
         assert work is not None
-        return _Exchange(index, outgoing, incoming, work)
+        return _Exchange(index, buffers, work)
 
     def _reduce(self, exchange: _Exchange, divisor: int) -> _Exchange:
-        """Average what arrived, this rank's part of all differences, and send it to every rank."""
-        index = exchange.index
+        """Average what arrived, this rank's part of all differences, and send it to every rank.
+
+        Encoded where the part of the first rank lay.
+        """
+        index, shape = exchange.index, self._formats[exchange.index]
         with self._naming(index):
             exchange.work.wait()
-        device = self.pieces[index].device
-        part = torch.empty(self._format.nbytes(self._parts[index]), dtype=torch.uint8, device=device)
+        gathered, incoming = exchange.buffers.of(self.ranks, shape.nbytes)  # what was to be sent has arrived everywhere
         residual = self._residuals[index][1] if self._residuals else None
-        for _, start, stop in self._steps(index, range(1)):
-            mean = self._scratch(index, stop - start).zero_()
-            for rank in range(self.ranks):
-                self._format.add(mean, *self._views(exchange.incoming[rank], index, start, stop))
+        everybody, mine = slice(0, self.ranks), slice(0, 1)
+        for _, blocks in shape.tiles(1, self._tile(index) // self.ranks):
+            start, size = shape.span(mine, blocks)
+            memory = self._scratch(index, (self.ranks + 1) * size)
+            mean = memory[:size]
+            shape.add_up(*shape.views(incoming, everybody, blocks), memory[size:], mean)
             mean /= divisor
-            self._encode(mean, part, index, start, None if residual is None else residual[start:stop])
-        gathered = exchange.outgoing.view(-1)  # its content has arrived everywhere that it was sent to
+            carried = None if residual is None else residual[start : start + size]
+            self._encode(shape, mean, shape.views(incoming, mine, blocks), carried)
         with self._naming(index):
-            work = all_gather_flat(gathered, part, group=self.group, async_op=True)
+            work = all_gather_flat(gathered.view(-1), incoming[0], group=self.group, async_op=True)
         assert work is not None
-        return _Exchange(index, part, exchange.outgoing, work)
+        return _Exchange(index, exchange.buffers, work)
 
     def _apply(self, exchange: _Exchange) -> None:
         """Add the mean difference to the last average; that is the new average, and the parameter."""
-        index = exchange.index
+        index, piece, shape = exchange.index, self.pieces[exchange.index], self._formats[exchange.index]
         with self._naming(index):
             exchange.work.wait()
-        flat, anchor = self.pieces[index].tensors[0], self._anchors[index]
-        for rank, start, stop in self._steps(index, range(self.ranks)):
-            lo = rank * self._parts[index] + start
-            n = max(0, min(stop - start, flat.numel() - lo))
-            views = self._views(exchange.incoming[rank], index, start, stop)
-            if n == stop - start and anchor.dtype != torch.float64:
-                self._format.add(anchor[lo : lo + n], *views)
+        gathered, _ = exchange.buffers.of(self.ranks, shape.nbytes)
+        anchor = self._anchors[index]
+        for rows, blocks in shape.tiles(self.ranks, self._tile(index)):
+            lo, size = shape.span(rows, blocks)
+            n = max(0, min(size, piece.numel - lo))
+            views = shape.views(gathered, rows, blocks)
+            if n == size and anchor.dtype != torch.float64:
+                shape.add(anchor[lo : lo + n], *views)
             else:  # the end of a piece, which padding follows
-                mean = self._scratch(index, stop - start).zero_()
-                self._format.add(mean, *views)
+                mean = self._scratch(index, size).zero_()
+                shape.add(mean, *views)
                 anchor[lo : lo + n] += mean[:n]
-            flat[lo : lo + n] = anchor[lo : lo + n]
+            if piece.in_place:
+                piece.tensors[0][lo : lo + n] = anchor[lo : lo + n]
+        if not piece.in_place:
+            piece.fill(anchor)
 
-    def _steps(self, index: int, ranks: range) -> Iterator[tuple[int, int, int]]:
-        """(rank, start, stop) of what is worked on at once; start and stop count elements within the rank's part."""
-        part, step = self._parts[index], _STEP["cuda" if self.pieces[index].device.type == "cuda" else "cpu"]
-        for rank in ranks:
-            for start in range(0, part, step):
-                yield rank, start, min(start + step, part)
-
-    def _encode(self, source: Tensor, part: Tensor, index: int, start: int, carried: Tensor | None) -> None:
-        """Write the source, used up, into a part from element `start` on, with what the last rounding left.
+    def _encode(self, shape: Format, source: Tensor, into: tuple[Tensor, Tensor], carried: Tensor | None) -> None:
+        """Write the source, used up, into the values and scales of a tile, with what the last rounding left.
 
         carried [at most numel]: added before rounding, and replaced by what this rounding leaves.
         """
-        values, scales = self._views(part, index, start, start + source.numel())
         if carried is None:
-            self._format.encode(source, values, scales)
+            shape.encode(source, *into)
             return
         n = carried.numel()
         source[:n] += carried
         carried.copy_(source[:n])
-        self._format.encode(source, values, scales)
+        shape.encode(source, *into)
         rounded = source.zero_()
-        self._format.add(rounded, values, scales)
+        shape.add(rounded, *into)
         carried -= rounded[:n]
 
-    def _views(self, part: Tensor, index: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """The values and the scales of elements start .. stop in a part."""
-        values, scales = self._format.views(part, self._parts[index])
-        return values[start:stop], scales[start // BLOCK : stop // BLOCK]
+    def _pack(self, piece: Piece) -> Tensor:
+        """The values of a piece of several tensors, one after another, until the next call."""
+        kind = piece.device, piece.dtype
+        if kind not in self._packed:
+            most = max(other.numel for other in self.pieces if not other.in_place and other.dtype == piece.dtype)
+            self._packed[kind] = torch.empty(most, dtype=piece.dtype, device=piece.device)
+        return piece.flat(self._packed[kind][: piece.numel])
+
+    def _tile(self, index: int) -> int:
+        return _TILE["cuda" if self.pieces[index].device.type == "cuda" else "cpu"]
 
     def _scratch(self, index: int, numel: int) -> Tensor:
-        """fp32 memory of one step, with any content."""
+        """fp32 memory of one tile, with any content; it grows to the largest that was asked for."""
         device = self.pieces[index].device
-        if device not in self._memory:
-            self._memory[device] = torch.empty(_STEP["cuda" if device.type == "cuda" else "cpu"], device=device)
+        if device not in self._memory or self._memory[device].numel() < numel:
+            self._memory[device] = torch.empty(numel, device=device)
         return self._memory[device][:numel]
 
     def _naming(self, index: int) -> contextlib.AbstractContextManager[None]:
@@ -225,52 +309,74 @@ class Compressed(Reducer):
     def _add_nothing(self) -> None:
         """No difference. What the rounding of earlier ones has left is forgotten too."""
         for piece, anchor in zip(self.pieces, self._anchors, strict=True):
-            piece.tensors[0].copy_(anchor)
+            piece.fill(anchor)
         for of_differences, _ in self._residuals:
             of_differences.zero_()
 
     @torch.no_grad()
     def moved(self, index: int) -> None:
         """As Reducer.moved: the next differences are those from where the piece is now."""
-        self._anchors[index].copy_(self.pieces[index].tensors[0])
+        self.pieces[index].flat(self._anchors[index])
 
     @torch.no_grad()
     def restart(self) -> None:
         """Take the pieces' present values, the same on every rank, as the last average; nothing is carried over."""
         for piece, anchor in zip(self.pieces, self._anchors, strict=True):
-            anchor.copy_(piece.tensors[0])
+            piece.flat(anchor)
         for pair in self._residuals:
             for residual in pair:
                 residual.zero_()
 
-    def state_dict(self) -> dict[str, Any]:
-        """What int8 carries over to the next averaging, of this rank alone; empty for the other types."""
-        return {"residuals": [list(pair) for pair in self._residuals]} if self._residuals else {}
+    def state_dict(self, *, inside_round: bool = False) -> dict[str, Any]:
+        """What int8 carries over to the next averaging, of this rank alone; inside a round also the last average."""
+        state: dict[str, Any] = {"residuals": [list(pair) for pair in self._residuals]} if self._residuals else {}
+        return {**state, "anchors": self._anchors} if inside_round else state
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], *, inside_round: bool = False) -> None:
         """Go on from a state_dict(), after restart().
 
         Raises:
             ValueError: it was saved with other buckets or another number of workers.
         """
-        found = [[r.numel() for r in pair] for pair in state.get("residuals", [])]
-        expected = [[r.numel() for r in pair] for pair in self._residuals]
-        if found != expected:
-            raise ValueError(
-                f"the rounding errors that int8 carries over were saved for {len(found)} buckets, and this run has "
-                f"{len(expected)}, or others; go on with the same model, averaging.wire_dtype, bucket_mb and workers"
-            )
-        for mine, saved in zip(self._residuals, state.get("residuals", []), strict=True):
-            for residual, value in zip(mine, saved, strict=True):
-                residual.copy_(value)
+        if inside_round and "anchors" not in state:
+            raise ValueError(without_beginning("averaging.wire_dtype"))
+        if state:
+            saved = [residual for pair in state.get("residuals", []) for residual in pair]
+            mine = [residual for pair in self._residuals for residual in pair]
+            _copy(saved, mine, "rounding errors that int8 carries over were")
+        if inside_round:
+            _copy(state["anchors"], self._anchors, "last average was")
 
 
-@dataclasses.dataclass
-class _Exchange:
-    """A piece on its way: its bytes [ranks, part] out and in, and the collective in flight."""
+def _copy(saved: Sequence[Tensor], into: Sequence[Tensor], what: str) -> None:
+    found, expected = ([tensor.numel() for tensor in tensors] for tensors in (saved, into))
+    if found != expected:
+        raise ValueError(
+            f"the {what} saved for {len(found)} buckets, and this run has {len(expected)}, or others; go on with the "
+            "same model, averaging.wire_dtype, bucket_mb and fragments, and workers"
+        )
+    for tensor, value in zip(into, saved, strict=True):
+        tensor.copy_(value)
 
-    index: int
+
+@dataclasses.dataclass(frozen=True)
+class _Buffers:
+    """Bytes on their way out and in, as many as the largest piece has."""
+
     outgoing: Tensor
     incoming: Tensor
+
+    def of(self, ranks: int, nbytes: int) -> tuple[Tensor, Tensor]:
+        """(outgoing, incoming) [ranks, nbytes] of a piece."""
+        size = ranks * nbytes
+        return self.outgoing[:size].view(ranks, nbytes), self.incoming[:size].view(ranks, nbytes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Exchange:
+    """A piece on its way, and the collective in flight."""
+
+    index: int
+    buffers: _Buffers
     work: dist.Work

@@ -28,12 +28,13 @@ class Captured(Reducer):
     """
 
     def __init__(self, reducer: Reducer, group: Group) -> None:
-        devices = sorted({piece.device.type for piece in reducer.pieces})
+        devices = {piece.device.type for piece in reducer.pieces}
         backend = dist.get_backend(group)
-        if devices != ["cuda"] or "nccl" not in backend:
+        if devices - {"cuda"} or "nccl" not in backend:
+            where = f"the parameters are on {', '.join(sorted(devices))} with" if devices else "there is"
             raise ConfigError(
-                f"qsr.averaging.cuda_graph is true, and the parameters are on {', '.join(devices) or 'no device'} with "
-                f"the backend {backend}; only NCCL on GPUs can be captured, so write cuda_graph: false"
+                f"qsr.averaging.cuda_graph is true, and {where} the backend {backend}; only NCCL on GPUs can be "
+                "captured, so write cuda_graph: false"
             )
         super().__init__(reducer.pieces, reducer.ranks, reducer.bytes_sent)
         self._reducer = reducer
@@ -43,6 +44,8 @@ class Captured(Reducer):
 
     def _run(self, order: Sequence[int], divisor: int) -> Iterator[tuple[int, Tensor | None]]:
         """`order` is that of the capture. Eager where a rank is left out: the graph's divisor is fixed."""
+        if not self.pieces:  # as on a rank whose part of a small model is empty
+            return
         if not self._warm or divisor != self.ranks:
             self._warm = True
             yield from self._reducer._run(order, divisor)

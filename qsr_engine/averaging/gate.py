@@ -175,4 +175,5 @@ class Gate:
 
 def _is_compiled(module: nn.Module) -> bool:
     optimized = getattr(torch._dynamo.eval_frame, "OptimizedModule", ()) if hasattr(torch, "_dynamo") else ()
-    return getattr(module, "_compiled_call_impl", None) is not None or isinstance(module, optimized)
+    compiled = getattr(module, "_compiled_call_impl", None) is not None or isinstance(module, optimized)
+    return compiled or hasattr(module.forward, "_torchdynamo_orig_callable")

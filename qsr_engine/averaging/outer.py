@@ -14,7 +14,7 @@ parameters of a worker, this state is sharded alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qsr_engine.averaging.buckets import Piece, place_in
 from qsr_engine.averaging.chunks import squares_of_piece
-from qsr_engine.averaging.reducer import Reducer
+from qsr_engine.averaging.reducer import Reducer, without_beginning
 from qsr_engine.config.qsr import OuterConfig
 
 
@@ -69,29 +69,37 @@ class Outer:
             mean.add_(gradient.sub(step, alpha=self.config.lr))
             kept.copy_(mean)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The momentum of this rank's buckets; x is what the buckets hold on a boundary."""
-        return {"momentum": self._momentum}
+    def state_dict(self, *, inside_round: bool = False) -> dict[str, Any]:
+        """The momentum of this rank's buckets; and x, which on a boundary is what the buckets hold."""
+        return {"momentum": self._momentum, **({"begun_with": self._begun_with} if inside_round else {})}
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], *, inside_round: bool = False) -> None:
         """Go on from a state_dict(), after restart().
 
         Raises:
-            ValueError: it was saved with other buckets.
+            ValueError: it was saved with other buckets, or inside a round without an outer optimizer.
         """
-        saved = state["momentum"]
-        found, expected = ([tensor.numel() for tensor in tensors] for tensors in (saved, self._momentum))
-        if sum(found) != sum(expected):
-            raise ValueError(
-                f"the momentum of the outer optimizer was saved for {sum(found)} elements, and this rank has "
-                f"{sum(expected)}; go on with the same model, workers and qsr.outer"
-            )
-        if not expected:
-            return
+        if inside_round and "begun_with" not in state:
+            raise ValueError(without_beginning("qsr.outer"))
+        if state:
+            _copy(state["momentum"], self._momentum)
+        if inside_round:
+            _copy(state["begun_with"], self._begun_with)
+
+
+def _copy(saved: Sequence[Tensor], into: Sequence[Tensor]) -> None:
+    """The same elements in order, perhaps in other buckets."""
+    found, expected = ([tensor.numel() for tensor in tensors] for tensors in (saved, into))
+    if sum(found) != sum(expected):
+        raise ValueError(
+            f"the outer optimizer's state was saved for {sum(found)} elements, and this rank has {sum(expected)}; go "
+            "on with the same model, workers and qsr.outer"
+        )
+    if expected:
         flat = torch.cat([tensor.view(-1) for tensor in saved])
-        for momentum, part in zip(self._momentum, torch.split(flat, expected), strict=True):
-            momentum.copy_(part)
+        for tensor, part in zip(into, torch.split(flat, expected), strict=True):
+            tensor.copy_(part)
 
 
 class OuterStep(Reducer):
@@ -102,6 +110,9 @@ class OuterStep(Reducer):
         self.exact = reducer.exact
         self._reducer = reducer
         self._outer = outer
+
+    def bytes_of(self, pieces: Iterable[int]) -> int:
+        return self._reducer.bytes_of(pieces)
 
     @property
     def way(self) -> str:
@@ -124,13 +135,13 @@ class OuterStep(Reducer):
         self._reducer.restart()
         self._outer.restart()
 
-    def state_dict(self) -> dict[str, Any]:
-        return {**self._reducer.state_dict(), "outer": self._outer.state_dict()}
+    def state_dict(self, *, inside_round: bool = False) -> dict[str, Any]:
+        inner = self._reducer.state_dict(inside_round=inside_round)
+        return {**inner, "outer": self._outer.state_dict(inside_round=inside_round)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._reducer.load_state_dict(state)
-        if "outer" in state:
-            self._outer.load_state_dict(state["outer"])
+    def load_state_dict(self, state: dict[str, Any], *, inside_round: bool = False) -> None:
+        self._reducer.load_state_dict(state, inside_round=inside_round)
+        self._outer.load_state_dict(state.get("outer", {}), inside_round=inside_round)
 
     def close(self) -> None:
         self._reducer.close()

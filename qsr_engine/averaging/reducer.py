@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import atexit
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsr_engine.averaging.buckets import Piece
+from qsr_engine.averaging.errors import Group
 from qsr_engine.averaging.gloo_threads import await_idle_threads
 
 # At import, so that it runs after the handlers that others register later, which may still average.
@@ -28,6 +29,13 @@ def ring_bytes(payload: int, ranks: int) -> int:
     Source: Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009.
     """
     return 2 * (ranks - 1) * payload // ranks
+
+
+def backend_of(group: Group, device: torch.device) -> str:
+    """The name of the backend that carries the group's tensors on this device: "gloo", "nccl"."""
+    made = group if group is not None else dist.group.WORLD
+    assert made is not None
+    return str(made._get_backend(device).name())
 
 
 def piece_name(pieces: Sequence[Piece], index: int) -> str:
@@ -48,6 +56,14 @@ class LeftOut:
 
 
 NOBODY = LeftOut()
+
+
+def without_beginning(key: str) -> str:
+    """What is wrong with a state from inside a round that does not say what the round began with."""
+    return (
+        f"it is from inside a round, and does not hold what the round began with, which {key} needs now and did not "
+        "then; go on with the averaging that it was saved with, or from a checkpoint on a boundary"
+    )
 
 
 class Reducer(abc.ABC):
@@ -91,6 +107,10 @@ class Reducer(abc.ABC):
         for piece in self.pieces:
             torch._foreach_zero_(list(piece.tensors))
 
+    def bytes_of(self, pieces: Iterable[int]) -> int:
+        """Bytes that this rank sends in one run over these pieces."""
+        return ring_bytes(sum(self.pieces[index].nbytes for index in pieces), self.ranks)
+
     @property
     def way(self) -> str:
         """Its name in records and reports."""
@@ -107,12 +127,14 @@ class Reducer(abc.ABC):
     def restart(self) -> None:  # noqa: B027
         """The pieces have been loaded, the same on every rank: forget what earlier runs left."""
 
-    def state_dict(self) -> dict[str, Any]:
-        """What this rank carries over from one run to the next."""
+    def state_dict(self, *, inside_round: bool = False) -> dict[str, Any]:
+        """What this rank carries over from one run to the next; inside a round also what the round began with, where
+        the pieces have moved on from it and the next run needs it."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
-        """Go on from a state_dict(), after restart(). Raises ValueError if it is of other pieces."""
+    def load_state_dict(self, state: dict[str, Any], *, inside_round: bool = False) -> None:  # noqa: B027
+        """Go on from a state_dict(), after restart(). Raises ValueError if it is of other pieces, or from inside a
+        round of a run that averaged in another way and did not keep what this one needs."""
 
     def close(self) -> None:  # noqa: B027
         """Free what must not outlive the process group. Again is harmless."""

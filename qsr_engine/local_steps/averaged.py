@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from qsr_engine.averaging import NOBODY, LeftOut, average_in_place, average_packed, bucket_bytes
+from qsr_engine.averaging.buckets import PIECE
 from qsr_engine.averaging.errors import Group
 from qsr_engine.config.qsr import AveragingConfig
 
@@ -21,11 +22,15 @@ class Averaged:
     """
 
     def largest_rate(self) -> float:
-        """The learning rate in the optimizer; of several the largest, which gives the smallest H."""
+        """The learning rate in the optimizer, without factors of single groups; of several the largest."""
         raise RuntimeError("there is no optimizer whose learning rate could be read; write qsr.lr")
 
-    def buffers(self) -> list[Tensor]:
-        """The module's floating-point buffers; there may be others at every boundary."""
+    def buffers(self) -> dict[str, Tensor]:
+        """The module's persistent floating-point buffers by name; there may be others at every boundary."""
+        return {}
+
+    def all_buffers(self) -> list[Tensor]:
+        """Every buffer of the module, also those that are not floating point."""
         return []
 
     def state(self, name: str) -> list[Tensor | None]:
@@ -57,11 +62,12 @@ class OptimizerState:
         self._bucket_mb = options.bucket_mb
 
     def average(self, left_out: LeftOut) -> int:
-        """Every rank calls it. Returns the bytes that this rank sent."""
+        """Every rank calls it. Returns how many states were averaged; each is as large as the masters."""
         tensors = [tensor for name in self._names for tensor in self._replica.state_to_average(name)]
         capacity = bucket_bytes(self._bucket_mb, self._group)
-        sent = average_in_place(tensors, self._group, capacity, left_out) if tensors else 0
-        return sent + self._give_mean(capacity, left_out) if left_out.ranks else sent
+        if tensors:
+            average_in_place(tensors, self._group, capacity, left_out)
+        return len(self._names) + (self._give_mean(capacity, left_out) if left_out.ranks else 0)
 
     @torch.no_grad()
     def _give_mean(self, capacity: int, left_out: LeftOut) -> int:
@@ -72,33 +78,49 @@ class OptimizerState:
         large. The others' state stays as it is, and so do counts and averaging.state, which are averaged by themselves.
         What has not a master's shape (Adafactor's) becomes zero where it is not finite.
         """
-        replica, sent = self._replica, 0
+        replica = self._replica
         names: list[set[str]] = [set()] * dist.get_world_size(self._group)
         dist.all_gather_object(names, {name for _, name, _ in replica.state_tensors()}, group=self._group)
-        for name in sorted(set().union(*names) - set(self._names)):
-            sent += average_packed(replica.state_to_average(name), self._group, capacity, left_out, give=True)
+        others = sorted(set().union(*names) - set(self._names))
+        for name in others:
+            average_packed(replica.state_to_average(name), self._group, capacity, left_out, give=True)
         if left_out.here:
             for value in (value for name in replica.state_names() for value in replica.state(name)):
                 if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
                     value.zero_()
-        return sent
+        return len(others)
 
 
 class Buffers:
-    """A module's floating-point buffers (batch norm's statistics), of which every rank has seen batches of its own.
+    """A module's persistent floating-point buffers (batch norm's statistics), of which every rank has seen batches of
+    its own.
+
+    Those that are not persistent (rotary tables, masks) are no part of a model's state: the module computes them, and
+    they are left alone. A buffer may appear in a forward, or be made anew in another shape.
 
     Args:
         average: whether they are averaged; otherwise every rank keeps its own.
         worker_size: ranks of a worker.
+        everybody: a group of all ranks.
     """
 
-    def __init__(self, replica: Averaged, *, average: bool, worker_size: int) -> None:
-        self._replica, self._average, self._worker_size = replica, average, worker_size
+    def __init__(self, replica: Averaged, *, average: bool, worker_size: int, everybody: Group) -> None:
+        self._replica, self._average, self._worker_size, self._everybody = replica, average, worker_size, everybody
         self._differ = False
-        self._infinite = _elements_not_finite(self._tensors())  # when they were the same everywhere (a mask)
+        self._meant = self._not_finite()  # when they were the same everywhere (a mask)
+
+    def _named(self) -> dict[str, Tensor]:
+        return self._replica.buffers() if self._average else {}
 
     def _tensors(self) -> list[Tensor]:
-        return self._replica.buffers() if self._average else []
+        return list(self._named().values())
+
+    def layout(self) -> dict[str, str]:
+        """Name, type and shape of those that are averaged, which must be the same on all ranks."""
+        return {
+            name: f"{str(buffer.dtype).removeprefix('torch.')} {list(buffer.shape)}"
+            for name, buffer in self._named().items()
+        }
 
     def changed(self) -> None:
         """A step has been taken."""
@@ -106,52 +128,73 @@ class Buffers:
 
     def same_everywhere(self) -> None:
         """What is not finite in them now is meant so."""
-        self._infinite = _elements_not_finite(self._tensors())
+        self._meant = self._not_finite()
 
-    def have_diverged(self) -> bool:
-        """Whether more elements are not finite than when they were the same everywhere."""
-        return _elements_not_finite(self._tensors()) > self._infinite
+    def have_diverged(self) -> Tensor | None:
+        """Whether more elements of a buffer are not finite than when it was the same everywhere; None of no buffers.
 
+        In one that was not there then, or had another shape, infinities are meant, as in a mask, and NaN are not. On a
+        GPU the host does not wait for it.
+        """
+        now = self._not_finite()
+        more = [
+            count[0] > 0 if key not in self._meant else count.sum() > self._meant[key].to(count.device).sum()
+            for key, count in now.items()
+        ]
+        return torch.stack([value.to(more[0].device) for value in more]).any() if more else None
+
+    def _not_finite(self) -> dict[tuple[str, torch.Size], Tensor]:
+        """For each buffer, its elements that are NaN and those that are infinite: int64 [2], where it is."""
+        named = {name: buffer.detach() for name, buffer in self._named().items()}
+        return {(name, b.shape): torch.stack([b.isnan().sum(), b.isinf().sum()]) for name, b in named.items()}
+
+    @torch.no_grad()
     def average(self, left_out: LeftOut = NOBODY) -> int:
-        """Average them over all ranks.
+        """Average them over all ranks, which have the same ones (layout()).
 
         Also inside a worker: its ranks average gradients, and each has seen batches of its own. In fp64, so that a
-        buffer that is the same everywhere keeps its bits, also one that holds the largest number of its type (a mask).
+        buffer that is the same everywhere keeps its bits, also one that holds the largest number of its type (a mask);
+        a piece after another, so that the copies take little memory.
 
         Args:
             left_out: of the averager's group; the ranks of these workers get the mean of the others'.
         Returns:
-            Bytes that this rank sent.
+            Bytes that left this rank's worker: in a ring over all ranks, as much as one rank sends.
         """
         buffers = self._tensors() if self._differ else []
         self._differ = False
-        if not buffers:
-            return 0
-        exact = [buffer.to(torch.float64, copy=True) for buffer in buffers]
-        everywhere = left_out.with_all_ranks(self._worker_size)
-        sent = average_packed(exact, None, left_out=everywhere)
-        for buffer, mean in zip(buffers, exact, strict=True):
-            buffer.copy_(mean)
-        return sent
+        everywhere, sent = left_out.with_all_ranks(self._worker_size), 0
+        for tensors in _of_some_bytes(buffers):
+            exact = [tensor.to(torch.float64, copy=True) for tensor in tensors]
+            sent += average_packed(exact, self._everybody, left_out=everywhere)
+            for tensor, mean in zip(tensors, exact, strict=True):
+                tensor.copy_(mean)
+        return sent if buffers and dist.get_world_size(self._everybody) > self._worker_size else 0
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside, they are the average; afterwards they are as they were. Every rank must enter."""
-        differ, buffers = self._differ, self._tensors()
-        before = [buffer.clone() for buffer in buffers]
-        self.average()
+        """Inside, they are the average; afterwards all buffers are as they were. Every rank must enter."""
+        differ, before = self._differ, [(buffer, buffer.clone()) for buffer in self._replica.all_buffers()]
         try:
+            self.average()
             yield
         finally:
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)
+            with torch.no_grad():
+                for buffer, value in before:
+                    buffer.copy_(value)
             self._differ = differ
 
 
-def _elements_not_finite(tensors: list[Tensor]) -> int:
-    """Elements that are NaN or infinite; the host waits once for each device."""
-    found: dict[torch.device, torch.Tensor] = {}
-    for tensor in tensors:
-        count = (~tensor.detach().isfinite()).sum()
-        found[tensor.device] = found[tensor.device] + count if tensor.device in found else count
-    return sum(int(count) for count in found.values())
+def _of_some_bytes(buffers: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The buffers in their order, so many at a time that in fp64 they take about PIECE bytes; large ones in parts."""
+    most, parts, elements = PIECE // torch.float64.itemsize, list[Tensor](), 0
+    for buffer in buffers:
+        whole = not buffer.is_contiguous()
+        for part in [buffer] if whole else torch.split(buffer.detach().view(-1), most):
+            if parts and elements + part.numel() > most:
+                yield parts
+                parts, elements = [], 0
+            parts.append(part)
+            elements += part.numel()
+    if parts:
+        yield parts

@@ -8,29 +8,34 @@ With `averaging.overlap` a boundary begins an averaging, and something else ends
                    know the average yet. Sources: DaSGD (Zhou et al., arXiv 2006.00441), CO2 (Sun et al., ICLR 2024),
                    Streaming DiLoCo (Douillard et al., arXiv 2501.18512).
 
-`wait()` ends either at once, so that the parameters are the average; an evaluation or a checkpoint asks for it, and the
-last boundary of the run does it itself.
+`wait()` ends either at once, so that the parameters are the average; the last boundary of the run does it itself.
+
+With `averaging.fragments` a boundary is one of some fragments of the parameters, several times a round (see
+`schedule.due_fragments`), and only these are then the same on all workers; with `averaging.mixing` not even they are.
+Buffers and optimizer state are averaged at the end of a round. Where the run ends, a round is cut, or a worker is left
+out, the boundary is one of all fragments; in the first two cases, without mixing.
+
+`averaged()` shows the average at any step, to an evaluation or a checkpoint, and changes nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import math
-import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from qsr_engine.averaging import NOBODY, Averager, CollectiveError, LeftOut
+from qsr_engine.averaging.errors import Group
 from qsr_engine.local_steps.averaged import Averaged, Buffers, OptimizerState
 from qsr_engine.local_steps.costs import Costs
-from qsr_engine.local_steps.header import Header, exchange_headers, not_finite
+from qsr_engine.local_steps.header import Purpose
+from qsr_engine.local_steps.meeting import Meeting
 from qsr_engine.local_steps.rounds import Rounds
+from qsr_engine.local_steps.stopwatch import Stopwatch
+from qsr_engine.local_steps.traffic import Traffic
 from qsr_engine.membership.watchdog import LostRankError, Watchdog
-
-log = logging.getLogger(__name__)
 
 
 class Boundary:
@@ -39,89 +44,99 @@ class Boundary:
     Args:
         rounds: where the run stands.
         digest: of the configuration; it travels in the header.
+        everybody: a group of all ranks, for headers and buffers.
+        traffic: what leaves this rank's worker.
     """
 
     def __init__(
-        self, rounds: Rounds, costs: Costs, averager: Averager, replica: Averaged, digest: int, watchdog: Watchdog
+        self,
+        rounds: Rounds,
+        costs: Costs,
+        averager: Averager,
+        replica: Averaged,
+        digest: int,
+        watchdog: Watchdog,
+        everybody: Group,
+        traffic: Traffic,
     ) -> None:
         self.averager = averager
-        self._rounds, self._costs, self._replica = rounds, costs, replica
-        self._digest, self._watchdog = digest, watchdog
+        self._rounds, self._costs, self._replica, self._traffic = rounds, costs, replica, traffic
+        self._watchdog = watchdog
         self._qsr = qsr = rounds.qsr
-        self.buffers = Buffers(replica, average=qsr.averaging.buffers == "average", worker_size=qsr.worker_size)
+        average_buffers = qsr.averaging.buffers == "average"
+        self.buffers = Buffers(replica, average=average_buffers, worker_size=qsr.worker_size, everybody=everybody)
         self._optimizer_state = OptimizerState(replica, qsr.averaging, averager.group)
-        self.asked_to_stop = False  # some rank was, as told at the last boundary
+        self._meeting = Meeting(rounds, costs, averager, self.buffers, digest, watchdog, everybody)
         self._distance: torch.Tensor | None = None
-        self._squares: list[float] = []  # of the parameters of every rank, before the averaging that is under way
+        # Sum of squares over so many ranks, before the averaging that is under way; None where it is not known.
+        self._before: tuple[float, int] | None = (0.0, 1)
         self._left_out: LeftOut = NOBODY  # of that averaging
+        self._fragments: tuple[int, ...] = tuple(averager.fragments)  # that averaging is of these
+        self._whole = True  # it is of all of them, and without mixing
         self._due = False  # a delayed averaging that begins with the next forward
+        self._averaging = Stopwatch(averager.home)
         self._apply_at: int | None = None  # the step after which a delayed averaging takes effect
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether some rank was, as told at the end of the last round."""
+        return self._meeting.asked_to_stop
 
     @property
     def relative_distance(self) -> float | None:
         """Distance of the workers from their average, at the last averaging that has ended; None before the first."""
         return None if self._distance is None else self._distance.item()
 
-    def average(self) -> None:
-        """Average, or begin to, at the end of a round of local steps.
+    @property
+    def same_everywhere(self) -> bool:
+        """Whether all workers hold the same parameters, once what runs behind the forward has ended."""
+        return self._rounds.on_boundary and self._whole and not self._due and self._apply_at is None
 
+    @property
+    def _mixing(self) -> float:
+        return 0.0 if self._whole else self._qsr.averaging.mixing
+
+    @property
+    def has_to_apply(self) -> bool:
+        """Whether the average of an earlier step is still to take effect."""
+        return self._apply_at is not None
+
+    def average(self, fragments: Collection[int], purpose: Purpose = Purpose.BOUNDARY, *, whole: bool = False) -> None:
+        """Average, or begin to, after a local step.
+
+        Args:
+            fragments: of the parameters.
+            whole: these are all, and nothing is mixed: with this step the run ends, or a round before its time.
         Raises:
             BoundaryError: on every rank, as exchange_headers() says; nothing was averaged.
             CollectiveError: a collective failed or timed out; LostRankError, which is one, where ranks are lost.
         """
-        if self.averager.device.type == "cuda":
-            torch.cuda.synchronize()  # so that steps still under way do not count as averaging
+        options, everything = self._qsr.averaging, tuple(self.averager.fragments)
         with self._timed():
             self.averager.step = self._rounds.step
-            self._left_out = left_out = self._leave_out(self._exchange_headers())
-            self._costs.bytes_sent += self.averager.bytes_per_averaging
-            self._costs.bytes_sent += self.buffers.average(left_out) + self._optimizer_state.average(left_out)
-            self.buffers.same_everywhere()
-            overlap = "none" if self._rounds.finished else self._qsr.averaging.overlap
+            self._left_out, self._before = self._meeting.before_averaging(purpose, fragments)
+            left_out = self._left_out
+            self._fragments = everything if left_out.ranks else tuple(fragments)
+            self._whole = whole or (self._fragments == everything and not options.mixing)
+            self._costs.bytes_sent += self._traffic.of(self._fragments)
+            if whole or left_out.ranks or self._rounds.at_end:
+                self._average_the_rest(left_out)
+            overlap = "none" if self._rounds.finished else options.overlap
             if overlap == "delayed":
                 self._due = True
-            elif overlap == "none" or not self.averager.start(left_out):
-                self.averager.average(left_out)
+            elif overlap == "none" or not self.averager.start(left_out, self._fragments, self._mixing):
+                self.averager.average(left_out, self._fragments, self._mixing)
                 self._averaged()
 
-    def _exchange_headers(self) -> list[int]:
-        """Returns the workers that are to be left out."""
-        header, arrived = self._header(), time.perf_counter()
-        size, leave_out = self._qsr.worker_size, self._qsr.faults.not_finite == "leave_out"
-        headers = exchange_headers(header, self.averager.device, leave_out=leave_out, worker_size=size)
-        self._costs.seconds_waiting += time.perf_counter() - arrived
-        self.asked_to_stop = any(header.stop for header in headers)
-        self._costs.skipped_steps_of_all_workers = sum(header.skipped for header in headers) // size
-        self._squares = [header.sum_of_squares for header in headers]
-        return not_finite(headers, size)
-
-    def _header(self) -> Header:
-        squares, moved = self.averager.sum_of_squares(), self.averager.moved()
-        if self.buffers.have_diverged():  # they would spread, though the parameters are finite
-            squares = math.nan
-        rounds, asked = self._rounds, int(self._watchdog.halt.requested)
-        skipped = self._costs.skipped_steps
-        return Header(rounds.step, rounds.period, rounds.learning_rate, self._digest, squares, moved, skipped, asked)
-
-    def _leave_out(self, workers: list[int]) -> LeftOut:
-        """Leave workers out of the averaging that begins; it gives them the mean of the others."""
-        left_out = self.averager.left_out(workers)
-        if not workers:
-            return left_out
-        self._costs.leave_out(workers)
-        if dist.get_rank() == 0:
-            log.warning(
-                "after step %d (round %d) the parameters of worker %s, or its buffers, are not finite: left out of the "
-                "average, and given that of the other %d, with the mean of their optimizer states",
-                self._rounds.step,
-                self._rounds.round,
-                ", ".join(map(str, workers)),
-                self.averager.workers - len(workers),
-            )
-        return left_out
+    def _average_the_rest(self, left_out: LeftOut) -> None:
+        """Buffers and optimizer state."""
+        sent = self.buffers.average(left_out) + self._traffic.state * self._optimizer_state.average(left_out)
+        self._costs.bytes_sent += sent
+        self.buffers.same_everywhere()
 
     def _averaged(self) -> None:
-        self._distance = self.averager.relative_distance(self._squares, self._left_out)
+        if self._before is not None:
+            self._distance = self.averager.relative_distance(*self._before, self._left_out, self._fragments)
         self._replica.refresh()
 
     def begin_forward(self) -> None:
@@ -130,7 +145,7 @@ class Boundary:
             with self._timed():
                 self._due = False
                 self._apply_at = self._rounds.step + (self._qsr.averaging.delay_steps or 1)
-                self.averager.snapshot()
+                self.averager.snapshot(self._fragments)
         else:
             self.averager.begin_forward()
 
@@ -140,13 +155,13 @@ class Boundary:
             self.begin_forward()
         self.finish()
 
-    def stepped(self, *, at_the_end: bool) -> None:
-        """A step has been taken: add a delayed average where it is due, at the latest at the end of the round."""
+    def stepped(self, *, meets: bool) -> None:
+        """A step has been taken: add a delayed average where it is due, at the latest where the next boundary is."""
         self.buffers.changed()
-        if self._apply_at is not None and (self._rounds.step == self._apply_at or at_the_end):
+        if self._apply_at is not None and (self._rounds.step == self._apply_at or meets):
             with self._timed():
                 self._apply_at = None
-                self.averager.apply()
+                self.averager.apply(self._mixing)
                 self._averaged()
 
     def finish(self) -> None:
@@ -158,7 +173,7 @@ class Boundary:
                 self._averaged()
 
     def wait(self) -> None:
-        """End the averaging that the boundary just passed began: the parameters are the average on every worker.
+        """End the averaging that the boundary just passed began: what it averages is the average on every worker.
 
         Every rank must call it, on a boundary: a delayed averaging is then done at once, without delay.
 
@@ -176,23 +191,78 @@ class Boundary:
             with self._timed():
                 self.averager.finish()  # a snapshot's; no update has followed it
                 self._due, self._apply_at = False, None
-                self.averager.average()
+                self.averager.average(fragments=self._fragments, mixing=self._mixing)
                 self._averaged()
 
-    def abandon(self, relative_distance: float | None) -> None:
-        """What is under way belongs to a run that is left; another one was loaded."""
+    def meet(self) -> None:
+        """Every rank comes, for an evaluation or a checkpoint. Raises as averaged() does."""
+        self._watchdog.moved()
+        with self._watchdog.explained():
+            self.averager.finish() if self._apply_at is not None else self.finish()
+            self._meeting.exchange(Purpose.AVERAGED)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, parameters and buffers are the workers' average; afterwards every rank has what it had, bit for bit.
+
+        Every rank must enter, between two steps. What is under way goes on: next_forward's averaging is ended, which
+        changes no number, and a delayed one takes effect when it would have.
+
+        Raises:
+            BoundaryError: on every rank, if the ranks are not at the same step, or not all of them enter.
+            CollectiveError: a collective failed.
+        """
+        self.meet()
+        with contextlib.ExitStack() as afterwards:
+            if not self.same_everywhere:
+                afterwards.callback(self._replica.refresh)
+                with self._watchdog.explained():
+                    afterwards.enter_context(self.averager.averaged())
+                self._replica.refresh()
+            afterwards.enter_context(self.buffers.averaged())
+            yield
+
+    def state_dict(self) -> dict[str, Any]:
+        """What overlaps the steps, as plain values; the averager has its tensors."""
+        return {
+            "relative_distance": self.relative_distance,
+            "due": self._due,
+            "apply_at": self._apply_at,
+            "before": None if self._before is None else list(self._before),
+            "fragments": list(self._fragments),
+            "of_fragments": len(self.averager.fragments),
+            "whole": self._whole,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What is under way belongs to a run that is left; another one was loaded, whose rounds are known by now.
+
+        Raises:
+            ValueError: fragments are under way that this run does not have.
+        """
         self.averager.finish()
-        self._due, self._apply_at = False, None
+        everything = tuple(self.averager.fragments)
+        under_way = state["due"] or state["apply_at"] is not None
+        if under_way and state["of_fragments"] != len(everything):
+            raise ValueError(
+                f"an averaging is under way of a run with averaging.fragments {state['of_fragments']}, and this run "
+                f"has {len(everything)}; write {state['of_fragments']}, or go on from a checkpoint where none is"
+            )
+        self._due, self._apply_at, self._whole = state["due"], state["apply_at"], state["whole"]
+        self._fragments = tuple(state["fragments"]) if under_way else everything
+        before = state["before"]
+        self._before = None if before is None else (before[0], before[1])
         self.buffers.same_everywhere()
-        distance = relative_distance
+        if not self.same_everywhere:
+            self.buffers.changed()
+        distance = state["relative_distance"]
         self._distance = None if distance is None else torch.tensor(distance, dtype=torch.float64)
 
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:
         """Seconds that the steps wait for averaging; a failure says at which step."""
-        started = time.perf_counter()
         try:
-            with self._watchdog.explained():
+            with self._watchdog.explained(), self._averaging.running():
                 yield
         except LostRankError:
             raise
@@ -200,4 +270,8 @@ class Boundary:
             if str(error).startswith("after step"):
                 raise
             raise CollectiveError(f"after step {self._rounds.step}: {error}") from error
-        self._costs.seconds_averaging += time.perf_counter() - started
+
+    def tell_seconds(self) -> None:
+        """Add to the costs what the device has done by now."""
+        self._costs.seconds_averaging += self._averaging.take()
+        self._costs.seconds_waiting += self._meeting.waiting.take()

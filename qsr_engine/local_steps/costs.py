@@ -8,12 +8,12 @@ from typing import Any
 
 @dataclasses.dataclass
 class Costs:
-    """Counters of one rank."""
+    """Counters of one rank; bytes are those that left its worker, from all ranks of it (see traffic)."""
 
     averagings: int = 0
     bytes_sent: int = 0
     seconds_averaging: float = 0.0  # that steps waited for averagings
-    parallel_bytes_so_far: int = 0  # that a rank would have sent by now under `parallel`
+    parallel_bytes_so_far: int = 0  # that would have left the worker by now under `parallel`
     skipped_steps: int = 0  # of this worker, because its gradients overflowed; they count as steps
     skipped_steps_of_all_workers: int = 0  # as told at the last boundary
     left_out: dict[int, int] = dataclasses.field(default_factory=dict)  # times that a worker was, by its number

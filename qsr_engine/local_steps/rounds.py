@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 from qsr_engine.config.qsr import QSRConfig
-from qsr_engine.schedule import Mode, Round, learning_rate, mode, period
+from qsr_engine.schedule import Mode, Round, due_fragments, learning_rate, mode, period, rises
+
+SAME_RATE = 1e-12  # relative: learning rates of two hosts that compute the same schedule do not differ by more
 
 
 class Rounds:
@@ -23,6 +26,10 @@ class Rounds:
         self._rate = rate
         self.step = 0
         self.round = 0
+        self._agreed: float | None = None  # learning rate, with the other ranks
+        self._lr: float | None = None  # of the current round's first step
+        self._lr_before: float | None = None  # of that of the round before
+        self._cut = False  # the current round ends before its time
         self._current = self._begin()
 
     @property
@@ -61,6 +68,22 @@ class Rounds:
         """Whether it stands between two rounds, or at the end of the run."""
         return self.finished or self.at_start
 
+    @property
+    def ends_whole(self) -> bool:
+        """Whether everything is averaged after the step that was taken last: with it the run ends, or a round that was
+        cut."""
+        return self.finished or self._cut
+
+    @property
+    def due(self) -> tuple[int, ...]:
+        """The fragments of the parameters (averaging.fragments) to average after the step that was taken last."""
+        fragments, current = self.qsr.averaging.fragments, self._current
+        if current.mode == "parallel":
+            return ()
+        if self.ends_whole:
+            return tuple(range(fragments))
+        return due_fragments(current.length, self.step - current.start, fragments)
+
     def check_unfinished(self) -> None:
         """Raises RuntimeError if the run has taken its total_steps."""
         if self.finished:
@@ -69,29 +92,32 @@ class Rounds:
                 "from its start, since the learning rate and the last round depend on it"
             )
 
-    def check_boundary(self, what: str) -> None:
-        """Raises RuntimeError inside a round; `what` says what is to be done on a boundary."""
-        if not self.on_boundary:
-            raise RuntimeError(
-                f"step {self.step} is inside a round of {self.period} steps, where every worker has parameters of its "
-                f"own; {what} when engine.step() has returned True"
-            )
-
     def cut(self) -> None:
         """The current round ends after the step that was taken last."""
         self._current = dataclasses.replace(self._current, length=self.step - self._current.start)
+        self._cut = True
 
     def begin_next(self) -> None:
         """The next round begins."""
         self.round += 1
+        self._lr_before = self._lr
         self._current = self._begin()
 
     def begin_again(self) -> None:
         """Ask for the period once more: at the first step, where the optimizer's learning rate has changed since."""
         self._current = self._begin()
 
+    def agree(self, rate: float) -> None:
+        """Rank 0's, for the next step: where this rank's differs from it by rounding only, it sets the next period."""
+        self._agreed = rate
+
     def _begin(self) -> Round:
-        return Round(self.step, period(self.qsr, self.step, self.learning_rate), mode(self.qsr, self.step))
+        rate = self.learning_rate
+        if self._agreed is not None and math.isclose(rate, self._agreed, rel_tol=SAME_RATE):
+            rate = self._agreed
+        self._lr, self._cut = rate, False
+        rising = rises(self.qsr, self.step, rate, self._lr_before)
+        return Round(self.step, period(self.qsr, self.step, rate, rising), mode(self.qsr, self.step))
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -100,6 +126,7 @@ class Rounds:
             "round_start": self._current.start,
             "period": self.period,
             "mode": self.mode,
+            "lr_before": self._lr_before if self.at_start else self._lr,
         }
 
     def check_state(self, state: dict[str, Any]) -> None:
@@ -109,26 +136,37 @@ class Rounds:
                 f"the state is at step {state['step']} of a round that began at step {state['round_start']}, and this "
                 f"run has {self.qsr.total_steps} steps"
             )
-        end = state["round_start"] + state["period"]
-        if state["step"] > state["round_start"] and end > self.qsr.total_steps:
+        inside = state["round_start"] < state["step"] < state["round_start"] + state["period"]
+        if inside and state["step"] == self.qsr.total_steps:
             raise ValueError(
-                f"the state is inside a round that ends at step {end}, and this run has {self.qsr.total_steps} steps; "
-                "go on from a state that was saved on a boundary"
+                f"the state is inside a round, at step {state['step']}, with which this run ends; write a larger "
+                "total_steps, so that the workers meet once more"
             )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state_dict(), also from the middle of a round.
 
         On a boundary the next round begins by the rule of this run, which may differ from the one that was saved; so it
-        does after the last step of a run, where this one is longer.
+        does after the last step of a run, where this one is longer. A round under way keeps its end, or ends with this
+        run.
 
         Raises:
             ValueError: the state lies outside this run.
         """
         self.check_state(state)
         self.step, self.round = state["step"], state["round"]
+        self._lr = self._lr_before = state["lr_before"]
+        self._cut = False
         end = state["round_start"] + state["period"]
         if self.step in (state["round_start"], end) and not self.finished:
             self._current = self._begin()
         else:
-            self._current = Round(state["round_start"], state["period"], state["mode"])
+            length = min(state["period"], max(1, self.qsr.total_steps - state["round_start"]))
+            self._current = Round(state["round_start"], length, state["mode"])
+
+
+def with_a_new_round(state: dict[str, Any]) -> dict[str, Any]:
+    """The state_dict() of a run that was inside a round, as where its step begins a round."""
+    if state["step"] in (state["round_start"], state["round_start"] + state["period"]):
+        return state
+    return {**state, "round": state["round"] + 1, "round_start": state["step"]}

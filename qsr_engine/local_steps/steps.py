@@ -4,6 +4,8 @@
     H optimizer steps      of the worker's own optimizer; no communication between workers
     boundary               headers exchanged, parameters averaged; the next round begins
 
+With averaging.fragments there are boundaries inside a round too, each of a part of the parameters.
+
 For every optimizer step (not micro-batch) `begin_forward()` comes before the forward, `begin_update()` before the
 optimizer changes the parameters, and `advance()` after it. In a `parallel` round the engine averages the gradients
 itself, and its boundary exchanges nothing. Strategies that change mode during a run follow from the schedule: `mode`
@@ -12,14 +14,18 @@ says what the current step is.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from qsr_engine.averaging import Averager
+from qsr_engine.averaging.errors import Group
 from qsr_engine.config.qsr import QSRConfig
 from qsr_engine.local_steps.averaged import Averaged
 from qsr_engine.local_steps.boundary import Boundary
 from qsr_engine.local_steps.costs import Costs
-from qsr_engine.local_steps.rounds import Rounds
+from qsr_engine.local_steps.header import Purpose
+from qsr_engine.local_steps.rounds import Rounds, with_a_new_round
+from qsr_engine.local_steps.traffic import Traffic, bytes_percent
 from qsr_engine.membership.watchdog import Watchdog
 from qsr_engine.schedule import Mode
 
@@ -32,8 +38,9 @@ class LocalSteps:
         averager: the parameters, in buckets, and the group of ranks to average over.
         digest: of the configuration; it travels in the boundary header.
         replica: what else belongs to the parameters.
-        parallel_bytes: bytes that a rank sends at one step of `parallel`.
+        traffic: what leaves this rank's worker; without it, what the averager of this rank sends.
         watchdog: tells lost ranks and requests to stop; without one, this process is by itself.
+        everybody: a group of all ranks, for headers and buffers.
     """
 
     def __init__(
@@ -43,17 +50,21 @@ class LocalSteps:
         digest: int,
         *,
         replica: Averaged | None = None,
-        parallel_bytes: int = 0,
+        traffic: Traffic | None = None,
         watchdog: Watchdog | None = None,
+        everybody: Group = None,
     ) -> None:
         replica = replica or Averaged()
         self.qsr, self.averager = qsr, averager
         self.watchdog = watchdog or Watchdog(None, 0, 1, None)
         self.rounds = Rounds(qsr, replica.largest_rate)
-        self.costs = Costs()
-        self.boundary = Boundary(self.rounds, self.costs, averager, replica, digest, self.watchdog)
-        self._parallel_bytes = parallel_bytes
-        self._was_cut = False
+        self._costs = Costs()
+        if traffic is None:
+            each = tuple(averager.bytes_of(fragment) for fragment in averager.fragments)
+            traffic = Traffic(averaging=averager.bytes_per_averaging, fragments=each)
+        self.traffic = traffic
+        self.boundary = Boundary(self.rounds, self._costs, averager, replica, digest, self.watchdog, everybody, traffic)
+        self._stands = False  # all ranks do, after the same step, because one was asked to stop
 
     # -------------------------------------------------------------------------------------------- what users read
 
@@ -64,6 +75,7 @@ class LocalSteps:
 
     @property
     def round(self) -> int:
+        """Number of the current round, from 0."""
         return self.rounds.round
 
     @property
@@ -83,25 +95,47 @@ class LocalSteps:
 
     @property
     def finished(self) -> bool:
+        """Whether all qsr.total_steps are done."""
         return self.rounds.finished
 
     @property
     def on_boundary(self) -> bool:
-        """Whether it stands between two rounds: the parameters are the same on every worker, after wait()."""
+        """Whether it stands between two rounds: the parameters are the same on every worker, after wait().
+
+        With averaging.fragments or averaging.mixing that is so only where the run has ended, or end_round() was called.
+        """
         return self.rounds.on_boundary
 
     @property
     def stopping(self) -> bool:
-        """At a boundary: some rank was asked to stop, and all know it; save and exit."""
-        return self._was_cut or self.boundary.asked_to_stop
+        """After a step: some rank was asked to stop, and all know it and stand here; save and exit."""
+        return self._stands or self.boundary.asked_to_stop
+
+    @property
+    def costs(self) -> Costs:
+        """What averagings have cost, with the seconds that the device has spent on them by now."""
+        self.boundary.tell_seconds()
+        return self._costs
 
     @property
     def averagings(self) -> int:
+        """Averagings so far; under `parallel`, one a step."""
         return self.costs.averagings
 
     @property
     def bytes_sent(self) -> int:
+        """What has left this rank's worker for others so far."""
         return self.costs.bytes_sent
+
+    @property
+    def averagings_percent(self) -> float:
+        """Averagings over steps so far: the paper's relative communication."""
+        return 100 * self.averagings / max(1, self.step)
+
+    @property
+    def bytes_percent(self) -> float:
+        """Bytes that have left the worker over those that would have left it under `parallel`."""
+        return bytes_percent(self.bytes_sent, self.costs.parallel_bytes_so_far)
 
     @property
     def relative_distance(self) -> float | None:
@@ -113,7 +147,9 @@ class LocalSteps:
         figures: dict[str, float] = {
             "period": self.period,
             "averagings": self.averagings,
+            "averagings_percent": self.averagings_percent,
             "bytes_sent": self.bytes_sent,
+            "bytes_percent": self.bytes_percent,
             "skipped_steps": self.costs.skipped_steps_of_all_workers,
             "left_out": sum(self.costs.left_out.values()),
         }
@@ -122,7 +158,7 @@ class LocalSteps:
         return figures
 
     def request_stop(self) -> None:
-        """Ask all ranks to stop, as qsr.faults.on_signal says; `stopping` is then True at a boundary, on every rank.
+        """Ask all ranks to stop, as qsr.faults.on_signal says; `stopping` is then True after a step, on every rank.
 
         A handler of a signal may call it.
         """
@@ -156,7 +192,7 @@ class LocalSteps:
         self.boundary.begin_update()
 
     def advance(self) -> bool:
-        """Count one optimizer step; at the end of the round, average. Returns True at a boundary.
+        """Count one optimizer step, and average what is due. Returns True at the end of a round.
 
         Raises:
             BoundaryError, CollectiveError: as Boundary.average().
@@ -166,43 +202,80 @@ class LocalSteps:
         rounds.check_unfinished()
         rounds.step += 1
         self.watchdog.done(rounds.step, rounds.round, finished=rounds.finished)
-        costs.parallel_bytes_so_far += self._parallel_bytes
-        if mode == "parallel":
-            costs.bytes_sent += self._parallel_bytes
-        at_the_end = self._cuts_round() or rounds.at_end
-        self.boundary.stepped(at_the_end=at_the_end)
-        if not at_the_end:
+        costs.parallel_bytes_so_far += self.traffic.parallel
+        if self.qsr.strategy == "parallel":  # before the switch of post_local the driver averages, and counts it
+            costs.bytes_sent += self.traffic.parallel
+        self._stands = self._meets_to_stop()
+        if self._stands and mode == "local" and self.qsr.faults.on_signal == "cut_round":
+            rounds.cut()
+        self.boundary.stepped(meets=bool(rounds.due))
+        if rounds.at_end:
+            self._end_round(Purpose.BOUNDARY)
+            return True
+        if rounds.due:
+            self.boundary.average(rounds.due)
+        return False
+
+    def end_round(self) -> bool:
+        """End the round here: average now, and begin a new one. Every rank must call it, between two steps.
+
+        On a boundary there is no round to end, and an averaging that is under way is ended; where it was not one of all
+        parameters (averaging.fragments, averaging.mixing), all are averaged. They are then the same on every worker.
+
+        Returns:
+            Whether a round was ended.
+        Raises:
+            BoundaryError, CollectiveError: as Boundary.average().
+        """
+        if self.on_boundary:
+            self.wait()
+            if not self.boundary.same_everywhere:
+                self.boundary.average(self.averager.fragments, Purpose.END_ROUND, whole=True)
+                self.wait()
             return False
+        self.boundary.finish()
+        self.rounds.cut()
+        self.boundary.stepped(meets=True)
+        self._end_round(Purpose.END_ROUND)
+        self.wait()
+        return True
+
+    def _end_round(self, purpose: Purpose) -> None:
+        """All steps of the round have been taken."""
+        rounds, mode = self.rounds, self.mode
         if mode == "local":
-            self.boundary.average()
-        costs.averagings += 1
+            self.boundary.average(rounds.due, purpose, whole=rounds.ends_whole)
+        self.costs.averagings += 1
         if not rounds.finished:
             rounds.begin_next()
             if mode == "parallel" and rounds.mode == "local":
                 self.averager.begin_local()
-        return True
 
-    def _cuts_round(self) -> bool:
-        """Whether the round ends here because the run is to stop, the same on every rank.
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the parameters and buffers are the workers' average: see Boundary.averaged()."""
+        return self.boundary.averaged()
 
-        Ranks that meet at every step cannot tell one another in a header. Where local steps end by themselves, the
-        header of the boundary tells it.
+    def _meets_to_stop(self) -> bool:
+        """Whether all ranks stand after this step because the run is to stop, the same on every rank.
+
+        Ranks that meet at every step cannot tell one another in a header. Where a round of local steps ends by itself,
+        the header of the boundary tells it.
         """
         local = self.mode == "local"
         if not self.watchdog.halt.requested or self.finished or (local and self.rounds.at_end):
             return False
-        if (local and self.qsr.faults.on_signal == "finish_round") or not self.watchdog.halt.at(self.step):
-            return False
-        self.rounds.cut()
-        self._was_cut = True
-        return True
+        return not (local and self.qsr.faults.on_signal == "finish_round") and self.watchdog.halt.at(self.step)
 
     # ------------------------------------------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to go on, as plain numbers; the round is part of it."""
-        own = {"relative_distance": self.relative_distance}
-        return {**self.costs.state_dict(), **own, **self.rounds.state_dict()}
+        return {**self.costs.state_dict(), **self.boundary.state_dict(), **self.rounds.state_dict()}
+
+    def averager_state(self) -> dict[str, Any]:
+        """What the averager carries over from the last averaging to the next, tensors among it."""
+        same = self.boundary.same_everywhere
+        return self.averager.state_dict(inside_round=not same, to_apply=self.boundary.has_to_apply)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state_dict(), also from the middle of a round, as Rounds.load_state_dict() does.
@@ -210,11 +283,20 @@ class LocalSteps:
         Raises:
             ValueError: keys are missing or unknown, or the state lies outside this run.
         """
-        state = {"left_out": {}, **state}  # a checkpoint of an older version has none
+        # An older checkpoint has none of these.
+        of_all: dict[str, Any] = {"fragments": [0], "of_fragments": 1, "whole": True}
+        late: dict[str, Any] = {"due": False, "apply_at": None, "before": [0.0, 1]}
+        state = {"left_out": {}, "lr_before": None, **late, **of_all, **state}
         expected = set(self.state_dict())
         if set(state) != expected:
             raise ValueError(f"a local-step state has the keys {sorted(expected)}; found {sorted(state)}")
         self.rounds.check_state(state)
-        self.boundary.abandon(state["relative_distance"])
         self.costs.load_state_dict(state)
         self.rounds.load_state_dict(state)
+        self.boundary.load_state_dict(state)
+        self._stands = False
+
+
+def from_the_average(state: dict[str, Any]) -> dict[str, Any]:
+    """A state_dict(), as where the workers' average at its step begins a round and nothing is under way."""
+    return {**with_a_new_round(state), "due": False, "apply_at": None, "whole": True}

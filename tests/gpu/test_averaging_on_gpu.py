@@ -1,7 +1,6 @@
-"""Averaging on one GPU: side stream, CUDA graph, wire formats. Skipped where there is none.
+"""Averaging on one GPU: NCCL's mean, side stream, CUDA graph, wire formats. Skipped where there is none.
 
-NCCL takes one rank a GPU, so its all-reduce over one rank stands for that over several: it is launched and captured all
-the same, and leaves every value as it is.
+NCCL takes one rank a GPU. A second one is pretended, of zeros, so that a mean halves every value.
 """
 
 from __future__ import annotations
@@ -9,19 +8,21 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from qsr_engine.averaging.allreduce import AllReduce
+from qsr_engine.averaging import Averager
 from qsr_engine.averaging.background import Background
-from qsr_engine.averaging.buckets import Piece, packed_pieces
 from qsr_engine.averaging.chunks import sum_of_squares
 from qsr_engine.averaging.compressed import BLOCK, Format, WireType
 from qsr_engine.averaging.cuda_graph import Captured
 from qsr_engine.averaging.gate import Gate
+from qsr_engine.config.qsr import AveragingConfig
+from tests.support import second_rank
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu", reason="needs a GPU"
@@ -38,32 +39,28 @@ def _nccl() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def all_reduce_of(tensors: list[torch.Tensor], packed: bool, divides_on_the_way: bool) -> AllReduce:
-    """Over one rank that counts as two. NCCL's own mean leaves it as it is; a sum that is divided halves it."""
-    pieces = packed_pieces(tensors, 1_000_000) if packed else [Piece((t,), in_place=True) for t in tensors]
-    mean = AllReduce(pieces, None)
-    mean.ranks = 2  # so that the collective is launched although there is one rank
-    if not divides_on_the_way:
-        mean._divides_on_the_way = lambda flat, divisor: False  # type: ignore[method-assign]
-    return mean
-
-
 @pytest.mark.usefixtures("_nccl")
 @pytest.mark.parametrize("divides_on_the_way", [False, True])
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_captured_averaging_sees_the_present_values(packed: bool, divides_on_the_way: bool) -> None:
-    tensors = [torch.randn(size, device="cuda") for size in (300_000, 7, 90_000)]
-    mean = Captured(all_reduce_of(tensors, packed, divides_on_the_way), None)
-    order = range(len(mean.pieces))
-    for round_ in range(1, 5):  # eager, captured and replayed, replayed, replayed
-        for tensor in tensors:
-            tensor.fill_(round_)
-        assert [index for index, _ in mean.run(order)] == list(order)
-        torch.cuda.synchronize()
-        mean_of_two = round_ if divides_on_the_way else round_ / 2
-        assert all(bool((tensor == mean_of_two).all()) for tensor in tensors)
-    mean.close()
-    mean.close()
+@pytest.mark.parametrize("captured", [False, True])
+def test_the_mean_is_of_the_present_values(captured: bool, divides_on_the_way: bool) -> None:
+    """Large tensors in place, small ones packed; eager, captured and replayed."""
+    tensors = [torch.empty(size, device="cuda") for size in (300_000, 7, 90_000, 11)]
+    averager = Averager(tensors, None, AveragingConfig(shared_memory=False, bucket_mb=1, cuda_graph=captured))
+    assert isinstance(averager._reducer, Captured) == captured
+    assert {piece.in_place for piece in averager.pieces} == {True, False}
+    if not divides_on_the_way:
+        reducer: Any = averager._reducer
+        reducer = reducer._reducer if captured else reducer
+        reducer._divides_on_the_way = lambda flat, divisor: False
+    with second_rank.of_zeros(averager):
+        for round_ in range(1, 5):  # eager, captured and replayed, replayed, replayed
+            for tensor in tensors:
+                tensor.fill_(round_)
+            averager.average()
+            torch.cuda.synchronize()
+            assert all(bool((tensor == round_ / 2).all()) for tensor in tensors)
+    averager.close()
+    averager.close()
 
 
 @pytest.mark.usefixtures("_nccl")
@@ -77,7 +74,7 @@ def test_a_forward_waits_on_the_device_for_what_it_reads() -> None:
         yield 0
 
     gate = Gate(layer, {layer.weight: (0,)})
-    background = Background(slow(), 1, torch.device("cuda", 0))
+    background = Background(slow(), [0], torch.device("cuda", 0))
     gate.guard(background.wait)
     out = layer(torch.ones(1, 64, device="cuda"))
     background.finish()
@@ -88,14 +85,15 @@ def test_a_forward_waits_on_the_device_for_what_it_reads() -> None:
 @pytest.mark.parametrize("wire", ["bf16", "fp16", "int8"])
 def test_a_gpu_rounds_as_a_cpu_does(wire: WireType) -> None:
     """But for ties of a division, which may fall either way: one step of the type."""
-    wire_format, numel = Format(wire), 64 * BLOCK
-    source = torch.randn(numel) * 1e-3
+    shape = Format(wire, 1, 64 * BLOCK)
+    source = torch.randn(shape.numel) * 1e-3
     decoded = []
     for device in ("cpu", "cuda"):
-        part = torch.empty(wire_format.nbytes(numel), dtype=torch.uint8, device=device)
-        wire_format.encode(source.to(device, copy=True), *wire_format.views(part, numel))
-        target = torch.zeros(numel, device=device)
-        wire_format.add(target, *wire_format.views(part, numel))
+        row = torch.empty(1, shape.nbytes, dtype=torch.uint8, device=device)
+        views = shape.views(row, slice(0, 1), slice(0, shape.blocks))
+        shape.encode(source.to(device, copy=True), *views)
+        target = torch.zeros(shape.numel, device=device)
+        shape.add(target, *views)
         decoded.append(target.cpu())
     step = {"bf16": 2**-8, "fp16": 2**-10, "int8": 1 / 127}[wire] * 5e-3
     torch.testing.assert_close(decoded[1], decoded[0], rtol=0, atol=step)

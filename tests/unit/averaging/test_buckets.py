@@ -16,6 +16,7 @@ from qsr_engine.averaging.buckets import (
     packed_pieces,
     pieces_in_place,
     plan_buckets,
+    small_first,
 )
 
 
@@ -114,6 +115,25 @@ def test_small_buckets_travel_together() -> None:
     tensors = [torch.zeros(100), torch.zeros(1_000_000), torch.zeros(50), torch.zeros(7, dtype=torch.float64)]
     pieces = pieces_in_place(tensors, 64_000_000)
     assert [[tensor.numel() for tensor in piece.tensors] for piece in pieces] == [[1_000_000], [7], [100, 50]]
+
+
+def test_the_first_pieces_are_small() -> None:
+    """A forward waited for 32 MB before its first layer: a third of an averaging of ViT-S stood still."""
+    buckets = [torch.zeros(4_000_000), torch.zeros(3_999_999), torch.zeros(70), torch.zeros(12_000_000)]
+    pieces = pieces_in_place(small_first(buckets, 16_000_000), 16_000_000)
+    megabytes = [round(piece.nbytes / 1e6) for piece in pieces]
+    assert megabytes == [1, 1, 1, 1, 2, 2, 2, 2, 3, 4, 4, 4, 3, 0, 4, 8, 8, 8, 8, 10]
+    for piece in pieces:
+        piece.tensors[0].add_(1)
+    assert all(bool((bucket == 1).all()) for bucket in buckets)
+    assert all(piece.tensors[0].data_ptr() % ALIGNMENT == 0 for piece in pieces)
+
+
+def test_small_buckets_are_not_cut() -> None:
+    buckets = [torch.zeros(400_000), torch.zeros(10), torch.zeros(0)]
+    assert [part.numel() for part in small_first(buckets, 16_000_000)] == [400_000, 10, 0]
+    large = [torch.zeros(4_000_000)]
+    assert [part.numel() for part in small_first(large, 1_000_000)] == [4_000_000], "pieces are as small already"
 
 
 def test_a_tensor_that_is_not_contiguous_is_packed_whole() -> None:

@@ -239,7 +239,7 @@ def slow(log: list[int], fail_at: int | None = None) -> Iterator[int]:
 
 def test_the_background_gives_each_piece_when_it_is_there() -> None:
     log: list[int] = []
-    background = Background(slow(log), 4, CPU)
+    background = Background(slow(log), range(4), CPU)
     assert log == []
     background.wait(1)
     assert log[:2] == [0, 1]
@@ -250,7 +250,7 @@ def test_the_background_gives_each_piece_when_it_is_there() -> None:
 
 def test_what_fails_in_the_background_is_raised_where_somebody_waits() -> None:
     before = threading.active_count()  # other tests may have left theirs
-    background = Background(slow([], fail_at=2), 4, CPU)
+    background = Background(slow([], fail_at=2), range(4), CPU)
     for _ in range(2):
         with pytest.raises(ValueError, match="the third piece"):
             background.wait(3)
