@@ -5,6 +5,7 @@ together        an error of one rank is an error of all
 find            which checkpoints are whole, and which is the newest
 write           under a temporary name, then renamed
 rank_file       what one rank keeps
+buffers         a module's buffers by name, also those that it makes later
 model_file      the averaged model
 other_layout    a checkpoint of another number of workers
 """

@@ -40,6 +40,7 @@ class Manifest:
         file system.
     ranks: the ranks whose files are here.
     saved_at: seconds since 1970, by the clock of rank 0.
+    inside_round: every worker had parameters of its own; model.safetensors is their average at this step.
     """
 
     tag: str
@@ -49,6 +50,7 @@ class Manifest:
     config: dict[str, Any]
     ranks: list[int]
     files: dict[str, tuple[int, str]]
+    inside_round: bool = False
 
     def write(self, folder: Path) -> None:
         """Raises CheckpointError where read() would refuse it, as with a configuration of very many blocks."""
@@ -133,11 +135,12 @@ _KINDS: dict[str, Any] = {
     "config": dict,
     "ranks": list,
     "files": dict,
+    "inside_round": bool,
 }
 
 
 def _is_right(name: str, body: Mapping[str, Any]) -> bool:
-    value: Any = body.get(name)
+    value: Any = body.get(name, False if name == "inside_round" else None)  # an older checkpoint does not say it
     if type(value) is not _KINDS[name]:
         return False
     if name == "step":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from qsr_engine.averaging.buckets import PIECE
+from qsr_engine.averaging.errors import Group
 from qsr_engine.checkpoint.manifest import CheckpointError
 from qsr_engine.config.digest import differences
 from qsr_engine.local_steps.averaged import Averaged
@@ -58,13 +61,13 @@ def warn_of_other_layout(folder: Path, found: Found, source: str) -> None:
     """On rank 0, loudly: what was taken over and what was not."""
     if dist.get_rank() != 0:
         return
-    spelled = _spelled(found)
+    spelled = f"{_spelled(found)}. " if found else ""
     state = {
         "mean": "Every worker's optimizer starts from the mean of the saved workers' states.",
         "fresh": "The optimizer starts anew, without the state that was saved.",
     }[source]
     log.warning(
-        "%s: %s. The parameters, the step and the scheduler are taken over. %s Random states start anew, so "
+        "%s: %sThe parameters, the step and the scheduler are taken over. %s Random states start anew, so "
         "this is not the run that was saved; a script sees to it itself where its data goes on.",
         folder,
         spelled,
@@ -72,32 +75,75 @@ def warn_of_other_layout(folder: Path, found: Found, source: str) -> None:
     )
 
 
+def warn_of_average(folder: Path, step: int) -> None:
+    """On rank 0: the parameters are not those that any worker had."""
+    if dist.get_rank() == 0:
+        log.warning(
+            "%s: it is from inside a round, where every worker had parameters of its own; the run goes on from their "
+            "average at step %d, which begins a new round",
+            folder,
+            step,
+        )
+
+
 def warn_of_other_configuration(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """On rank 0: a run may go on with another configuration, but not in silence."""
-    found = found_in(saved, now)
+    warn_of_other_options(folder, found_in(saved, now))
+
+
+def warn_of_other_options(folder: Path, found: Found) -> None:
     if found and dist.get_rank() == 0:
         log.warning("%s: the run goes on with another configuration: %s", folder, _spelled(found, "; "))
 
 
+def to_load(saved: int, worker: int, workers: int) -> list[tuple[int, bool]]:
+    """The saved workers whose states a worker loads for their mean, one after another, and whether each counts.
+
+    Every worker loads as many, since it may meet the others in it, and the last saved one last. They share the saved
+    ones where that means less to read than if each loaded all of them.
+    """
+    rounds = math.ceil(saved / workers)
+    if saved <= rounds + 1:
+        return [(one, True) for one in range(saved)]
+    mine = range(worker, saved, workers)
+    return [*((one, True) for one in mine), *[(saved - 1, False)] * (rounds - len(mine) + 1)]
+
+
 @torch.no_grad()
-def mean_of_states(replica: Averaged, loaded: Iterable[None]) -> None:
+def mean_of_states(replica: Averaged, loaded: Iterable[bool], saved: int, group: Group) -> None:
     """Leave the mean of the saved workers' optimizer states in the optimizer.
 
     State that is not floating point (step counters as integers) and single numbers are those of the last one loaded;
-    workers have counted the same steps but for overflows.
+    workers have counted the same steps but for overflows. The sums are on the host, in fp64: 8 bytes an element.
 
     Args:
-        loaded: loads the saved workers one after another, and yields after each.
+        loaded: loads workers of to_load() one after another, and yields after each whether it counts.
+        saved: how many workers were saved.
+        group: the ranks that hold the same part of the parameters, one from each worker.
     """
     sums: dict[tuple[int, str], Tensor] = {}
-    workers = 0
-    for _ in loaded:
-        workers += 1
-        for place, name, value in replica.state_tensors():
-            key = (place, name)
-            sums[key] = sums.get(key, 0.0) + value.to(torch.float64, copy=True)
+    counted = 0
+    for counts in loaded:
+        counted += counts
+        for place, name, value in replica.state_tensors() if counts else ():
+            if (place, name) not in sums:
+                sums[place, name] = torch.zeros_like(value, dtype=torch.float64, device="cpu")
+            sums[place, name].add_(value.cpu())
     for place, name, value in replica.state_tensors():
-        value.copy_(sums[place, name] / workers)
+        total = sums.pop((place, name), None)
+        if total is None:
+            total = torch.zeros_like(value, dtype=torch.float64, device="cpu")
+        dense = value.is_contiguous() and total.is_contiguous()
+        parts = (
+            zip(*(torch.split(t.view(-1), PIECE // 8) for t in (total, value)), strict=True)
+            if dense
+            else [(total, value)]
+        )
+        for part, there in parts:
+            exact = part.to(there.device).contiguous()
+            if counted < saved:
+                dist.all_reduce(exact, group=group)
+            there.copy_(exact.div_(saved))
 
 
 def _spelled(found: Found, between: str = ", ") -> str:

@@ -44,12 +44,15 @@ def save(
     step: int,
     layout: dict[str, Any],
     config: dict[str, Any],
+    inside_round: bool = False,
     latest: bool = True,
     folders: Sequence[str] = (),
     keep: int | None = None,
 ) -> Path:
-    """Write DIR/TAG. Every rank calls it with the same arguments; `write` writes this rank's files into a folder, in
-    which `folders` exist already. It must not wait for other ranks, since one of them may have failed.
+    """Write DIR/TAG. Every rank calls it with the same arguments, but for DIR on another host.
+
+    `write` writes this rank's files into a folder, in which `folders` exist already. It must not wait for other ranks,
+    since one of them may have failed.
 
     An error of any rank is raised on every rank, and DIR/TAG is then as it was before.
 
@@ -60,7 +63,7 @@ def save(
     Raises:
         CheckpointError: a rank could not write; the message names it.
     """
-    _check_tag(tag)
+    _check_place(tag, directory)
     if keep is not None and keep < 1:
         raise CheckpointError(f"keep is {keep}; write how many checkpoints to keep, at least 1, or None for all")
     directory = Path(directory)
@@ -77,10 +80,10 @@ def save(
             write(temporary)
         together.agree()
         files = _digests_together(temporary, here, together)
-        saved_at = max(gathered(_now(directory)))
+        saved_at = max(gathered(_now(directory) if lead else 0.0))
         with together.step():
             if lead:
-                Manifest(tag, step, saved_at, layout, config, here, files).write(temporary)
+                Manifest(tag, step, saved_at, layout, config, here, files, inside_round).write(temporary)
                 for inside, _, _ in os.walk(temporary):
                     _sync(Path(inside))
         together.agree()
@@ -98,14 +101,33 @@ def save(
     return folder
 
 
-def _check_tag(tag: str) -> None:
-    tags = gathered(tag)
-    if len(set(tags)) > 1:
-        raise CheckpointError(f"the ranks save under different tags, {sorted(set(tags))}; give all of them the same")
+def _check_place(tag: str, directory: str | os.PathLike[str]) -> None:
+    """All ranks have the same tag, and those that see the same files the same folder; hosts may name theirs apart."""
+    told = gathered((tag, _files_seen(), os.path.realpath(directory)))
+    tags = sorted({tag for tag, _, _ in told})
+    if len(tags) > 1:
+        raise CheckpointError(f"the ranks save under different tags, {tags}; give all of them the same")
+    first: dict[str, tuple[int, str]] = {}
+    for rank, (_, seen, folder) in enumerate(told):
+        other, its_folder = first.setdefault(seen, (rank, folder)) if seen else (rank, folder)
+        if its_folder != folder:
+            raise CheckpointError(
+                f"rank {other} saves in {its_folder} and rank {rank}, on the same host, in {folder}; give all ranks of "
+                "a host the same folder, in which every worker has its own"
+            )
     if not tag or tag.startswith(".") or Path(tag).name != tag or tag == LATEST:
         raise CheckpointError(
             f"the tag is {tag!r}; write a name of a folder, without /, not beginning with a dot, and not {LATEST!r}"
         )
+
+
+def _files_seen() -> str:
+    """The same for processes that see the same files: on one host, in one container. Empty where it is not known."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/mnt')}"
+    except OSError:
+        return ""
 
 
 def _make_folders(temporary: Path, inside: Sequence[str]) -> None:
@@ -178,7 +200,7 @@ def _delete_older(directory: Path, keep: int, lead: bool) -> None:
     All hosts delete the same ones: those that are whole wherever they are, and older than the newest `keep` that every
     host has.
     """
-    views = gathered(view(directory, None))
+    views = [seen for seen in gathered(view(directory, None) if lead else None) if seen is not None]
     whole = {name for view in views for name in view if all(v[name][1] is None for v in views if name in v)}
     newest_first = sorted(whole, key=lambda name: (max(v[name][0] for v in views if name in v), name), reverse=True)
     everywhere = [name for name in newest_first if all(name in view for view in views)]

@@ -1,29 +1,41 @@
 """Local steps in a training loop that others own: one that calls `deepspeed.initialize` itself, by that name.
 
+    with qsr_engine.attach():                                    # Hugging Face's Trainer
+        trainer.train()
+
     with qsr_engine.attach():                                    # Hugging Face Accelerate
         model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
     with qsr_engine.attach():                                    # Lightning
         trainer.fit(module, loader)
 
-Inside the block `deepspeed.initialize` is qsr_engine's. What the loop then calls (forward, backward, step,
-save_checkpoint, ...) are methods of the LocalStepEngine that it was given. One thing more is replaced: Lightning asks
-all ranks before every batch whether rank 0 has received SIGTERM, and here it asks on boundaries.
+Inside the block `deepspeed.initialize` is qsr_engine's, and `deepspeed.zero.Init` partitions over the ranks of a
+worker. What the loop then calls (forward, backward, step, save_checkpoint, ...) are methods of the LocalStepEngine that
+it was given, and its eval() and train() enter and leave `engine.averaged()`. `train` of the model itself does the same,
+since loops evaluate it without the engine. What is changed of the libraries is in engines/attached.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+import torch.distributed as dist
+from torch import nn
 
 from qsr_engine.config.deepspeed import read_deepspeed_config
 from qsr_engine.config.strict import ConfigError
+from qsr_engine.engines.attached import accelerate, lightning, trainer
+from qsr_engine.engines.attached.replaced import replaced
 from qsr_engine.engines.deepspeed.engine import LocalStepEngine
-from qsr_engine.engines.deepspeed.initialize import initialize
-from qsr_engine.engines.deepspeed.internals import replace_deepspeed_initialize
+from qsr_engine.engines.deepspeed.initialize import initialize, zero_init
+from qsr_engine.engines.deepspeed.internals import deepspeed_initialize, deepspeed_zero_init, replace_in_deepspeed
+
+log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -35,32 +47,60 @@ def attach(qsr: Mapping[str, Any] | None = None) -> Iterator[None]:
     Raises:
         ConfigError: there is no `"qsr"` block, or two; or nothing in the block called `deepspeed.initialize`; or as
             `initialize` says.
-        RuntimeError: the loop ran inside the block and ended inside a round, so that every worker has parameters of
-            its own.
+        BoundaryError, CollectiveError: the loop ran inside the block, and the ranks could not end its last round.
     """
     engines: list[LocalStepEngine] = []
+    called = False
 
-    def initialize_with_block(*args: Any, **kwargs: Any) -> tuple[LocalStepEngine, Any, Any, Any]:
+    def initialize_with_block(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
+        nonlocal called
+        called = True
         given = _signature.bind(*args, **kwargs).arguments
-        given["config"] = _with_block(_configuration(given), qsr)
+        keys = read_deepspeed_config(_configuration(given))
+        if given.get("optimizer") is None and not keys.get("optimizer"):
+            only_evaluates: tuple[Any, Any, Any, Any] = deepspeed_initialize(**_without_block(given, keys))
+            return only_evaluates
+        given["config"] = _with_block(keys, qsr)
         given.pop("config_params", None)
         results = initialize(**given)
+        results[0].evaluate_the_average()
         engines.append(results[0])
         return results
 
-    with replace_deepspeed_initialize(initialize_with_block), _lightning_asks_on_boundaries(engines):
+    def zero_init_with_block(*args: Any, **kwargs: Any) -> contextlib.AbstractContextManager[Any]:
+        given = _zero_signature.bind(*args, **kwargs).arguments
+        config = given.pop("config_dict_or_path", None) or given.pop("config", None)
+        if config is None or not given.pop("enabled", True) or given.get("data_parallel_group") is not None:
+            own: contextlib.AbstractContextManager[Any] = deepspeed_zero_init(*args, **kwargs)
+            return own
+        keys = _without_auto(read_deepspeed_config(config))
+        if not _SIZES & set(keys):
+            keys["train_micro_batch_size_per_gpu"] = 1
+        return zero_init(_with_block(keys, qsr), **given)
+
+    def end() -> None:
+        for engine in engines:
+            _end(engine)
+
+    with (
+        replace_in_deepspeed(initialize_with_block, zero_init_with_block),
+        replaced(nn.Module, "train", lambda train: _showing_the_average(train, engines)),
+        accelerate.gives_the_average(engines),
+        trainer.takes_local_steps(engines, end),
+        lightning.asks_on_boundaries(engines),
+        lightning.ends_rounds(end),
+    ):
         yield
-    if not engines:
+    if not called:
         raise ConfigError(
             "nothing called deepspeed.initialize inside attach(), so nothing takes local steps; is DeepSpeed chosen in "
             "this loop (Accelerate: a DeepSpeedPlugin, Lightning: a DeepSpeedStrategy), and is the call that sets it "
             "up (accelerator.prepare with the model, trainer.fit) inside the `with`?"
         )
-    for engine in engines:
-        _check_end(engine)
+    end()
 
 
-_signature = inspect.signature(initialize)
+_signature, _zero_signature = inspect.signature(initialize), inspect.signature(deepspeed_zero_init)
 
 
 def _configuration(arguments: Mapping[str, Any]) -> Any:
@@ -73,9 +113,8 @@ def _configuration(arguments: Mapping[str, Any]) -> Any:
     return next((config for config in candidates if config is not None), {})
 
 
-def _with_block(config: Any, qsr: Mapping[str, Any] | None) -> dict[str, Any]:
+def _with_block(keys: Mapping[str, Any], qsr: Mapping[str, Any] | None) -> dict[str, Any]:
     block: dict[str, Any] = {} if qsr is None else {"qsr": dict(qsr)}
-    keys = read_deepspeed_config(config)
     if block and "qsr" in keys:
         raise ConfigError('there is a "qsr" block in the DeepSpeed configuration and one in attach(qsr=...); leave one')
     if not block and "qsr" not in keys:
@@ -86,45 +125,55 @@ def _with_block(config: Any, qsr: Mapping[str, Any] | None) -> dict[str, Any]:
     return {**keys, **block}
 
 
-@contextlib.contextmanager
-def _lightning_asks_on_boundaries(engines: Sequence[LocalStepEngine]) -> Iterator[None]:
-    """Lightning 2.6 broadcasts from rank 0 before every batch; between boundaries that would make every worker wait.
-
-    It has two names on PyPI. One that is not imported, or has no such broadcast, is left alone.
-    """
-
-    def on_boundaries(original: Any) -> Any:
-        def ask(loop: Any) -> None:
-            if all(engine.local_steps.on_boundary for engine in engines):
-                original(loop)
-
-        return ask
-
-    replaced = []
-    for module in ("lightning.pytorch.loops.training_epoch_loop", "pytorch_lightning.loops.training_epoch_loop"):
-        loop = getattr(sys.modules.get(module), "_TrainingEpochLoop", None)
-        original = getattr(loop, _LIGHTNING_ASKS, None)
-        if original is not None:
-            replaced.append((loop, original))
-            setattr(loop, _LIGHTNING_ASKS, on_boundaries(original))
-    try:
-        yield
-    finally:
-        for loop, original in replaced:
-            setattr(loop, _LIGHTNING_ASKS, original)
+def _without_block(given: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
+    config = {key: value for key, value in keys.items() if key != "qsr"}
+    return {**{name: value for name, value in given.items() if name != "config_params"}, "config": config}
 
 
-_LIGHTNING_ASKS = "_broadcast_sigterm_tensor"
+def _without_auto(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """What Hugging Face fills in when it knows the model and the data, whose sizes partitioning does not need."""
+    return {
+        key: _without_auto(value) if isinstance(value, Mapping) else value
+        for key, value in keys.items()
+        if value != "auto"
+    }
 
 
-def _check_end(engine: LocalStepEngine) -> None:
+_SIZES = {"train_batch_size", "train_micro_batch_size_per_gpu"}
+
+
+def _showing_the_average(train: Callable[..., Any], engines: Sequence[LocalStepEngine]) -> Callable[..., Any]:
+    """Trainer and Lightning call eval() of the model and not of the engine."""
+
+    @functools.wraps(train)
+    def show_and_train(module: nn.Module, mode: bool = True) -> Any:
+        for engine in engines:
+            if engine.module is module:
+                engine.show_average(not mode)
+        return train(module, mode)
+
+    return show_and_train
+
+
+def _end(engine: LocalStepEngine) -> None:
     """The loop may be over, where it ran inside the block; before its first step it is still to come."""
     state = engine.local_steps
-    if state.step == 0 or state.finished:
+    if state.step == 0:
         return
-    if not state.on_boundary or state.qsr.averaging.overlap != "none":
-        raise RuntimeError(
-            f"the loop ended at step {state.step}, and not all workers have the same parameters there: it is "
-            + ("on a boundary whose averaging overlaps the next steps" if state.on_boundary else "inside a round")
-            + f"; end it at qsr.total_steps, {state.qsr.total_steps} (Lightning: max_steps={state.qsr.total_steps})"
+    if engine.destroyed or not dist.is_initialized():
+        if not state.boundary.same_everywhere:
+            raise RuntimeError(
+                f"the loop destroyed its engine or the process group after step {state.step}, inside a round of "
+                f"{state.period} steps, where every worker has parameters of its own; call engine.end_round() before"
+            )
+        return
+    engine.show_average(False)
+    period = state.period
+    if engine.end_round() and dist.get_rank() == 0:
+        log.warning(
+            "the loop is over, and its engine stands after step %d, inside a round of %d steps: the workers were "
+            "averaged there, as at a boundary. qsr.total_steps is %d, where a run ends on a boundary by itself",
+            state.step,
+            period,
+            state.qsr.total_steps,
         )

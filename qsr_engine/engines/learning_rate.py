@@ -1,7 +1,13 @@
-"""The learning rate that `qsr.lr` says, in the parameter groups of an optimizer."""
+"""The learning rate of a run and the parameter groups of an optimizer, each with a factor on it, `lr_scale`.
+
+timm and others lower it with depth (layer-wise decay). What is recorded, and what sets H, is the rate without a factor.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -10,10 +16,32 @@ from qsr_engine.config.strict import ConfigError
 from qsr_engine.local_steps.steps import LocalSteps
 
 
+def base_rate(param_groups: Iterable[Mapping[str, Any]]) -> float:
+    """The learning rate in the groups whose lr_scale is 1; of several the largest, which gives the smallest H.
+
+    Where every group has another lr_scale, theirs is divided by it. A group of lr_scale 0 tells nothing.
+
+    Raises:
+        ConfigError: as scale_of().
+    """
+    rates = [(float(group["lr"]), scale_of(group)) for group in param_groups]
+    whole = [rate for rate, scale in rates if scale == 1]
+    return max(whole or [rate / scale for rate, scale in rates if scale], default=0.0)
+
+
+def scale_of(group: Mapping[str, Any]) -> float:
+    """A group's lr_scale; 1 without one. Raises ConfigError where it is no factor."""
+    scale = group.get("lr_scale", 1.0)
+    if isinstance(scale, bool) or not isinstance(scale, Real) or not 0 <= float(scale) < math.inf:
+        raise ConfigError(
+            f"a parameter group has the lr_scale {scale!r}, and it is a factor on the learning rate; write a number of "
+            "0 or more, such as 0.75"
+        )
+    return float(scale)
+
+
 class LearningRate:
     """Sets the learning rate of every parameter group at every step; without `qsr.lr` it does nothing.
-
-    A group's own factor is its `lr_scale`.
 
     Args:
         optimizer: torch's; its `param_groups` are asked each time, since DeepSpeed makes new ones.
@@ -33,7 +61,7 @@ class LearningRate:
         """Give every group the learning rate of the next step."""
         if self._state.qsr.lr is not None:
             for group in self._optimizer.param_groups:
-                group["lr"] = self._state.learning_rate * group.get("lr_scale", 1.0)
+                group["lr"] = self._state.learning_rate * scale_of(group)
             self._given = [group["lr"] for group in self._optimizer.param_groups]
 
     def check(self) -> None:

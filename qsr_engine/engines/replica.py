@@ -15,8 +15,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from qsr_engine.averaging import Averager, bucket_bytes, flat_buckets, place_in
+from qsr_engine.averaging.chunks import CHUNK
+from qsr_engine.averaging.fragments import balanced, by_tensor, check_fragments, cut
+from qsr_engine.checkpoint.buffers import persistent_buffers
 from qsr_engine.config.qsr import QSRConfig
 from qsr_engine.config.strict import ConfigError
+from qsr_engine.engines.learning_rate import base_rate
 from qsr_engine.local_steps.averaged import Averaged
 
 
@@ -37,7 +41,7 @@ class Replica(Averaged, abc.ABC):
         self.optimizer = optimizer
 
     def largest_rate(self) -> float:
-        return max(float(group["lr"]) for group in self.optimizer.param_groups)
+        return base_rate(self.optimizer.param_groups)
 
     @abc.abstractmethod
     def masters(self) -> list[Tensor]:
@@ -46,6 +50,18 @@ class Replica(Averaged, abc.ABC):
     def buckets(self, bucket_bytes: int) -> list[Tensor]:
         """The masters as flat buckets, which averaging changes in place."""
         return [master.detach() for master in self.masters() if master.numel()]
+
+    @property
+    @abc.abstractmethod
+    def trained(self) -> int:
+        """How many parameters of the model the masters are made of."""
+
+    def fragments(self, buckets: Sequence[Tensor], count: int) -> list[list[Tensor]]:
+        """Views of the buckets, which together are all of their elements: the fragments that are averaged by turns.
+
+        Here by place: a flat master holds the layers of its group in their order, or this rank's part of each.
+        """
+        return cut(buckets, count)
 
     @abc.abstractmethod
     def whole(self, parameter: Tensor) -> Tensor:
@@ -65,8 +81,12 @@ class Replica(Averaged, abc.ABC):
     def gradients_changed(self) -> None:  # most have nothing to do
         """The gradients have been averaged: bring what was measured on the old ones up to date."""
 
-    def buffers(self) -> list[Tensor]:
-        return [buffer for buffer in self.module.buffers() if buffer.is_floating_point()]
+    def buffers(self) -> dict[str, Tensor]:
+        found = persistent_buffers(self.module)
+        return {name: b for name, b in found.items() if b.is_floating_point() and b.layout == torch.strided}
+
+    def all_buffers(self) -> list[Tensor]:
+        return list(self.module.buffers())
 
     def state(self, name: str) -> list[Tensor | None]:
         states = self.optimizer.state
@@ -91,6 +111,21 @@ class Replica(Averaged, abc.ABC):
         """Flat low-precision copies, laid out as the buckets; None where the model reads the buckets themselves."""
         return None
 
+    def sum_over_shards(self, values: Tensor) -> Tensor:
+        """Their sum over the ranks of a worker that shards its masters; elsewhere the values themselves."""
+        return values
+
+    def norms(self) -> dict[str, Tensor]:
+        """L2 norms of the worker's masters, "parameter_norm", and of those of STATES that it has, "exp_avg_norm", ...
+
+        In fp64, on the device; nothing waits for it. Collective in a worker that shards its masters.
+        """
+        parts = [self.masters(), *([v for v in self.state(name) if isinstance(v, Tensor)] for name in STATES)]
+        device = parts[0][0].device if parts[0] else torch.device("cpu")
+        squares = self.sum_over_shards(torch.stack([sum_of_squares(part, device) for part in parts]))
+        names = ["parameter", *STATES]
+        return {f"{n}_norm": v for n, part, v in zip(names, parts, squares.sqrt().unbind(), strict=True) if part}
+
     def parameters(self) -> list[Tensor]:
         """The model's parameters that are made of the masters, where each is made of elements of this rank only."""
         return self.masters()
@@ -101,14 +136,38 @@ class Replica(Averaged, abc.ABC):
         return None
 
 
+STATES = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # that AdamW and SGD keep, torch's and DeepSpeed's
+
+
+@torch.no_grad()
+def sum_of_squares(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Of all elements, an fp64 scalar on the device on which the tensors are; 0 of none.
+
+    On a CPU in chunks: over 2e7 elements at once torch's norm is wrong by 1e-3, and over chunks by 1e-6, as fast.
+    """
+    whole = [tensor.detach().reshape(-1) for tensor in tensors]
+    parts = [part for flat in whole for part in torch.split(flat, CHUNK)] if device.type == "cpu" else whole
+    if not parts:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return torch.stack(torch._foreach_norm(parts)).double().square().sum()
+
+
 class Parameters(Replica):
     """The optimizer holds the model's parameters: stage 0 in fp32, and a worker of one rank in fp32."""
 
     def masters(self) -> list[Tensor]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
+    @property
+    def trained(self) -> int:
+        return len(self.masters())
+
     def buckets(self, bucket_bytes: int) -> list[Tensor]:
         return flat_buckets(self.masters(), bucket_bytes)
+
+    def fragments(self, buckets: Sequence[Tensor], count: int) -> list[list[Tensor]]:
+        masters = self.masters()
+        return by_tensor(buckets, masters, numbers_by_layer(self.module, masters, count), count)
 
     def whole(self, parameter: Tensor) -> Tensor:
         return parameter
@@ -128,6 +187,23 @@ def dense_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
+def numbers_by_layer(module: nn.Module, parameters: Sequence[Tensor], fragments: int) -> list[int]:
+    """The fragment of each parameter: layers as the module registers them, which is about the order of its forward.
+
+    A layer is a module's own parameters; they stay together unless there are more fragments than layers.
+    """
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    place = {identity: number for number, identity in enumerate(names)}
+    in_order = sorted(parameters, key=lambda parameter: place.get(id(parameter), len(place)))
+    layers: dict[str, list[Tensor]] = {}
+    for parameter in in_order:
+        layers.setdefault(names.get(id(parameter), "").rpartition(".")[0], []).append(parameter)
+    units = list(layers.values()) if len(layers) >= fragments else [[parameter] for parameter in in_order]
+    numbers = balanced([sum(p.numel() * p.element_size() for p in unit) for unit in units], fragments)
+    found = {id(p): number for unit, number in zip(units, numbers, strict=True) for p in unit}
+    return [found[id(parameter)] for parameter in parameters]
+
+
 def make_averager(
     replica: Replica, qsr: QSRConfig, across: dist.ProcessGroup, worker: dist.ProcessGroup, device: torch.device
 ) -> Averager:
@@ -138,19 +214,23 @@ def make_averager(
         worker: the ranks of this rank's worker.
         device: of the model, which under offload is not that of the masters.
     Raises:
-        ConfigError: averaging.overlap asks for what these masters cannot do.
+        ConfigError: averaging.overlap asks for what these masters cannot do, or there are fewer parameters than
+            averaging.fragments.
     """
     options = qsr.averaging
+    check_fragments(options.fragments, replica.trained)
     if not replica.may_be_shared:
         options = options.model_copy(update={"shared_memory": False})
+    buckets = replica.buckets(bucket_bytes(options.bucket_mb, across))
     averager = Averager(
-        replica.buckets(bucket_bytes(options.bucket_mb, across)),
+        buckets,
         across,
         options,
         shard_group=worker if replica.sharded else None,
         tensors=replica.masters,
         device=device,
         outer=qsr.outer,
+        fragments=replica.fragments(buckets, options.fragments) if options.fragments > 1 else None,
     )
     if options.overlap == "next_forward":
         _overlap(averager, replica, qsr.worker_size)

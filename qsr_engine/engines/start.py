@@ -36,6 +36,21 @@ def join_ranks(backend: str, start: Callable[[], Any], *, launched: Sequence[str
         start()
 
 
+def check_scheduler(scheduler: Any) -> None:
+    """Raises ConfigError for a scheduler that would not know what to do at a step."""
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise ConfigError(
+            "ReduceLROnPlateau needs a metric at every step, which the engine does not have; write a schedule of the "
+            "step, or set the learning rate yourself after engine.step() and give no lr_scheduler"
+        )
+
+
+def with_sparse_gradients(model: nn.Module) -> str | None:
+    """The module whose parameters get sparse gradients, in words; None where none does."""
+    found = next((name for name, module in model.named_modules() if getattr(module, "sparse", None) is True), None)
+    return None if found is None else f"the module {found!r}" if found else "the model"
+
+
 @dataclasses.dataclass(frozen=True)
 class Agreed:
     """What all ranks have in common, in short."""
@@ -57,14 +72,20 @@ def agree(config: Mapping[str, Any], model: nn.Module, device: torch.device) -> 
 
 
 def agree_on_optimizer(
-    kind: str, groups: Sequence[Sequence[Tensor]], names: Mapping[Any, str], device: torch.device
+    kind: str,
+    groups: Sequence[Sequence[Tensor]],
+    names: Mapping[Any, str],
+    options: Sequence[Mapping[str, Any]],
+    device: torch.device,
 ) -> dict[str, dict[str, str]]:
-    """Compare between all ranks which parameters are averaged, in which order.
+    """Compare between all ranks which parameters are averaged, in which order, and how they are trained.
 
     Args:
         kind: of the optimizer.
         groups: its parameters.
         names: of the parameters.
+        options: its param_groups. Learning rates are left out: they may differ by rounding, and a boundary compares
+            them.
     Returns:
         The name of every parameter, by group and place.
     Raises:
@@ -74,8 +95,15 @@ def agree_on_optimizer(
         f"group {number}": {f"parameter {place}": names.get(p, "?") for place, p in enumerate(group)}
         for number, group in enumerate(groups)
     }
-    check_agreement({"optimizer": {"type": kind, **named}}, device)
+    told = {f"group {number}": _plain(group) for number, group in enumerate(options)}
+    check_agreement({"optimizer": {"type": kind, **named}, "options": told}, device)
     return named
+
+
+def _plain(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a parameter group that are numbers, words or tuples of such."""
+    given = {key: value for key, value in group.items() if key not in ("params", "lr", "initial_lr")}
+    return {key: value for key, value in given.items() if isinstance(value, (bool, int, float, str, tuple))}
 
 
 def order_label(facts: Mapping[str, Any]) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -30,6 +30,61 @@ class Surface:
         """Wall-clock seconds in averagings so far; None where it runs beside compute and cannot be told apart."""
         return self._driver.seconds_averaging
 
+    def measure_next_step(self) -> None:
+        """Ask for the norms at the next optimizer step, which measured() then tells. Every rank of a worker must.
+
+        It reads parameters and optimizer state once. Nothing crosses workers.
+        """
+        self._driver.measure_next_step()
+
+    def measured(self) -> dict[str, float]:
+        """What the last optimizer step told of this worker; waits for the device.
+
+        "loss_scale" where one is in use, as the step left it. After measure_next_step() also L2 norms: "gradient_norm",
+        before clipping and without the loss scale, "parameter_norm" of the fp32 masters, and "exp_avg_norm",
+        "exp_avg_sq_norm" and "momentum_buffer_norm" where the optimizer has such a state; all after the update and
+        before an averaging.
+        """
+        return self._driver.measured()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the model is the workers' average at this step, its buffers included; afterwards every worker has
+        what it had, bit for bit, and training goes on as if nothing had been.
+
+            with engine.averaged():
+                evaluate(engine.module)
+
+        Every rank must enter, after a step or before the first one. What each held is on the host meanwhile, so the
+        average takes no room on the device. On a boundary only the buffers have to be averaged. Gradients are asked for
+        by torch.autograd.grad() inside; a backward would add them to the worker's own, and is refused.
+
+        Raises:
+            BoundaryError: on every rank, if the ranks are not at the same step.
+            CollectiveError: a collective failed; LostRankError, which is one, where ranks are lost.
+        """
+        with self._driver.averaged():
+            yield
+
+    def evaluate_the_average(self) -> None:
+        """From now on `engine.eval()` enters averaged(), and `engine.train()`, or the next training forward, leaves it:
+        for a loop of others whose evaluation is to see one model. Every rank must call eval() then."""
+        self._driver.evaluate_the_average()
+
+    def show_average(self, shown: bool) -> None:
+        """What eval() and train() do with the parameters, for a model that is told so without its engine."""
+        self._driver.begin_evaluation() if shown else self._driver.end_evaluation()
+
+    def end_round(self) -> bool:
+        """End the round here: the parameters are averaged now, and a new round begins. Every rank must call it.
+
+        Returns:
+            Whether there was a round to end; on a boundary there is none.
+        Raises:
+            BoundaryError, CollectiveError: as engine.step() at a boundary.
+        """
+        return self._driver.end_round()
+
     def save_checkpoint(
         self,
         save_dir: str | os.PathLike[str],
@@ -39,19 +94,21 @@ class Surface:
         exclude_frozen_parameters: bool = False,
         keep: int | None = None,
     ) -> bool:
-        """Save a checkpoint, one folder a worker, whole or not there; on a boundary only.
+        """Save a checkpoint, one folder a worker, whole or not there; after any step, inside a round too.
 
         Every rank must call it. Arguments as DeepSpeed's. client_state is kept for every rank: the position in the data
         belongs there. Random states, the local steps and the averaged model are saved too; the files are listed in
         checkpoint/write.py. With `keep`, the older whole ones in save_dir are deleted when this one is whole, so that
-        so many are left.
+        so many are left. With exclude_frozen_parameters none of its files has a frozen parameter; who loads it has them
+        in the model already. The run goes on as if nothing had been saved.
 
         Raises:
-            RuntimeError: inside a round, where every worker has parameters of its own, or inside gradient accumulation.
+            RuntimeError: inside gradient accumulation, or inside averaged().
             CheckpointError: on every rank, if one could not write; what was saved before is as it was.
         """
         frozen = not exclude_frozen_parameters
-        self._checkpointer.save(save_dir, tag, client_state, latest=save_latest, keep=keep, frozen=frozen)
+        with self.local_steps.watchdog.busy(), self._driver.own_parameters("save_checkpoint()"):
+            self._checkpointer.save(save_dir, tag, client_state, latest=save_latest, keep=keep, frozen=frozen)
         return True
 
     def load_checkpoint(
@@ -59,10 +116,11 @@ class Surface:
     ) -> tuple[str | None, dict[str, Any] | None]:
         """Go on from what save_checkpoint() wrote: from the newest whole checkpoint, or from the one with a tag.
 
-        Every rank must call it. Arguments as DeepSpeed's. With another number of workers the optimizer's state follows
-        qsr.on_other_workers, and a warning says what was taken over. load_optimizer_states=False takes parameters, step
-        and scheduler; load_module_only=True takes the parameters alone, also those of the other engine, and the run
-        begins at step 0 with them.
+        Every rank must call it. Arguments as DeepSpeed's. With another number of workers the parameters are the average
+        at that step, the optimizer's state follows qsr.on_other_workers, and a warning says what was taken over.
+        mean_of_optimizer_states=True gives all workers the mean of their states, and the average, also where they are
+        as many. load_optimizer_states=False takes averaged parameters, step and scheduler; load_module_only=True takes
+        these parameters alone, also those of the other engine, and the run begins at step 0 with them.
 
         Returns:
             (path of the checkpoint's folder, the client_state that this rank gave; with other workers, that of rank 0).
@@ -70,17 +128,17 @@ class Surface:
             CheckpointError: on every rank, if there is no whole checkpoint, or it is of another model.
             RuntimeError: inside gradient accumulation; or load_module_only, and this run has begun.
         """
-        return self._checkpointer.load(load_dir, *args, **kwargs)
+        with self.local_steps.watchdog.busy(), self._driver.own_parameters("load_checkpoint()"):
+            return self._checkpointer.load(load_dir, *args, **kwargs)
 
     def averaged_state_dict(self) -> dict[str, Tensor]:
-        """The averaged model: fp32 parameters and the buffers, on the CPU, under the names of the module's own.
+        """The averaged model, on the CPU, under the names of the module's own state_dict(): what is trained in fp32,
+        frozen parameters and buffers as they are.
 
-        Every rank must call it, on a boundary. All of it is on rank 0; the others get an empty one.
-
-        Raises:
-            RuntimeError: inside a round.
+        Every rank must call it, after any step. All of it is on rank 0; the others get an empty one.
         """
-        return self._checkpointer.averaged_model()
+        with self.local_steps.watchdog.busy():
+            return self._checkpointer.averaged_model()
 
     def while_model_is_read(self, context: Callable[[], AbstractContextManager[None]]) -> None:
         """Enter a context on every rank whenever the averaged model is read, for a checkpoint or by

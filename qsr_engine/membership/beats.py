@@ -25,11 +25,15 @@ import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]  # there at run time
 
 _LEAVE = 2.0  # seconds for the thread to say its last, at the end of the process
-# Sources in which a main thread waits for other ranks.
+_DISTRIBUTED = Path(dist.__file__).parent
+# Sources in which a main thread waits for other ranks, and those among them that start it, or compute and write in it.
 _WAITS = (
-    str(Path(dist.__file__).parent),
+    str(_DISTRIBUTED),
     str(Path(__file__).parents[1] / "averaging"),
     *(str(Path(__file__).with_name(name)) for name in ("watchdog.py", "halt.py")),
+)
+_WAITS_NOT = tuple(
+    str(_DISTRIBUTED / name) for name in ("algorithms", "checkpoint", "elastic", "launch.py", "launcher", "run.py")
 )
 
 State = Literal["starting", "running", "failed", "finished", "closed", "ended"]
@@ -41,7 +45,7 @@ class Beat:
     """What a rank says of itself."""
 
     number: int = 0
-    moves: int = 0  # grows while the main thread gets on
+    moves: int = 0  # grows while the main thread gets on, with any engine of its process
     state: State = "starting"
     waiting: bool = False  # the main thread is in a collective, or in Halt.at()
     stop: bool = False
@@ -52,6 +56,8 @@ class Beat:
     round: int = 0
     host: str = ""
     place: str = ""  # where the main thread is
+    where: str = "in round 0, after step 0"  # of the engine with which it got on last, for a message
+    busy: bool = False  # the main thread is in something that takes its time (Watchdog.busy())
 
     def encode(self) -> str:
         return json.dumps(dataclasses.astuple(self))
@@ -80,21 +86,46 @@ class Word:
         return cls(**{**fields, "target": fields["target"] and tuple(fields["target"])})
 
 
-@dataclasses.dataclass
+class _Process:
+    """What the engines of this process share (a GAN has two): one main thread gets on for all of them."""
+
+    def __init__(self) -> None:
+        self.moves = 0
+        self.busy = 0  # blocks of Watchdog.busy() that it is in
+        self.last: Progress | None = None  # the engine with which it got on last
+        self.engines: list[weakref.ref[Progress]] = []  # whose beats are said, or were
+
+
+process = _Process()
+
+
+@dataclasses.dataclass(eq=False)
 class Progress:
-    """How far this rank is. The main thread alone writes it, but for `stop`; the threads read it."""
+    """How far this rank is with one engine. The main thread alone writes it, but for `stop`; the threads read it."""
 
     rank: int
     host: str = dataclasses.field(default_factory=socket.gethostname)
     main: int = dataclasses.field(default_factory=threading.get_ident)  # the thread that makes this object
     state: State = "starting"
-    moves: int = 0
     step: int = 0
     begun: int = 0
     halted: int = -1
     round: int = 0
     raised: Literal["no", "soon", "yes"] = "no"  # the verdict; soon: once the others have heard it
     stop: bool = False  # this rank was asked to stop: also by a signal's handler, or another thread
+
+    def moved(self) -> None:
+        """The main thread gets on, with this engine."""
+        process.moves += 1
+        process.last = self
+
+    @property
+    def where(self) -> str:
+        """Round and step of the engine with which the main thread got on last."""
+        living = [one for one in (found() for found in tuple(process.engines)) if one is not None and not one.over]
+        last = process.last if process.last in living else self
+        which = f" of engine {living.index(last) + 1} of {len(living)}" if last in living and len(living) > 1 else ""
+        return f"in round {last.round}, after step {last.step}{which}"
 
     @property
     def over(self) -> bool:
@@ -115,7 +146,7 @@ class Progress:
         while frame is not None:
             name = frame.f_code.co_filename
             here = f"{Path(name).name}, line {frame.f_lineno}, {frame.f_code.co_name}()"
-            if name.startswith(_WAITS):
+            if name.startswith(_WAITS) and not name.startswith(_WAITS_NOT):
                 return True, here
             if not place and not name.startswith("<"):
                 place = here
@@ -126,7 +157,7 @@ class Progress:
         waiting, place = self.main_thread()
         return Beat(
             number,
-            self.moves,
+            process.moves,
             self.state,
             waiting and not self.over,  # else it waits for a thread of its own to end, and for no rank
             self.stop,
@@ -137,6 +168,8 @@ class Progress:
             self.round,
             self.host,
             place,
+            self.where,
+            process.busy > 0,
         )
 
 
@@ -184,6 +217,8 @@ class Talk:
         self._store, self._progress, self._news, self._judge = store, progress, news, judge
         self._ranks, self._interval = ranks, interval
         self._wake = threading.Event()
+        process.engines[:] = [found for found in process.engines if found() is not None]
+        process.engines.append(weakref.ref(progress))
         self._thread = threading.Thread(target=self._run, name="qsr beats", daemon=True)
         self._thread.start()
         atexit.register(_end, weakref.ref(self))

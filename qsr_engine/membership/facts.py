@@ -31,19 +31,25 @@ def check_agreement(facts: Mapping[str, Any], device: torch.device, group: Group
     all_gather_flat(digests, torch.tensor([digest(facts)], device=device), group=group)
     if bool((digests == digests[0]).all()):
         return
-    gathered: list[dict[str, Any]] = [{} for _ in range(ranks)]
-    dist.all_gather_object(gathered, dict(flatten(facts)), group=group)
-    lines = []
-    for key in sorted(set().union(*gathered)):
-        found = ranks_by_value([repr(ranks_facts.get(key, "nothing")) for ranks_facts in gathered])
-        if len(found) > 1:
-            lines.append(f"  {key}: " + "; ".join(f"{value} on {spell_ranks(ranks)}" for value, ranks in found.items()))
+    lines = different(dict(flatten(facts)), group)
     if lines:
         raise AgreementError(
             "the ranks were not started alike:\n"
             + first_lines(lines)
             + "\nStart every rank with the same configuration and the same versions."
         )
+
+
+def different(facts: Mapping[str, Any], group: Group = None) -> list[str]:
+    """Gather facts from all ranks of the group: one line for each that differs, with its values and the ranks."""
+    gathered: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size(group))]
+    dist.all_gather_object(gathered, dict(facts), group=group)
+    lines = []
+    for key in sorted(set().union(*gathered)):
+        found = ranks_by_value([repr(ranks_facts.get(key, "nothing")) for ranks_facts in gathered])
+        if len(found) > 1:
+            lines.append(f"  {key}: " + "; ".join(f"{value} on {spell_ranks(ranks)}" for value, ranks in found.items()))
+    return lines
 
 
 def ranks_by_value(values: Sequence[Any]) -> dict[Any, list[int]]:

@@ -10,6 +10,7 @@ from qsr_engine.membership.halt import target
 from qsr_engine.membership.spelling import first_lines, spell_ranks
 
 _SUSPECT = 10.0  # silence that is too long once a rank was asked to stop, perhaps by a launcher that saw another die
+_BUSY = 6  # times the limit, for a main thread in Watchdog.busy(): a disk may take long, and hang for ever
 MISSED = 4  # beats; whoever misses them after a collective has failed is taken to be gone
 
 
@@ -54,7 +55,9 @@ class Judge:
         if self._seconds is None:
             return {}
         failed = any(beat.state == "failed" for beat in beats.values())
-        waited = any(beat.waiting and now - self._moves[rank][1] > self._soon for rank, beat in beats.items())
+        waits = {rank: now - self._moves[rank][1] for rank, beat in beats.items() if beat.waiting}
+        waited = any(still > self._soon for still in waits.values())
+        needed = any(still > self._seconds and beats[rank].begun for rank, still in waits.items())
         limit = self._seconds
         if any(beat.stop for beat in beats.values()):
             limit = min(limit, _SUSPECT)
@@ -68,9 +71,22 @@ class Judge:
                     found[rank] = "its process has ended; its own message says why"
             elif silent > limit and self._is_missed(beat.state, failed=failed, waited=waited):
                 found[rank] = f"no sign of life for {silent:.1f} s: it has died, is stopped, or cannot be reached"
-            elif beat.state == "running" and not beat.waiting and still > self._seconds and silent <= self._soon:
+            elif self._is_stalled(beat, still, needed=needed) and silent <= self._soon:
                 found[rank] = f"no progress for {still:.1f} s, at {beat.place}"
         return found
+
+    def _is_stalled(self, beat: Beat, still: float, *, needed: bool) -> bool:
+        """Whether a rank that lives does not get on, though it waits for nobody.
+
+        Args:
+            needed: a rank that has begun to train has waited for longer than the limit. Before its first step a rank
+                may compile or read its data for any time, and after the last one write what it likes, while nobody
+                waits for it so.
+        """
+        assert self._seconds is not None
+        if beat.waiting or still <= self._seconds * (_BUSY if beat.busy else 1):
+            return False
+        return beat.state == "running" or (needed and beat.state in ("starting", "finished"))
 
     @staticmethod
     def _is_missed(state: State, *, failed: bool, waited: bool) -> bool:
@@ -97,8 +113,7 @@ class Judge:
 def verdict_of(lost: Mapping[int, str], beats: Mapping[int, Beat]) -> str:
     """The verdict in words."""
     lines = [
-        f"  rank {rank} on {beats[rank].host or 'its host'}: {why}; it was last heard of in round {beats[rank].round}, "
-        f"after step {beats[rank].step}"
+        f"  rank {rank} on {beats[rank].host or 'its host'}: {why}; it was last heard of {beats[rank].where}"
         for rank, why in sorted(lost.items())
     ]
     ranks = f"{spell_ranks(sorted(lost), 20)} {'is' if len(lost) == 1 else 'are'}"

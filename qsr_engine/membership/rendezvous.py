@@ -131,7 +131,9 @@ def _reach_rank_0(name: str, port: int, seconds: float, who: str) -> None:
     _resolve(name, min(seconds, _RESOLVE_SECONDS), who)
     for _ in moments(end):
         try:
-            socket.create_connection((name, port), timeout=max(0.1, end - time.monotonic())).close()
+            with socket.create_connection((name, port), timeout=max(0.1, end - time.monotonic())) as made:
+                if made.getsockname() == made.getpeername():  # the kernel chose the port itself for this end
+                    raise ConnectionRefusedError
             return
         except ConnectionRefusedError:
             reason = "that host answers, and nobody listens on the port"

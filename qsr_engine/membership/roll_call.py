@@ -63,6 +63,7 @@ class _Answer:
     token: str  # random, of this call
     versions: dict[str, str]
     problem: str | None  # why this rank cannot go on, found before the call
+    refuses: bool = False  # it will not come to another call, so that rank 0 waits for all to hear of it
 
 
 @contextlib.contextmanager
@@ -100,6 +101,30 @@ def roll_call(backend: str) -> Iterator[None]:
     del store, call  # held until here: on rank 0 it is the server that the process group has taken over
 
 
+@contextlib.contextmanager
+def told_to_all() -> Iterator[None]:
+    """What comes before the roll call: an error in the block is told in it, so that all ranks end with it, and at once.
+
+    Else the others would wait for this rank, and learn only that it did not come. It is raised when they have heard it,
+    or QSR_START_SECONDS have passed.
+    """
+    try:
+        yield
+    except Exception as error:
+        with contextlib.suppress(Exception):  # they learn what they can, and this one is raised
+            _refuse(error)
+        raise
+
+
+def _refuse(error: Exception) -> None:
+    if dist.is_initialized() or not all(os.environ.get(name) for name in _RENDEZVOUS):
+        return
+    rank, seconds = int(os.environ["RANK"]), start_seconds()
+    store = join_store(rank, seconds)
+    call = (_Leader if rank == 0 else _Call)(store, "", None, seconds)
+    call.refuse(f"{call.me} cannot go on: {error}")
+
+
 # ------------------------------------------------------------------------------------------------- the call
 
 
@@ -120,6 +145,11 @@ class _Call:
             problem=problem,
         )
         self.me = f"rank {self._answer.rank} on {self._answer.host}"
+
+    def refuse(self, problem: str) -> None:
+        """Meet the others with a reason why this rank cannot go on. Raises HostError, as on every rank."""
+        self._answer = dataclasses.replace(self._answer, problem=problem, refuses=True)
+        self.meet()
 
     def meet(self) -> None:
         """Raises HostError if the ranks cannot go on, DistError if the store is lost."""
@@ -235,7 +265,7 @@ class _Leader(_Call):
             for rank in range(self._ranks):
                 if rank not in found and self._store.check([f"{name}/rank {rank}"]):
                     found[rank] = _Answer(**json.loads(self._store.get(f"{name}/rank {rank}")))
-                    if found[rank].problem:
+                    if found[rank].problem and not found[rank].refuses:
                         early = min(early, time.monotonic() + GRACE_SECONDS)
             if len(found) == self._ranks or time.monotonic() > early:
                 break

@@ -1,7 +1,7 @@
-"""SIGTERM and SIGUSR1 ask a run to stop: it goes on to a boundary, saves, and its processes end in a way of their own.
+"""SIGTERM and SIGUSR1 ask a run to stop: it saves, and its processes end in a way of their own.
 
 A scheduler that takes a node back (SLURM's preemption, --signal=USR1@120) sends one of them some time before it kills.
-What happens then, `qsr.faults.on_signal` says; LocalSteps makes all ranks stop at the same boundary.
+What happens then, `qsr.faults.on_signal` says; LocalSteps makes all ranks stop after the same step.
 
 Source of the exit code: EX_TEMPFAIL of sysexits.h, "the user is invited to retry".
 """
@@ -25,7 +25,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StoppedError(Exception):
-    """The run was asked to stop, and has stopped at a boundary; the message says how it goes on."""
+    """The run was asked to stop, and has stopped; the message says how it goes on."""
 
 
 @contextlib.contextmanager

@@ -23,23 +23,21 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Iterator
-from datetime import timedelta
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  # there at run time
 
 from qsr_engine.averaging import CollectiveError
-from qsr_engine.membership.beats import News, Progress, Talk
+from qsr_engine.membership.beats import News, Progress, Talk, process
 from qsr_engine.membership.halt import Halt
 from qsr_engine.membership.judge import MISSED, Judge, moment
+from qsr_engine.membership.timeouts import lift
 
 _SHORTEST, _LONGEST = 0.1, 1.0  # seconds between beats
 _RANKS_A_SECOND = 1000  # that rank 0 reads at most; with more ranks beats are rarer
 _GRACE = 5.0  # for a main thread to raise the verdict, and for rank 0 to see that everybody has it
-_PATIENCE = timedelta(days=7)
-_set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # the name in torch 2.11
 
 
 class LostRankError(CollectiveError):
@@ -52,11 +50,19 @@ class Watchdog:
     Args:
         store: where the ranks meet, for this alone; None for one rank by itself.
         seconds: after which a rank is lost; None for never, where ranks are only asked to stop.
+        closed: called once, when this is closed or nobody holds it any more.
     Attributes:
         halt: ask all ranks to stop, and agree on the step.
     """
 
-    def __init__(self, store: Store | None, rank: int, ranks: int, seconds: float | None) -> None:
+    def __init__(
+        self,
+        store: Store | None,
+        rank: int,
+        ranks: int,
+        seconds: float | None,
+        closed: Callable[[], None] = lambda: None,
+    ) -> None:
         self._ranks, self._seconds = ranks, seconds
         shortest = _SHORTEST if seconds is None else max(_SHORTEST, seconds / 20)
         self._interval = interval = max(min(_LONGEST, shortest), ranks / _RANKS_A_SECOND)
@@ -67,27 +73,26 @@ class Watchdog:
             judged = judge.of_all if rank == 0 else judge.of_rank_0
             Talk(store, progress, news, ranks=ranks, interval=interval, judge=judged)
             _Guard(progress, news, seconds=seconds, interval=interval)
-            weakref.finalize(self, progress.close).atexit = False  # nobody holds it any more, and it was not closed
+        self._close = weakref.finalize(self, _close, progress, closed)
+        self._close.atexit = False
 
     @classmethod
-    def of_this_run(cls, seconds: float | None, across: dist.ProcessGroup | None = None) -> Watchdog:
+    def of_this_run(cls, seconds: float | None, *averaging: dist.ProcessGroup) -> Watchdog:
         """Every rank must call it; the process group of all ranks is there already.
 
         Args:
-            across: the group that averages over workers. Where lost ranks are found here, its time-out and that of the
-                group of all ranks are lifted: a worker that is slow and gets on may come to a boundary much later.
+            averaging: the groups of the averaging. Where lost ranks are found here, their time-outs and that of the
+                group of all ranks are lifted until close(): a worker that is slow and gets on may come to a boundary
+                much later.
         """
         rank, ranks = dist.get_rank(), dist.get_world_size()
-        if seconds is not None:
-            for group in dict.fromkeys((dist.group.WORLD, across)):
-                if group is not None:
-                    _set_timeout(_PATIENCE, group)
+        restore = lift([dist.group.WORLD, *averaging] if seconds is not None else [])
         if ranks == 1:
-            return cls(None, rank, ranks, seconds)
+            return cls(None, rank, ranks, seconds, restore)
         name = [uuid.uuid4().hex]  # torchrun's store outlives restarts, and with it what was said in it
         dist.broadcast_object_list(name, 0)
         store = dist.distributed_c10d._get_default_store().clone()  # own connection
-        return cls(PrefixStore(f"qsr_engine/beats/{name[0]}", store), rank, ranks, seconds)
+        return cls(PrefixStore(f"qsr_engine/beats/{name[0]}", store), rank, ranks, seconds, restore)
 
     def begin(self, step: int, round_: int) -> None:
         """The step after `step` begins. Raises LostRankError."""
@@ -96,12 +101,29 @@ class Watchdog:
 
     def moved(self) -> None:
         """The main thread gets on, in something that takes its time. Raises LostRankError."""
-        self._progress.moves += 1
+        self._progress.moved()
         self.check()
+
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[None]:
+        """The main thread does what may take longer than the limit by itself, as writing a checkpoint does.
+
+        In the block it is stalled after a multiple of the limit only; if it is silent it is lost as ever.
+
+        Raises:
+            LostRankError: as the block begins.
+        """
+        self.moved()
+        process.busy += 1
+        try:
+            yield
+        finally:
+            process.busy -= 1
+            self._progress.moved()
 
     def done(self, step: int, round_: int, *, finished: bool = False) -> None:
         """A step has been taken. From the first one on a main thread that does not get on is stalled."""
-        self._progress.moves += 1
+        self._progress.moved()
         self._progress.step, self._progress.round = step, round_
         self._progress.state = "finished" if finished else "running"
 
@@ -124,8 +146,11 @@ class Watchdog:
             raise
 
     def close(self) -> None:
-        """Say and judge nothing any more, and do not be judged, unless a collective of another rank fails."""
-        self._progress.close()
+        """Say and judge nothing any more, and do not be judged, unless a collective of another rank fails.
+
+        The time-outs of process groups are as they were before. Again is harmless.
+        """
+        self._close()
 
     def _is_lost(self) -> bool:
         """After a collective has failed: wait until somebody has judged."""
@@ -137,6 +162,11 @@ class Watchdog:
         if self._news.verdict is None:
             self._progress.state = before
         return self._news.verdict is not None
+
+
+def _close(progress: Progress, closed: Callable[[], None]) -> None:
+    progress.close()
+    closed()
 
 
 class _Guard:
@@ -206,8 +236,7 @@ def _raise_verdict(progress: Progress, news: News, error: Exception | None = Non
 
 
 def _text(progress: Progress, news: News) -> str:
-    where = f"Rank {progress.rank} on {progress.host} was in round {progress.round}, after step {progress.step}"
-    return f"{news.verdict}\n{where}."
+    return f"{news.verdict}\nRank {progress.rank} on {progress.host} was {progress.where}."
 
 
 def _of_a_collective(error: BaseException) -> bool:

@@ -23,6 +23,7 @@ from torch.serialization import safe_globals
 
 from qsr_engine.checkpoint.manifest import CheckpointError
 from qsr_engine.checkpoint.model_file import named_state, read_model
+from qsr_engine.checkpoint.rank_file import without_numpy
 from qsr_engine.engines.deepspeed.groups import WorkerGroups
 from qsr_engine.engines.deepspeed.internals import deepspeed_uses, without_barriers
 from qsr_engine.engines.replica import Replica
@@ -36,10 +37,12 @@ class DeepSpeedFiles:
     """DeepSpeed's files of one worker; see checkpoint.checkpointer.WorkerFiles."""
 
     folder = DEEPSPEED_TAG
-    may_differ = frozenset({"workers"})
 
     def __init__(self, engine: DeepSpeedEngine, replica: Replica, groups: WorkerGroups | None) -> None:
         self._engine, self._replica, self._groups = engine, replica, groups
+        # At stage 0 every rank has all of the state, however many they are.
+        whole = engine.zero_optimization_stage() == 0
+        self.may_differ = frozenset({"workers", "worker_size"} if whole else {"workers"})
 
     def write(self, folder: Path, *, without_frozen: bool) -> None:
         engine = self._engine
@@ -74,6 +77,7 @@ class DeepSpeedFiles:
         engine = self._engine
         reader = engine.checkpoint_engine
         engine.checkpoint_engine = GuardedFiles(reader, _IN_CHECKPOINTS)
+        scaler = getattr(engine.optimizer, "loss_scaler", None)
         try:
             with deepspeed_uses(self._groups):
                 path, _ = DeepSpeedEngine.load_checkpoint(engine, str(folder), tag=DEEPSPEED_TAG, **options)
@@ -81,19 +85,41 @@ class DeepSpeedFiles:
             engine.checkpoint_engine = reader
         if path is None:
             raise CheckpointError(f"{folder}: DeepSpeed found nothing to load here")
+        _follow_configuration(engine, scaler)
+        if engine.torch_autocast_z0_gradscaler and "grad_scaler" in own:
+            engine.torch_autocast_z0_gradscaler.load_state_dict(own["grad_scaler"])
 
     def state_dict(self) -> dict[str, Any]:
-        return {}
+        scaler = self._engine.torch_autocast_z0_gradscaler
+        return {"grad_scaler": scaler.state_dict()} if scaler else {}
 
-    def model(self, *, keep: bool) -> dict[str, Tensor]:
+    def model(self, *, keep: bool, frozen: bool) -> dict[str, Tensor]:
         with deepspeed_uses(self._groups):
-            return named_state(self._engine.module, self._replica.whole, keep)
+            return named_state(self._engine.module, self._replica.whole, keep=keep, frozen=frozen)
 
-    def read_model(self, folder: Path, only: set[str] | None) -> None:
+    def read_model(self, folder: Path) -> None:
         with deepspeed_uses(self._groups):
-            read_model(folder, self._engine.module, self._replica.put, only)
-            if only is None:
-                self._replica.refresh()
+            read_model(folder, self._engine.module, self._replica.put)
+            self._replica.refresh()
+
+
+def _follow_configuration(engine: DeepSpeedEngine, scaler: Any) -> None:
+    """DeepSpeed's optimizers load how they clip and scale with their state; this run's configuration says how.
+
+    Args:
+        scaler: of the loss, as configured; of the loaded one the position is taken over.
+    """
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "clip_grad"):
+        optimizer.clip_grad = engine.gradient_clipping()
+    if scaler is None:
+        return
+    if isinstance(scaler, DynamicLossScaler) and isinstance(optimizer.loss_scaler, DynamicLossScaler):
+        vars(scaler).update({name: vars(optimizer.loss_scaler)[name] for name in _POSITION_OF_A_SCALER})
+    optimizer.loss_scaler, optimizer.dynamic_loss_scale = scaler, scaler.dynamic
+
+
+_POSITION_OF_A_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class GuardedFiles:
@@ -114,7 +140,7 @@ class GuardedFiles:
 
     def save(self, state_dict: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            saved = self._engine.save(state_dict, path, *args, **kwargs)
+            saved = self._engine.save(without_numpy(state_dict), path, *args, **kwargs)
             self.check(Path(path))
         except Exception as error:
             self.error = self.error or error

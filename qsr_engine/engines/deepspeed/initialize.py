@@ -27,15 +27,21 @@ from qsr_engine.config.deepspeed import (
 )
 from qsr_engine.config.qsr import QSRConfig
 from qsr_engine.config.strict import ConfigError
+from qsr_engine.engines.deepspeed.compiled_models import with_plain_names
 from qsr_engine.engines.deepspeed.engine import LocalStepEngine
 from qsr_engine.engines.deepspeed.groups import WorkerGroups
 from qsr_engine.engines.deepspeed.internals import (
+    autocast_of_this_engine,
     deepspeed_initialize,
     deepspeed_uses,
+    deepspeed_zero_init,
     leave_out_shared_memory_collective,
 )
+from qsr_engine.engines.deepspeed.models import check_model, check_sparse_gradients
 from qsr_engine.engines.deepspeed.replicas import trained_groups
-from qsr_engine.engines.start import agree, agree_on_optimizer, join_ranks, order_label
+from qsr_engine.engines.groups import OwnGroups
+from qsr_engine.engines.start import agree, agree_on_optimizer, check_scheduler, join_ranks, order_label
+from qsr_engine.membership.roll_call import told_to_all
 
 
 def initialize(
@@ -67,29 +73,23 @@ def initialize(
             parameters in the optimizer.
         HostError: on every rank, if the ranks cannot meet; see roll_call().
     """
-    config = next((c for c in (config, config_params, getattr(args, "deepspeed_config", None)) if c is not None), None)
-    if config is None:
-        raise ConfigError('initialize() needs config=..., a DeepSpeed configuration with a "qsr" block')
-    if model is None:
-        raise ConfigError("initialize() needs model=..., a torch.nn.Module")
-    ds_config, qsr = split_deepspeed_config(config)
-    check_supported(ds_config, qsr)
-    _check_model(model)
-    if optimizer is None and not ds_config.get("optimizer"):
-        raise ConfigError('there is no optimizer; give initialize() one, or write an "optimizer" block')
-    for name, given in (("mpu", mpu), ("mesh_param", mesh_param)):
-        if given is not None:
-            raise ConfigError(f"initialize({name}=...): local steps set the process groups themselves; leave it out")
-    if lr_scheduler is not None and qsr.lr is not None:
-        raise ConfigError("both qsr.lr and lr_scheduler=... set the learning rate; leave one of them out")
+    given = next((c for c in (config, config_params, getattr(args, "deepspeed_config", None)) if c is not None), None)
+    with told_to_all():
+        for name, value in (("mpu", mpu), ("mesh_param", mesh_param)):
+            if value is not None:
+                raise ConfigError(
+                    f"initialize({name}=...): local steps set the process groups themselves; leave it out"
+                )
+        ds_config, qsr, model = _checked(given, model, optimizer, lr_scheduler)
     _start_process_group(distributed_port, dist_init_required)
 
     device = torch.device(get_accelerator().current_device_name())
     agreed = agree({**shared_part(ds_config), "qsr": qsr.model_dump()}, model, device)
     groups, resolved = _groups_and_config(ds_config, qsr, model)
-    _copy_from_rank_0(model, device, groups)
+    own = OwnGroups.make(qsr.worker_size if groups else dist.get_world_size(), on_cpu=offloads(resolved))
+    _copy_from_rank_0(model, device, own.across)
 
-    with deepspeed_uses(groups):
+    with deepspeed_uses(groups), autocast_of_this_engine():
         engine, ds_optimizer, _, lr_scheduler = deepspeed_initialize(
             model=model,
             optimizer=optimizer,
@@ -99,16 +99,40 @@ def initialize(
             collate_fn=collate_fn,
             config=resolved,
         )
+    check_scheduler(lr_scheduler)
+    check_sparse_gradients(model, engine.basic_optimizer, engine.zero_optimization_stage(), qsr.strategy)
     kind = type(engine.basic_optimizer).__name__
-    named = agree_on_optimizer(kind, trained_groups(engine.optimizer), engine.param_names, device)
+    options = engine.optimizer.param_groups
+    named = agree_on_optimizer(kind, trained_groups(engine.optimizer), engine.param_names, options, device)
     order = order_label({"type": kind, **named})
-    engine = LocalStepEngine.taking_over(engine, qsr, groups, agreed, order=order, config=ds_config)
+    engine = LocalStepEngine.taking_over(engine, qsr, groups, own, agreed, order=order, config=ds_config)
     if training_data is not None:
         engine.training_dataloader = engine.deepspeed_io(training_data)
     return engine, ds_optimizer, engine.training_dataloader, lr_scheduler
 
 
-def zero_init(config: str | os.PathLike[str] | Mapping[str, Any]) -> contextlib.AbstractContextManager[Any]:
+def _checked(
+    config: Any, model: nn.Module | None, optimizer: Any, lr_scheduler: Any
+) -> tuple[dict[str, Any], QSRConfig, nn.Module]:
+    """What initialize() was given, before the ranks meet: DeepSpeed's configuration, the block "qsr" and the model."""
+    if config is None:
+        raise ConfigError('initialize() needs config=..., a DeepSpeed configuration with a "qsr" block')
+    if model is None:
+        raise ConfigError("initialize() needs model=..., a torch.nn.Module")
+    ds_config, qsr = split_deepspeed_config(config)
+    check_supported(ds_config, qsr)
+    model = with_plain_names(model)
+    check_model(model)
+    if optimizer is None and not ds_config.get("optimizer"):
+        raise ConfigError('there is no optimizer; give initialize() one, or write an "optimizer" block')
+    if lr_scheduler is not None and qsr.lr is not None:
+        raise ConfigError("both qsr.lr and lr_scheduler=... set the learning rate; leave one of them out")
+    return ds_config, qsr, model
+
+
+def zero_init(
+    config: str | os.PathLike[str] | Mapping[str, Any], **options: Any
+) -> contextlib.AbstractContextManager[Any]:
     """`deepspeed.zero.Init` for a configuration with a `"qsr"` block: build a model that no single GPU can hold.
 
     Parameters are partitioned over the ranks of each worker as they are made. Every worker needs worker_size ranks that
@@ -117,18 +141,21 @@ def zero_init(config: str | os.PathLike[str] | Mapping[str, Any]) -> contextlib.
         with qsr_engine.zero_init(config):
             model = make_model()
 
+    Args:
+        options: others of deepspeed.zero.Init.
     Raises:
         ConfigError: as initialize(), or the ZeRO stage is not 3.
     """
-    ds_config, qsr = split_deepspeed_config(config)
-    check_supported(ds_config, qsr)
+    with told_to_all():
+        ds_config, qsr = split_deepspeed_config(config)
+        check_supported(ds_config, qsr)
     stage = (ds_config.get("zero_optimization") or {}).get("stage", 0)
     if stage != 3:
         raise ConfigError(f"zero_init() partitions parameters, and zero_optimization.stage is {stage}; write 3")
     _start_process_group(29500, None)
     groups, resolved = _groups_and_config(ds_config, qsr, None)
-    init: contextlib.AbstractContextManager[Any] = deepspeed.zero.Init(
-        data_parallel_group=groups.worker if groups else None, config_dict_or_path=resolved, mpu=groups
+    init: contextlib.AbstractContextManager[Any] = deepspeed_zero_init(
+        data_parallel_group=groups.worker if groups else None, config_dict_or_path=resolved, mpu=groups, **options
     )
     return init
 
@@ -139,7 +166,7 @@ def _groups_and_config(
     """The groups of this rank, None under `parallel`, and the configuration that DeepSpeed gets.
 
     Args:
-        model: whose parameters may be partitioned already; None where there is none yet, and nothing is averaged.
+        model: whose parameters may be partitioned already; None where there is none yet.
     """
     ranks = dist.get_world_size()
     workers = check_world_size(ranks, qsr.worker_size)
@@ -149,22 +176,7 @@ def _groups_and_config(
     if model is None:
         return WorkerGroups.make(qsr.worker_size), resolved
     worker = _zero_init_group(model, qsr)
-    return WorkerGroups.make(qsr.worker_size, worker=worker, on_cpu=offloads(resolved)), resolved
-
-
-def _check_model(model: nn.Module) -> None:
-    """Refuse what has nothing to train, and what DeepSpeed cannot broadcast."""
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError(f"the {type(model).__name__} has no parameter to train (requires_grad)")
-    flat = [name for name, p in model.named_parameters() if p.dim() == 0 and not hasattr(p, "ds_id")]
-    if flat:
-        raise ConfigError(f"the parameter {flat[0]!r} has the shape [], which DeepSpeed cannot broadcast; make it [1]")
-    apart = [name for name, p in model.named_parameters() if not p.is_contiguous()]
-    if apart and get_accelerator().device_name() == "cpu":
-        raise ConfigError(
-            f"the parameter {apart[0]!r} is not contiguous (channels_last?), and DeepSpeed cannot broadcast that on a "
-            "CPU; make it contiguous: p.data = p.data.contiguous(), or write model.channels_last: false in a recipe"
-        )
+    return WorkerGroups.make(qsr.worker_size, worker=worker), resolved
 
 
 def _start_process_group(port: int, init_required: bool | None) -> None:
@@ -191,7 +203,8 @@ def _zero_init_group(model: nn.Module, qsr: QSRConfig) -> dist.ProcessGroup | No
         if found != ranks:
             raise ConfigError(
                 f"the model was partitioned by deepspeed.zero.Init over the ranks {found}, and a worker is made of the "
-                f"ranks {ranks}; build it under `with qsr_engine.zero_init(config):`, or without zero.Init"
+                f"ranks {ranks}; build it under `with qsr_engine.zero_init(config):`, inside "
+                "attach() where a library partitions it (Trainer's from_pretrained), or without zero.Init"
             )
     return next(iter(groups), None)
 
@@ -202,16 +215,15 @@ def _partitioned(model: nn.Module) -> list[Any]:
 
 
 @torch.no_grad()
-def _copy_from_rank_0(model: nn.Module, device: torch.device, groups: WorkerGroups | None) -> None:
+def _copy_from_rank_0(model: nn.Module, device: torch.device, across: dist.ProcessGroup) -> None:
     """Move the model to the device and give every rank the values of rank 0; of partitioned parameters, its part."""
     partitioned = _partitioned(model)
     if partitioned:
         whole = {id(parameter) for parameter in model.parameters()} - {id(parameter) for parameter in partitioned}
         tensors = [parameter.data for parameter in model.parameters() if id(parameter) in whole]
-        if groups is not None:
-            source = dist.get_global_rank(groups.across, 0)
-            for parameter in partitioned:
-                dist.broadcast(parameter.ds_tensor.data, source, group=groups.across)
+        source = dist.get_global_rank(across, 0)
+        for parameter in partitioned:
+            dist.broadcast(parameter.ds_tensor.data, source, group=across)
     else:
         model.to(device)
         tensors = [parameter.data for parameter in model.parameters()]

@@ -4,8 +4,11 @@ DeepSpeed asks these groups       deepspeed_uses: it keeps them in one global va
 no barrier at the end of a save   without_barriers: the others would wait for a rank that failed
 stage 3's check of all ranks      is made inside the worker; for good, and without workers it is DeepSpeed's own
 reductions over one rank          leave_out_reduction
+autocast of another engine        autocast_of_this_engine, own_autocast: it keeps that in global variables too
 a collective for CPUs             leave_out_shared_memory_collective
-deepspeed.initialize itself       replace_deepspeed_initialize
+TensorBoard's events after a load leave_out_later_events; for good
+its learning rate                 show_base_rate: that of the first group, whatever its lr_scale; for good
+deepspeed.initialize, zero.Init   replace_in_deepspeed
 """
 
 from __future__ import annotations
@@ -18,7 +21,9 @@ import deepspeed
 import deepspeed.comm
 import deepspeed.ops
 import torch.distributed as dist
+from deepspeed.runtime import torch_autocast
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.zero import partitioned_param_coordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -26,12 +31,20 @@ from deepspeed.utils import groups as deepspeed_groups
 
 from qsr_engine.engines.deepspeed.groups import WorkerGroups
 from qsr_engine.engines.deepspeed.version import check_internals, check_version
+from qsr_engine.engines.events import go_on
+from qsr_engine.engines.learning_rate import base_rate
 
 _NEEDED: dict[Any, tuple[str, ...]] = {
     DeepSpeedEngine: ("forward", "step", "allreduce_gradients", "save_checkpoint", "load_checkpoint", "destroy"),
     partitioned_param_coordinator: ("assert_ints_same_as_other_ranks",),
     deepspeed_groups: ("mpu",),
-    DeepSpeedZeroOptimizer: ("update_lp_params", "get_param_id", "reduce_ready_partitions_and_remove_grads"),
+    torch_autocast: ("TORCH_AUTOCAST_INITIALIZED", "TORCH_AUTOCAST_DTYPE", "get_comm_dtype"),
+    DeepSpeedZeroOptimizer: (
+        "update_lp_params",
+        "get_param_id",
+        "_wait_for_offload_copies",
+        "reduce_ready_partitions_and_remove_grads",
+    ),
     DeepSpeedZeroOptimizer_Stage3: (
         "_partition_all_parameters",
         "_get_param_partition_rank",
@@ -46,7 +59,8 @@ check_internals(
     deepspeed.__version__,
 )
 
-deepspeed_initialize = deepspeed.initialize  # itself, also while replace_deepspeed_initialize() has another one there
+deepspeed_initialize = deepspeed.initialize  # themselves, also while replace_in_deepspeed() has others there
+deepspeed_zero_init = deepspeed.zero.Init
 
 
 @contextlib.contextmanager
@@ -115,6 +129,42 @@ def keep_checks_inside_the_worker(engine: DeepSpeedEngine, groups: WorkerGroups)
     coordinator.reset_step = reset_step_inside_the_worker
 
 
+@contextlib.contextmanager
+def autocast_of_this_engine() -> Iterator[None]:
+    """What DeepSpeed makes inside has `torch_autocast` if its own configuration says so, and not if another's did."""
+    before = torch_autocast.TORCH_AUTOCAST_INITIALIZED, torch_autocast.TORCH_AUTOCAST_DTYPE
+    torch_autocast.TORCH_AUTOCAST_INITIALIZED, torch_autocast.TORCH_AUTOCAST_DTYPE = False, None
+    try:
+        yield
+    finally:
+        torch_autocast.TORCH_AUTOCAST_INITIALIZED, torch_autocast.TORCH_AUTOCAST_DTYPE = before
+
+
+def own_autocast(engine: DeepSpeedEngine) -> None:
+    """Have a ZeRO optimizer reduce gradients in the types of its own engine, and scale the loss as under fp16.
+
+    For `torch_autocast` in fp16 DeepSpeed 0.19.8 gives ZeRO a scaler of torch's, and never lowers its scale when
+    gradients overflow, so that no step is taken any more; and it clips the gradients while they are scaled. Its own
+    scaler for fp16 does both right. This one has the figures of torch's.
+    """
+    optimizer = engine.optimizer
+    if not engine.zero_optimization():
+        return
+    own = torch_autocast.get_comm_dtype if engine.torch_autocast_enabled() else None
+    optimizer.get_param_comm_dtype = own or (lambda parameter: optimizer.communication_data_type)
+    if optimizer.torch_autocast_gradscaler is not None:
+        optimizer.torch_autocast_gradscaler = None
+        optimizer.loss_scaler = DynamicLossScaler(
+            init_scale=2.0**16,
+            scale_window=2000,
+            min_scale=2.0**-14,
+            delayed_shift=1,
+            consecutive_hysteresis=False,
+            raise_error_at_min_scale=False,
+        )
+        optimizer.dynamic_loss_scale = optimizer.check_grad_overflow = True
+
+
 def leave_out_reduction(engine: DeepSpeedEngine) -> bool:
     """Have DeepSpeed use the gradients of a worker of one rank where backward left them.
 
@@ -125,7 +175,7 @@ def leave_out_reduction(engine: DeepSpeedEngine) -> bool:
     then takes the gradients from where it found them; only the reducing is left out.
 
     Where a reduction does more than reduce, it stays: ZeRO-2 partitions with it, gradient accumulation in another type
-    than the model's fills its buffer with it, and `communication_data_type` rounds with it.
+    than the model's fills its buffer with it, and `communication_data_type` and `torch_autocast` round with it.
 
     Returns:
         Whether the reduction is left out.
@@ -135,6 +185,8 @@ def leave_out_reduction(engine: DeepSpeedEngine) -> bool:
         return True
     optimizer = engine.optimizer
     if engine.zero_optimization_stage() != 1 or not hasattr(optimizer, "reduce_ready_partitions_and_remove_grads"):
+        return False
+    if engine.torch_autocast_enabled():
         return False
     dtypes = {optimizer.dtype, optimizer.communication_data_type, optimizer.gradient_accumulation_dtype}
     if len(dtypes) > 1 or optimizer.cpu_offload or optimizer.overlap_comm:
@@ -147,6 +199,28 @@ def _leave_in_place(parameter: Any, group: int) -> None:
     """The sum over one rank is the gradient that is there."""
 
 
+def leave_out_later_events(engine: DeepSpeedEngine) -> None:
+    """After a load, have DeepSpeed's TensorBoard monitor begin a file that takes the place of later events.
+
+    Its other monitors know no such thing: a CSV file gets the steps that are taken again once more.
+    """
+    monitor: Any = getattr(engine.monitor, "tb_monitor", None)
+    writer = getattr(monitor, "summary_writer", None)
+    if writer is not None:
+        monitor.summary_writer = go_on(writer, engine.global_samples)
+
+
+def show_base_rate(engine: DeepSpeedEngine) -> None:
+    """Its monitor gets the learning rate without the factor of the first parameter group."""
+    write = engine.monitor.write_events
+
+    def write_base_rate(events: list[tuple[str, Any, int]], *args: Any, **kwargs: Any) -> None:
+        rate = base_rate(engine.optimizer.param_groups)
+        write([(tag, rate if tag == "Train/Samples/lr" else v, x) for tag, v, x in events], *args, **kwargs)
+
+    engine.monitor.write_events = write_base_rate
+
+
 def leave_out_shared_memory_collective() -> None:
     """Before the process group starts: DeepSpeed would compile a collective for CPUs that only its inference calls.
 
@@ -156,12 +230,15 @@ def leave_out_shared_memory_collective() -> None:
 
 
 @contextlib.contextmanager
-def replace_deepspeed_initialize(function: Callable[..., tuple[Any, Any, Any, Any]]) -> Iterator[None]:
-    """`deepspeed.initialize` is this function for all who call it by that name, until the block ends."""
+def replace_in_deepspeed(
+    initialize: Callable[..., tuple[Any, Any, Any, Any]],
+    zero_init: Callable[..., contextlib.AbstractContextManager[Any]],
+) -> Iterator[None]:
+    """Until the block ends, `deepspeed.initialize` and `deepspeed.zero.Init` are these for all who call them so."""
     leave_out_shared_memory_collective()
-    before = deepspeed.initialize
-    deepspeed.initialize = function
+    before = deepspeed.initialize, deepspeed.zero.Init
+    deepspeed.initialize, deepspeed.zero.Init = initialize, zero_init
     try:
         yield
     finally:
-        deepspeed.initialize = before
+        deepspeed.initialize, deepspeed.zero.Init = before

@@ -22,12 +22,14 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
 from torch import Tensor, nn
 
 from qsr_engine.averaging import flat_buckets, place_in
+from qsr_engine.averaging.fragments import by_tensor
 from qsr_engine.config.strict import ConfigError
-from qsr_engine.engines.replica import Parameters, Replica, dense_gradients
+from qsr_engine.engines.replica import Parameters, Replica, dense_gradients, numbers_by_layer
 
 
 class Wrapped(Replica):
@@ -41,6 +43,10 @@ class Wrapped(Replica):
         super().__init__(module, wrapper.optimizer)
         self.wrapper = wrapper
         self.device = device
+
+    @property
+    def trained(self) -> int:
+        return sum(map(len, trained_groups(self.wrapper)))
 
 
 class OfStage0(Wrapped):
@@ -79,6 +85,11 @@ class OfZero(Wrapped):
                 return parameter.detach().clone()
         return parameter if value is None else value
 
+    def sum_over_shards(self, values: Tensor) -> Tensor:
+        values = values.to(self.device)
+        dist.all_reduce(values, group=self.wrapper.dp_process_group)
+        return values
+
     def put(self, parameter: Any, value: Tensor) -> None:
         if parameter in self._trained:
             if hasattr(parameter, "ds_id"):  # in parts of equal size, the last one padded
@@ -103,6 +114,9 @@ class MasterPerParameter(OfStage0):
 
     def buckets(self, bucket_bytes: int) -> list[Tensor]:
         return flat_buckets(self.masters(), bucket_bytes)
+
+    def fragments(self, buckets: Sequence[Tensor], count: int) -> list[list[Tensor]]:
+        return by_tensor(buckets, self.masters(), numbers_by_layer(self.module, self.parameters(), count), count)
 
     def master_of(self, parameter: Tensor) -> Tensor:
         pairs = zip(self.parameters(), self.masters(), strict=True)
@@ -159,7 +173,9 @@ class Partition(OfZero):
         self.wrapper.update_lp_params()
 
     def gradients(self) -> list[Tensor]:
+        """Under offload DeepSpeed copies them to the CPU behind the backward, and waits for it in its step."""
         if self.wrapper.cpu_offload:
+            self.wrapper._wait_for_offload_copies()
             return [master.grad for master in self.masters() if master.grad is not None]
         return [gradient for group in self.wrapper.averaged_gradients.values() for gradient in group]
 
@@ -244,11 +260,14 @@ class Stage3(OfZero):
         optimizer.invalidate_secondary_tensor()
 
     def gradients(self) -> list[Tensor]:
+        """Whole under offload too: DeepSpeed copies them on a stream for which its backward waits at its end."""
         return [self.wrapper.grad_partitions_flat_buffer]
 
     def gradients_changed(self) -> None:
+        """Under offload the optimizer's are copies on the CPU, made by way of the GPU, and its step waits for none."""
         if self.wrapper.offload_optimizer:
             self.wrapper._finalize_offload_gradient_accumulation()
+            get_accelerator().synchronize()
 
     def parameters(self) -> list[Tensor]:
         return []
@@ -292,6 +311,7 @@ def replica_of(module: nn.Module, optimizer: Any, device: torch.device) -> Repli
             f"DeepSpeed made a {type(optimizer).__name__} for this configuration, and where it keeps its fp32 masters "
             "is not known here; write ZeRO stage 0 to 3 with a plain optimizer such as AdamW or SGD"
         )
+    _check_frozen(replica)
     strange = {str(m.dtype) for m in replica.masters() if m.dtype not in (torch.float32, torch.float64)}
     if strange:
         raise ConfigError(
@@ -299,3 +319,13 @@ def replica_of(module: nn.Module, optimizer: Any, device: torch.device) -> Repli
             "write bf16 or fp16 with fp32 masters (leave out bf16_master_weights_and_grads and the like)"
         )
     return replica
+
+
+def _check_frozen(replica: Replica) -> None:
+    """Raises ConfigError where the optimizer holds a frozen parameter that could not be averaged."""
+    frozen = {str(m.dtype) for m in replica.masters() if not m.requires_grad and m.dtype == torch.bfloat16}
+    if isinstance(replica, Parameters) and frozen:
+        raise ConfigError(
+            "the optimizer was given frozen parameters in bfloat16, which take no part in averages; give initialize() "
+            "those that are trained: model_parameters=[p for p in model.parameters() if p.requires_grad]"
+        )

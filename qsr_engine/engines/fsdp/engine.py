@@ -14,7 +14,7 @@ after all.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,17 +23,21 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils import get_total_norm
+from torch.utils._pytree import tree_map
 
-from qsr_engine.averaging import ring_bytes
 from qsr_engine.checkpoint.checkpointer import Checkpointer, Identity
 from qsr_engine.config.fsdp import FSDPConfig
 from qsr_engine.engines.driver import Driver, Place, Update
+from qsr_engine.engines.events import go_on
 from qsr_engine.engines.fsdp.copies import ComputeCopies
 from qsr_engine.engines.fsdp.files import FSDPFiles
 from qsr_engine.engines.fsdp.shards import ComputedInCopies, Shards, local_part, reshard
+from qsr_engine.engines.groups import OwnGroups
+from qsr_engine.engines.learning_rate import base_rate
 from qsr_engine.engines.replica import Parameters, Replica
 from qsr_engine.engines.start import Agreed
 from qsr_engine.engines.surface import Surface
+from qsr_engine.local_steps.traffic import fsdp_parallel_bytes
 
 
 class FSDPEngine(Surface):
@@ -67,26 +71,31 @@ class FSDPEngine(Surface):
         self.mesh = mesh
         self.config = config
         self.device = device
-        self.global_steps = self.global_samples = self.micro_steps = 0
+        self.global_steps = self.global_samples = self.micro_steps = self._backwards = 0
         self._batch = batch
         self._named = dict(model.named_parameters())  # sharded, and the optimizer's
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self._left_out = {name: p for name, p in self._named.items() if id(p) not in held}  # frozen, so far
         self._copies = copies
         self._writer = _tensorboard(config)
         self._loss: Tensor | None = None
+        self._loss_is_divided = False  # in a backward of the engine
         # Whether torch itself averages gradients over all workers, at every step of the run.
         self._parallel = config.qsr.strategy == "parallel"
         replica = self._replica()
         self._sharded = replica.sharded
-        across, inside = mesh.get_group("worker"), mesh.get_group("shard")
+        own = OwnGroups.make(dist.get_world_size() if self._parallel else mesh.size(1))
         workers, worker = (1, 0) if self._parallel else (mesh.size(0), mesh.get_local_rank("worker"))
-        sent = sum(master.numel() * master.element_size() for master in replica.masters())
+        trained = [parameter for parameter in self._named.values() if parameter.requires_grad]
+        reduced = "fp64" if trained[0].dtype == torch.float64 and not config.bf16.enabled else "fp32"
+        gradients = {reduced: sum(parameter.numel() for parameter in trained)}
         self._driver = Driver(
             config.qsr,
             replica,
-            Place(across, inside, worker, workers),
+            Place(own, worker, workers),
             config=agreed.config,
             device=device,
-            parallel_bytes=ring_bytes(sent, dist.get_world_size(across)),
+            parallel_bytes=fsdp_parallel_bytes(gradients, mesh.size(0)),
             hidden=self._parallel and dist.get_world_size() > 1,
             record=self._record,
         )
@@ -104,42 +113,73 @@ class FSDPEngine(Surface):
             Identity(layout, given, worker, workers),
             self,
             replica,
-            FSDPFiles(self, self._named, replica, None if self._parallel else inside),
+            FSDPFiles(self, self._named, replica, own.inside),
             self.local_steps,
-            loaded=self._driver.learning_rate.set,
+            averaged=self._driver.averaged,
+            loaded=self._go_on,
         )
 
     def _replica(self) -> Replica:
         if isinstance(self.module, FSDPModule):
             pinned = self.config.fsdp.cpu_offload
             return Shards(self.module, self.optimizer, self.mesh, self.device, pinned=pinned)
-        kind = Parameters if self._copies is None else ComputedInCopies
-        return kind(self.module, self.optimizer)
+        if self._copies is not None:
+            return ComputedInCopies(self.module, self.optimizer, self._copies.withdraw)
+        return Parameters(self.module, self.optimizer)
 
     # ---------------------------------------------------------------------------------------------- a step
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
         """The model's forward. Under averaging.overlap it may wait for parameters; in evaluation, for all."""
         self._driver.begin_forward(training=self.module.training)
-        return self.module(*inputs, **kwargs)
+        self._begin_micro_batch()
+        outputs = self.module(*inputs, **kwargs)
+        return tree_map(self._divided, outputs) if self.gradient_accumulation_steps() > 1 else outputs
+
+    def _begin_micro_batch(self) -> None:
+        kind = self.device.type
+        if torch.is_grad_enabled() and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.half:
+            raise RuntimeError(
+                "the model is called under torch.autocast in float16, whose gradients need a scaled loss, and the FSDP "
+                "engine scales none; write torch.autocast(..., dtype=torch.bfloat16)"
+            )
+        if self._parallel and isinstance(self.module, FSDPModule):
+            self.module.set_requires_all_reduce(self.is_gradient_accumulation_boundary())
+
+    def _divided(self, output: Any) -> Any:
+        """An output whose gradient is divided by the micro-batches of a step, as DeepSpeed does for `loss.backward()`.
+
+        Each once: what the model itself makes of it, as a loss beside its logits, has the tensor before this one.
+        """
+        if not isinstance(output, Tensor) or output.grad_fn is None:
+            return output
+        return _DividedGradient.apply(output, self._divisor)
+
+    def _divisor(self) -> int:
+        return 1 if self._loss_is_divided else self.gradient_accumulation_steps()
 
     def train(self, mode: bool = True) -> None:
-        if not mode:
-            self._driver.begin_evaluation()
+        self._driver.end_evaluation() if mode else self._driver.begin_evaluation()
         self.module.train(mode)
 
     def eval(self) -> None:
-        """Under overlap "delayed", call `local_steps.wait()` on every rank before it."""
+        """Inside a round, and under overlap "delayed", the model is this worker's own: see averaged()."""
         self.train(False)
 
     def backward(self, loss: Tensor) -> Tensor:
-        """Backward of a micro-batch's mean loss; gradients of the micro-batches of a step are averaged."""
-        if self._parallel and isinstance(self.module, FSDPModule):
-            self.module.set_requires_all_reduce(self.is_gradient_accumulation_boundary())
-        (loss / self.gradient_accumulation_steps()).backward()  # type: ignore[no-untyped-call]
+        """Backward of a micro-batch's mean loss; gradients of the micro-batches of a step are averaged.
+
+        `loss.backward()` does the same for a loss of what the engine has returned.
+        """
+        self._driver.check_own("backward()")
+        self._begin_micro_batch()
+        self._loss_is_divided = True
+        try:
+            (loss / self.gradient_accumulation_steps()).backward()  # type: ignore[no-untyped-call]
+        finally:
+            self._loss_is_divided = False
         self._loss = loss.detach()
-        if self._copies is not None:
-            self._copies.collect()
+        self._backwards += 1
         return loss
 
     def step(self) -> bool:
@@ -152,15 +192,17 @@ class FSDPEngine(Surface):
             if not last:
                 return None
             self._check_reduced()
-            self._clip()
+            self._check_held()
+            norm = self._clip()
             self.hold_masters()
             self.optimizer.step()
             self.optimizer.zero_grad()
             if self.lr_scheduler is not None:
                 self.lr_scheduler.step()
+            self._backwards = 0
             self.global_steps += 1
             self.global_samples += self.train_batch_size()
-            return Update()
+            return Update(gradient_norm=norm)
 
         return self._driver.step(last=last, update=update)
 
@@ -183,34 +225,56 @@ class FSDPEngine(Surface):
                     "or write gradient_accumulation_steps 1"
                 )
 
-    def _clip(self) -> None:
-        """Clip this worker's gradient to the configured L2 norm."""
+    def _check_held(self) -> None:
+        """Parameters may be frozen and unfrozen at any time; the optimizer must have all that are trained."""
+        for name, parameter in self._left_out.items():
+            if parameter.requires_grad:
+                raise RuntimeError(
+                    f"the parameter {name!r} takes gradients at step {self.local_steps.step}, and the optimizer has "
+                    "not got it, so nothing would train it; give the optimizer all of model.parameters() in "
+                    "initialize_fsdp(optimizer=...), or leave its requires_grad False"
+                )
+
+    def _clip(self) -> Tensor | None:
+        """Clip this worker's gradient to the configured L2 norm. Returns what it was; None where nobody asks for it."""
         limit = self.config.gradient_clipping
-        if not limit:
-            return
+        if not (limit or self._driver.measuring):
+            return None
         gradients = [local_part(p.grad) for p in self._named.values() if p.grad is not None]
         norm = get_total_norm(gradients).to(self.device)
         if self._sharded:
             squares = norm.square()
             dist.all_reduce(squares, group=self.mesh.get_group("shard"))
             norm = squares.sqrt()
-        factor = (limit / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
-        if gradients:
+        if gradients and limit:
+            factor = (limit / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
             torch._foreach_mul_(gradients, factor.to(gradients[0].device))
+        return norm
 
     def _record(self, figures: Mapping[str, float]) -> None:
         """To TensorBoard, under DeepSpeed's tags and on its x axis: samples over all workers."""
         if self._writer is None:
             return
-        events = {**figures, "Train/Samples/lr": self.get_lr()[0]}
+        events = {**figures, "Train/Samples/lr": base_rate(self.optimizer.param_groups)}
         if self._loss is not None:
             events["Train/Samples/train_loss"] = self._loss.item()
         for tag, value in events.items():
             self._writer.add_scalar(tag, value, self.global_samples)
 
+    def _go_on(self) -> None:
+        """A checkpoint has been loaded."""
+        self._driver.learning_rate.set()
+        if self._writer is not None:
+            self._writer = go_on(self._writer, self.global_samples)
+
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the micro-batch under way is the last one of its step."""
         return (self.micro_steps + 1) % self.gradient_accumulation_steps() == 0
+
+    @property
+    def micro_batches_seen(self) -> int:
+        """Micro-batches of the step under way whose gradients are there."""
+        return max(self._backwards, self.micro_steps % self.gradient_accumulation_steps())
 
     def train_batch_size(self) -> int:
         """Samples of one step over all ranks."""
@@ -235,6 +299,19 @@ class FSDPEngine(Surface):
         self._driver.close()
         if self._writer is not None:
             self._writer.close()
+
+
+class _DividedGradient(torch.autograd.Function):
+    """A tensor as it is, in the same memory; its gradient is divided by what a function gives in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, divisor: Callable[[], int]) -> Tensor:
+        ctx.divisor = divisor
+        return tensor.detach()  # no view for autograd, so a loop may change it in place
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] / ctx.divisor(), None
 
 
 def _tensorboard(config: FSDPConfig) -> Any:

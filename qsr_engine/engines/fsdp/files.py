@@ -53,14 +53,14 @@ class FSDPFiles:
 
     Args:
         named: the parameters by their names.
-        group: the ranks that write one worker's folder together; None for all ranks.
+        group: the ranks that write one worker's folder together.
     """
 
     folder = FOLDER
     may_differ = frozenset({"workers", "worker_size", "precision"})
 
     def __init__(
-        self, engine: Counted, named: Mapping[str, nn.Parameter], replica: Replica, group: dist.ProcessGroup | None
+        self, engine: Counted, named: Mapping[str, nn.Parameter], replica: Replica, group: dist.ProcessGroup
     ) -> None:
         self._engine, self._named, self._replica, self._group = engine, named, replica, group
         self._optimizer = engine.optimizer
@@ -140,13 +140,13 @@ class FSDPFiles:
         engine = self._engine
         engine.global_steps, engine.global_samples, engine.micro_steps = own["counts"]
 
-    def read_model(self, folder: Path, only: set[str] | None) -> None:
+    def read_model(self, folder: Path) -> None:
         self._engine.hold_masters()
-        read_model(folder, self._engine.module, self._replica.put, only)
+        read_model(folder, self._engine.module, self._replica.put)
 
-    def model(self, *, keep: bool) -> dict[str, Tensor]:
+    def model(self, *, keep: bool, frozen: bool) -> dict[str, Tensor]:
         self._engine.hold_masters()
-        return named_state(self._engine.module, self._replica.whole, keep)
+        return named_state(self._engine.module, self._replica.whole, keep=keep, frozen=frozen)
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:

@@ -21,7 +21,15 @@ from qsr_engine.engines.fsdp.blocks import Wrap, find_blocks
 from qsr_engine.engines.fsdp.copies import ComputeCopies
 from qsr_engine.engines.fsdp.engine import FSDPEngine
 from qsr_engine.engines.fsdp.fresh_model import Init, give_values_of_rank_0
-from qsr_engine.engines.start import agree, agree_on_optimizer, join_ranks, order_label
+from qsr_engine.engines.start import (
+    agree,
+    agree_on_optimizer,
+    check_scheduler,
+    join_ranks,
+    order_label,
+    with_sparse_gradients,
+)
+from qsr_engine.membership.roll_call import told_to_all
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 MakeScheduler = Callable[[torch.optim.Optimizer], Any]
@@ -41,8 +49,8 @@ def initialize_fsdp(
     The parameters and buffers of rank 0 become those of every rank. The model is changed in place.
 
     Args:
-        model: with fp32 parameters, on any device. On the meta device it is made block by block, so that no rank ever
-            holds all of it; then `init` gives the values.
+        model: on any device. What is trained is fp32; what is frozen, as a base under adapters, has any type. On the
+            meta device it is made block by block, so that no rank ever holds all of it; then `init` gives the values.
         optimizer: makes the optimizer of the parameters that it is given, which are the sharded ones; a function that
             wants groups can read the names from the model, whose parameters these then are.
         config: path of a JSON file or a mapping with DeepSpeed's keys train_batch_size (over all ranks),
@@ -59,12 +67,13 @@ def initialize_fsdp(
             parameters in the optimizer.
         HostError: on every rank, if the ranks cannot meet; see roll_call().
     """
-    if config is None:
-        raise ConfigError('initialize_fsdp() needs config=..., a path or a dict with a "qsr" block')
-    settings = load_fsdp_config(config)
-    _check_model(model)
-    _check(optimizer, settings, lr_scheduler)
-    blocks = find_blocks(model, wrap)
+    with told_to_all():
+        if config is None:
+            raise ConfigError('initialize_fsdp() needs config=..., a path or a dict with a "qsr" block')
+        settings = load_fsdp_config(config)
+        _check_model(model)
+        _check(optimizer, settings, lr_scheduler)
+        blocks = find_blocks(model, wrap)
     device = _start_process_group()
     if settings.fsdp.cpu_offload and device.type == "cpu":
         raise ConfigError("fsdp.cpu_offload is true, and the model is on the CPU already; write false")
@@ -86,7 +95,7 @@ def initialize_fsdp(
     scheduler = _make_scheduler(lr_scheduler, made) if lr_scheduler is not None else None
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = [group["params"] for group in made.param_groups]
-    order = order_label(agree_on_optimizer(type(made).__name__, groups, names, device))
+    order = order_label(agree_on_optimizer(type(made).__name__, groups, names, made.param_groups, device))
     low = settings.bf16.enabled and not isinstance(model, FSDPModule)
     copies = ComputeCopies(model, blocks, torch.bfloat16) if low else None
     return FSDPEngine(model, made, scheduler, mesh, settings, batch, device, agreed, order, copies)
@@ -106,6 +115,9 @@ def _check(optimizer: Any, settings: FSDPConfig, lr_scheduler: Any) -> None:
         raise ConfigError("both qsr.lr and lr_scheduler=... set the learning rate; leave one of them out")
 
 
+_OF_MASTERS = {torch.float32, torch.float64}
+
+
 def _check_model(model: nn.Module) -> None:
     """Refuse what cannot be sharded, or would reduce gradients by itself."""
     if not isinstance(model, nn.Module):
@@ -118,16 +130,16 @@ def _check_model(model: nn.Module) -> None:
             raise ConfigError(f"{where} is sharded already; leave fully_shard out, initialize_fsdp() calls it")
         if hasattr(module, "_orig_mod"):
             raise ConfigError(f"{where} was made by torch.compile; give the model itself, and write fsdp.compile true")
-        if getattr(module, "sparse", None) is True:
-            raise ConfigError(f"{where} has sparse gradients, which are not averaged; write sparse=False")
+    if sparse := with_sparse_gradients(model):
+        raise ConfigError(f"{sparse} has sparse gradients, which are not averaged; write sparse=False")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(f"the {type(model).__name__} has no parameter to train (requires_grad)")
-    dtypes = {parameter.dtype for parameter in model.parameters()}
-    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    if len(dtypes) > 1 or not dtypes <= _OF_MASTERS:
         found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise ConfigError(
-            f"the parameters are {found}; give a model in float32 (model.float()), in which the optimizer and the "
-            "averages work, and write bf16 for what it computes in"
+            f"the trained parameters are {found}; give them in float32 (model.float()), in which the optimizer and the "
+            "averages work, and write bf16 for what the model computes in; frozen ones may have any type"
         )
     flat = [name for name, parameter in model.named_parameters() if parameter.dim() == 0]
     if flat:
@@ -148,6 +160,12 @@ def _check_optimizer(optimizer: Any, model: nn.Module) -> None:
         )
 
     given = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    low = [name for name, p in model.named_parameters() if id(p) in given and p.dtype not in _OF_MASTERS]
+    if low:
+        raise ConfigError(
+            f"the optimizer has got {len(low)} frozen parameters that are not float32, such as {low[0]!r}, which no "
+            "optimizer step nor average keeps exact; give it those alone that are trained, or model.float()"
+        )
     left_out = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in given]
     if left_out:
         raise ConfigError(
@@ -158,11 +176,7 @@ def _check_optimizer(optimizer: Any, model: nn.Module) -> None:
 
 def _make_scheduler(make: MakeScheduler, optimizer: torch.optim.Optimizer) -> Any:
     scheduler = make(optimizer)
-    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-        raise ConfigError(
-            "ReduceLROnPlateau needs a metric at every step, which the engine does not have; write a schedule of the "
-            "step, or set the learning rate yourself after engine.step() and give no lr_scheduler"
-        )
+    check_scheduler(scheduler)
     return scheduler
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from qsr_engine.averaging import all_gather_flat
-from qsr_engine.engines.replica import Parameters
+from qsr_engine.engines.replica import Parameters, numbers_by_layer
 
 
 class Shards(Parameters):
@@ -45,6 +47,14 @@ class Shards(Parameters):
         """Each shard is a bucket of its own: FSDP holds its memory, so it does not move."""
         return [shard.view(-1) for shard in self.masters() if shard.numel()]
 
+    def fragments(self, buckets: Sequence[Tensor], count: int) -> list[list[Tensor]]:
+        """By whole parameters, so that every rank of a worker averages the same layers."""
+        numbers, found = numbers_by_layer(self.module, super().masters(), count), [list[Tensor]() for _ in range(count)]
+        held = [number for shard, number in zip(self.masters(), numbers, strict=True) if shard.numel()]
+        for bucket, number in zip(buckets, held, strict=True):
+            found[number].append(bucket)
+        return found
+
     def refresh(self) -> None:
         """Gathered parameters that a forward without a backward has left are those from before."""
         reshard(self.module)
@@ -73,6 +83,11 @@ class Shards(Parameters):
         all_gather_flat(gathered, padded, group=self._mesh.get_group("shard"))
         return gathered[: parameter.shape[0]]
 
+    def sum_over_shards(self, values: Tensor) -> Tensor:
+        values = values.to(self._device)
+        dist.all_reduce(values, group=self._mesh.get_group("shard"))
+        return values
+
     def put(self, parameter: Tensor, value: Tensor) -> None:
         """No communication."""
         shard = local_part(parameter)
@@ -87,9 +102,20 @@ class Shards(Parameters):
 
 
 class ComputedInCopies(Parameters):
-    """The parameters of a worker of one rank that computes in bf16."""
+    """The parameters of a worker of one rank that computes in bf16.
+
+    Args:
+        refresh: the copies that a forward has left are those from before.
+    """
 
     overlaps_with = "a worker_size of 1 in fp32"
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, refresh: Callable[[], None]) -> None:
+        super().__init__(module, optimizer)
+        self._refresh = refresh
+
+    def refresh(self) -> None:
+        self._refresh()
 
     @property
     def why_no_overlap(self) -> str | None:
