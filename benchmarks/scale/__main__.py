@@ -6,9 +6,9 @@
     python -m benchmarks.scale --validate MEASURED.json # beside measured runs; see below
 
 A simulation of discrete events. Rounds come from qsr_engine.schedule, seconds and bytes of an all-reduce from
-qsr_engine.planning.cost, whose closed form for the waiting is thereby checked. The number of steps and the time of a
-step do not change with K: each worker keeps its batch, so the batch over all workers grows with K. Whether anybody
-would train so is not asked.
+closed_form.py, whose closed form for the waiting is thereby checked. The number of steps and the time of a step do not
+change with K: each worker keeps its batch, so the batch over all workers grows with K. Whether anybody would train so
+is not asked.
 
 **A round** of H steps ends for each worker after the sum of H draws. The averaging begins when the last has come. Steps
 are drawn independently, with the same mean and cv (standard deviation over mean), from one of

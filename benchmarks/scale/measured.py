@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import table
+from benchmarks.scale.closed_form import CostModel, Network
 from benchmarks.scale.simulation import NO_FAILURES, Simulation
 from benchmarks.scale.step_times import Sampler, Steps
 from qsr_engine.config.qsr import QSRConfig
 from qsr_engine.config.strict import ConfigError, validate
-from qsr_engine.planning.cost import CostModel, Network
 from qsr_engine.schedule import Round, rounds
 
 

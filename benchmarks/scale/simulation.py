@@ -11,8 +11,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.scale.closed_form import CostModel
 from benchmarks.scale.step_times import Counts, Drawn, Floats, Sampler
-from qsr_engine.planning.cost import CostModel
 from qsr_engine.schedule import Round
 
 
@@ -115,7 +115,6 @@ class Simulation:
         self._lengths = np.array([r.length for r in schedule], dtype=np.int64)
         costs = {r: model.round(Round(0, *r)) for r in {(r.length, r.mode) for r in schedule}}
         kinds = [costs[r.length, r.mode] for r in schedule]
-        kinds[-1] = model.round(schedule[-1], last=True)
         self._communication = np.array([cost.communication for cost in kinds])
         self._bytes = np.array([cost.bytes for cost in kinds])
         self._saves = _saved_boundaries(self._lengths, failures.save_every)

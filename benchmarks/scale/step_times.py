@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from qsr_engine.planning.cost import StepTime
+from benchmarks.scale.closed_form import StepTime
 
 Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
@@ -47,7 +47,7 @@ class Steps:
         return fast, fast * (1 + self.slow_by)
 
     def closed_form(self, workers: int) -> StepTime:
-        """The same mean and variances, as qsr_engine.planning.cost knows them."""
+        """The same mean and variances, as closed_form.py knows them."""
         share = self.slow_workers(workers) / workers
         worker_cv = self.slow_by * math.sqrt(share * (1 - share)) / (1 + self.slow_by * share)
         return StepTime(self.mean, self.cv, worker_cv)

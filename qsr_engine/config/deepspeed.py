@@ -5,14 +5,19 @@ Imports neither deepspeed nor torch, so that a configuration is refused before a
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import difflib
-import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import hjson
+
 from qsr_engine.config.batch import resolve_batch
+from qsr_engine.config.deepspeed_keys import check_keys
 from qsr_engine.config.qsr import QSRConfig
 from qsr_engine.config.strict import ConfigError, validate
 
@@ -24,26 +29,7 @@ _LOCAL_KEYS = frozenset(
     {"tensorboard", "wandb", "csv_monitor", "comet", "flops_profiler", "comms_logger", "nebula", "dump_state"}
     | {"steps_per_print", "wall_clock_breakdown", "memory_breakdown"}
 )
-# Blocks with an "enabled" switch, and plain keys, that change what is communicated or what the masters are.
-_REFUSED_BLOCKS = {
-    "amp": "bf16 or fp16",
-    "torch_autocast": "bf16 or fp16, which keep fp32 masters",
-    "hybrid_engine": "no hybrid_engine",
-    "elasticity": "a fixed batch size",
-    "data_efficiency": "no data_efficiency",
-    "nebula": "DeepSpeed's own writer of checkpoints",
-    "zenflow": "no zenflow",
-}
-_REFUSED_KEYS = ("sequence_parallel_size", "data_parallel_size", "expert_parallel", "tensor_parallel", "pipeline")
-_REFUSED_ZERO_KEYS = {
-    "zenflow": "it delays a part of the update",
-    "zero_quantized_gradients": "it needs CUDA kernels that were never tried with local steps",
-    "zero_quantized_weights": "it needs CUDA kernels that were never tried with local steps",
-    "zero_quantized_nontrainable_weights": "it needs CUDA kernels that were never tried with local steps",
-    "round_robin_gradients": "DeepSpeed 0.19.8 reads wrong masters under it, which checkpoints need",
-    "enable_sanity_checks": "its checks are collectives over all workers",
-    "mics_shard_size": "DeepSpeed has removed it; qsr.worker_size shards inside a worker",
-}
+_AUTOCAST_TYPES = ("bfloat16", "bf16", "float16", "fp16")
 _REFUSED_OPTIMIZERS = ("onebitadam", "zerooneadam", "onebitlamb", "muon")
 _LOW_PRECISION_MASTERS = ("fp16_master_weights_and_grads", "bf16_master_weights_and_grads")
 
@@ -52,13 +38,13 @@ def split_deepspeed_config(config: str | os.PathLike[str] | Mapping[str, Any]) -
     """Take the `"qsr"` block out of a DeepSpeed configuration.
 
     Args:
-        config: path of a JSON file, or a mapping.
+        config: as for read_deepspeed_config().
     Returns:
         What DeepSpeed itself reads, and the checked block.
     Raises:
         ConfigError: the file cannot be read, or there is no `"qsr"` block, or it is wrong.
     """
-    where = "config" if isinstance(config, Mapping) else str(config)
+    where = "config" if isinstance(config, Mapping) else f"{config!s:.200}"
     raw = read_deepspeed_config(config)
     if "qsr" not in raw:
         near = [key for key in raw if difflib.get_close_matches("qsr", [str(key).lower()], cutoff=0.5)]
@@ -74,6 +60,9 @@ def split_deepspeed_config(config: str | os.PathLike[str] | Mapping[str, Any]) -
 def read_deepspeed_config(config: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a DeepSpeed configuration, in a dict of their own.
 
+    Args:
+        config: a mapping, or the path of a JSON file, read as DeepSpeed does, as Hjson: with comments and trailing
+            commas; or the text of one in URL-safe base64, as DeepSpeed's launcher may pass it.
     Raises:
         ConfigError: it is neither a mapping nor a path, or the file cannot be read.
     """
@@ -92,12 +81,25 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
+def _parsed(text: str) -> Any:
+    """Raises ValueError for all that cannot be read."""
+    try:
+        return hjson.loads(text, object_pairs_hook=_without_duplicates)
+    except Exception as error:  # hjson raises OverflowError for 1e999, and RecursionError for thousands of brackets
+        raise ValueError(str(error)) from error
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+        raw = _parsed(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{path}: cannot read this configuration: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
+        with contextlib.suppress(ValueError):
+            raw = _parsed(base64.urlsafe_b64decode(str(path)).decode())
+            if isinstance(raw, dict):
+                return raw
+        where = f"{path!s:.200}"
+        raise ConfigError(f"{where}: cannot read this configuration: {error.strerror or error}") from error
+    except ValueError as error:
         raise ConfigError(f"{path}: not a JSON file that can be read: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a DeepSpeed configuration is a JSON object; found {type(raw).__name__}")
@@ -111,29 +113,26 @@ def check_supported(config: Mapping[str, Any], qsr: QSRConfig) -> None:
         ConfigError: with the key's path, the reason and the nearest setting that works.
     """
     for path in _auto(config):
-        if path not in _BATCH_KEYS:
+        if path not in (*_BATCH_KEYS, "data_types.keep_in_fp32_modules"):
             raise ConfigError(
                 f"{path} is 'auto', which Hugging Face's libraries fill in and DeepSpeed does not; write it"
             )
-    for key in ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler"):
+    for key in ("zero_optimization", "bf16", "fp16", "torch_autocast", "checkpoint", "optimizer", "scheduler"):
         if not isinstance(config.get(key) or {}, Mapping):
             raise ConfigError(f"{key} is {config[key]!r}; in DeepSpeed's configuration it is a block of keys")
+    check_keys(config)
+    clipping = config.get("gradient_clipping") or 0.0
+    if isinstance(clipping, bool) or not isinstance(clipping, int | float) or not 0 <= clipping < math.inf:
+        raise ConfigError(f"gradient_clipping is {clipping!r}; write a norm of 0 or more, 0 for none")
     zero = config.get("zero_optimization") or {}
     _check_zero(zero, qsr)
     _check_precision(config, zero)
-    for key, instead in _REFUSED_BLOCKS.items():
-        if _enabled(config.get(key)):
-            raise ConfigError(f"{key} is enabled, which local steps do not support yet; use {instead}")
-    for key in _REFUSED_KEYS:
-        if config.get(key) not in (None, 1, False, {}):
-            raise ConfigError(f"{key} is set, which local steps do not support yet; leave it out")
-    if (config.get("compile") or {}).get("deepcompile"):
+    _check_autocast(config)
+    if str(config.get("gradient_allreduce_op")).lower() == "sum" and qsr.strategy != "parallel":
         raise ConfigError(
-            "compile.deepcompile is set: compiled graphs then reduce gradients by themselves, which local steps do not "
-            "support; leave it out (engine.compile() works)"
+            "gradient_allreduce_op is 'sum', and only the ranks of a worker would add up their gradients; leave it "
+            "out, and multiply the learning rate"
         )
-    if config.get("managed_gradient_accumulation") is False:
-        raise ConfigError("managed_gradient_accumulation is false, which local steps do not support yet; leave it out")
     optimizer = str((config.get("optimizer") or {}).get("type", ""))
     if optimizer.lower() in _REFUSED_OPTIMIZERS:
         raise ConfigError(f"optimizer.type {optimizer!r} communicates by itself; use for example AdamW or SGD")
@@ -153,9 +152,6 @@ def _check_zero(zero: Mapping[str, Any], qsr: QSRConfig) -> None:
     stage = zero.get("stage", 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise ConfigError(f"zero_optimization.stage is {stage!r}; write 0, 1, 2 or 3")
-    for key, reason in _REFUSED_ZERO_KEYS.items():
-        if zero.get(key) not in (None, False, -1):
-            raise ConfigError(f"zero_optimization.{key} is set, and {reason}; leave it out")
     for key, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
         device = _offload_device(zero, key)
         if device == "none":
@@ -170,8 +166,6 @@ def _check_zero(zero: Mapping[str, Any], qsr: QSRConfig) -> None:
                 f"zero_optimization.{key} is set and the stage is {stage}, where DeepSpeed has nothing to offload; "
                 f"write stage {near}, or leave it out"
             )
-    if (zero.get("offload_optimizer") or {}).get("super_offload"):
-        raise ConfigError("zero_optimization.offload_optimizer.super_offload is set, and untried; leave it out")
     secondary = zero.get("zero_hpz_partition_size", 1)
     if qsr.strategy != "parallel" and secondary > 1 and qsr.worker_size % secondary:
         raise ConfigError(
@@ -203,6 +197,21 @@ def _check_precision(config: Mapping[str, Any], zero: Mapping[str, Any]) -> None
             "data_types.grad_accum_dtype is fp32 and ZeRO is off, which DeepSpeed does not implement; write "
             "zero_optimization.stage 1, or leave it out"
         )
+
+
+def _check_autocast(config: Mapping[str, Any]) -> None:
+    block = config.get("torch_autocast")
+    if not _enabled(block):
+        return
+    dtype = block.get("dtype") if isinstance(block, Mapping) else None
+    if dtype not in _AUTOCAST_TYPES:
+        raise ConfigError(f"torch_autocast.dtype is {dtype!r}; write 'bfloat16', or 'float16', whose loss is scaled")
+    for other in ("bf16", "bfloat16", "fp16"):
+        if _enabled(config.get(other)):
+            raise ConfigError(
+                f"torch_autocast and {other} are both enabled: under the one the parameters are fp32, under the other "
+                "they are low-precision copies of fp32 masters; leave one of them out"
+            )
 
 
 def offloads(config: Mapping[str, Any]) -> bool:

@@ -14,11 +14,15 @@ from qsr_engine.config.strict import ConfigError, NonNegative, PositiveInt, Stri
 class FSDPOptions(StrictModel):
     """What the FSDP engine does beside sharding a worker's parameters over its ranks."""
 
-    # Free a block's gathered parameters after its forward and gather them again for its backward.
     reshard_after_forward: bool = True
-    cpu_offload: bool = False  # on a GPU: parameters, gradients and optimizer state stay on the CPU
-    activation_checkpointing: bool = False  # every block keeps its input only, and computes the rest again
-    compile: bool = False  # torch.compile for every block
+    """free a block's gathered parameters after its forward, and gather them again for its backward. All `fsdp` keys are
+    for the engine `fsdp`, and an error with the other one"""
+    cpu_offload: bool = False
+    """on a GPU: parameters, gradients and optimizer state stay on the CPU"""
+    activation_checkpointing: bool = False
+    """every block keeps its input only, and computes the rest again in its backward"""
+    compile: bool = False
+    """`torch.compile` for every block"""
 
 
 class EnabledConfig(StrictModel):

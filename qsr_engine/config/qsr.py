@@ -13,12 +13,23 @@ class LearningRateConfig(StrictModel):
     """The learning rate as a function of the step (the formulas are in `schedule.learning_rate`)."""
 
     schedule: Literal["cosine", "linear", "step", "cosine_step", "constant"]
+    """`cosine`, `linear`, `step`, `cosine_step` or `constant`"""
     peak: Positive
+    """the largest learning rate"""
     min: NonNegative = 0.0
+    """where the warm-up starts, and `cosine` and `linear` end"""
     warmup_steps: Count = 0
-    decay_steps: list[PositiveInt] = []  # schedule "step": optimizer steps at which lr is multiplied by factor
-    factor: Positive = 0.1  # schedule "step"
-    base: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 2.0  # schedule "cosine_step": lr is a power of base
+    """linear warm-up from min to peak; H is h_warmup for as long"""
+    decay_steps: list[PositiveInt] = []
+    """of `step`: optimizer steps at which lr is multiplied by factor"""
+    factor: Positive = 0.1
+    """of `step`"""
+    base: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 2.0
+    """of `cosine_step`: lr is the nearest power of base"""
+
+    @property
+    def warms_up(self) -> bool:
+        return self.warmup_steps > 0
 
     @model_validator(mode="after")
     def _consistent(self) -> LearningRateConfig:
@@ -30,24 +41,59 @@ class LearningRateConfig(StrictModel):
             raise ValueError(f"decay_steps is {self.decay_steps}; write strictly increasing steps")
         if self.decay_steps and self.schedule != "step":
             raise ValueError(f"decay_steps is read by the schedule 'step' only, and schedule is {self.schedule!r}")
+        for key, default, reader in (("factor", 0.1, "step"), ("base", 2.0, "cosine_step")):
+            value = getattr(self, key)
+            if value != default and self.schedule != reader:
+                raise ValueError(
+                    f"{key} is {value:g}, which the schedule {reader!r} reads only, and schedule is "
+                    f"{self.schedule!r}; leave it out"
+                )
+        if self.min and not self.warms_up and self.schedule in ("step", "constant"):
+            raise ValueError(
+                f"min is {self.min:g}, and the schedule {self.schedule!r} without a warm-up never comes there; leave "
+                "it out, or write the length of a warm-up from it"
+            )
         return self
 
 
 class AveragingConfig(StrictModel):
     """How parameters are averaged at a boundary."""
 
-    # Size of a bucket in MB (1e6 bytes), at least 100 bytes; None: the default of the backend.
     bucket_mb: Annotated[float, Field(ge=1e-4, allow_inf_nan=False)] | None = None
-    shared_memory: bool = True  # on CPUs: average in shared memory where all ranks of a group are on one host
-    # Inside every host first, then between hosts. auto: where ranks on CPUs share memory on several hosts with the same
-    # number of them each; true: also by collectives, on GPUs or without shared memory.
+    """size of a bucket in 1e6 bytes, at least 1e-4; `null`: 16 on gloo, which was measured, and 64 on NCCL, which was
+    not"""
+    shared_memory: bool = True
+    """on CPUs, where all ranks that average with one another are on one host: average in shared memory instead of
+    through gloo. A process forked from a rank then sees its parameters change"""
     two_level: Literal["auto", True, False] = "auto"
+    """average inside every host first, then between hosts. `auto`: on CPUs, where the ranks of each host share memory
+    and every one of several hosts has the same number, at least 2, of the ranks that average with one another;
+    otherwise flat. `true`: also by collectives, on GPUs or with `shared_memory: false`, and an error where the ranks
+    are placed otherwise. `false`: flat"""
     wire_dtype: Literal["fp32", "bf16", "fp16", "int8"] = "fp32"
+    """what travels: `fp32`, or the differences from the last average in `bf16`, `fp16` or `int8`, which takes one more
+    copy of the parameters (`int8` two)"""
     overlap: Literal["none", "next_forward", "delayed"] = "none"
-    delay_steps: PositiveInt | None = None  # overlap "delayed": steps between the snapshot and its average
+    """`next_forward`: average while the next forward begins, the same numbers; `delayed`: average while `delay_steps`
+    further steps are taken, another algorithm and one more copy of the parameters"""
+    delay_steps: PositiveInt | None = None
+    """of `delayed`: steps from the boundary until its average takes effect, at the latest at the next boundary"""
+    fragments: PositiveInt = 1
+    """the parameters are averaged in so many parts, by layers, each at a step of its own within a round: number p, from
+    0, of P after floor((p + 1) H / P) steps. Another algorithm: [fragments](fragments.md). Not with `cuda_graph` nor
+    `state`"""
+    mixing: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
+    """from 0 to 1: what a worker keeps of its own parameters at a boundary, mixing x own + (1 - mixing) x averaged.
+    Another algorithm; the run ends with the average all the same"""
     cuda_graph: bool = False
-    state: list[str] = []  # names of optimizer state that is averaged with the parameters, such as exp_avg
-    buffers: Literal["average", "local"] = "average"  # floating-point buffers, such as batch-norm statistics
+    """NCCL only: capture the averaging once and replay it"""
+    state: list[str] = []
+    """names of optimizer state that is averaged with the parameters, in fp32 and before anything else goes on:
+    `[exp_avg]` or `[exp_avg, exp_avg_sq]` of Adam, `[momentum_buffer]` of SGD. `[]` leaves it to each worker, as in the
+    paper"""
+    buffers: Literal["average", "local"] = "average"
+    """persistent floating-point buffers (batch-norm statistics): `average` them at boundaries, where all ranks must
+    have the same ones, or leave them `local`"""
 
     @model_validator(mode="after")
     def _consistent(self) -> AveragingConfig:
@@ -74,6 +120,15 @@ class AveragingConfig(StrictModel):
                 f"cuda_graph is true, overlap is {self.overlap!r} and wire_dtype is {self.wire_dtype!r}; a graph holds "
                 "the plain averaging only, so write overlap 'none' and wire_dtype 'fp32', or cuda_graph false"
             )
+        if self.fragments > 1 and (self.cuda_graph or self.state):
+            key, value, why, free = (
+                ("cuda_graph", "true", "one graph holds the averaging of all parameters", "false")
+                if self.cuda_graph
+                else ("state", repr(self.state), "the state of all parameters would be averaged at once", "[]")
+            )
+            raise ValueError(
+                f"fragments is {self.fragments} and {key} is {value}, and {why}; write {key} {free}, or fragments 1"
+            )
         if self.two_level is True and (self.cuda_graph or self.overlap == "delayed" or self.wire_dtype != "fp32"):
             raise ValueError(
                 f"two_level is true, wire_dtype is {self.wire_dtype!r}, overlap is {self.overlap!r} and cuda_graph is "
@@ -87,8 +142,11 @@ class OuterConfig(StrictModel):
     """The outer optimizer: SGD on the workers' mean movement (see `averaging.outer`)."""
 
     lr: Positive = 1.0
+    """of the outer SGD"""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """of the outer SGD"""
     nesterov: bool = False
+    """of the outer SGD"""
 
     @property
     def is_plain_average(self) -> bool:
@@ -105,50 +163,77 @@ class OuterConfig(StrictModel):
 class FaultsConfig(StrictModel):
     """What a run does when something goes wrong."""
 
-    # After so many seconds without a sign of life, or without progress while others wait for it, a rank is lost, and
-    # every other rank ends with an error that names it; None: never.
     timeout_seconds: Annotated[float, Field(ge=1, le=604_800, allow_inf_nan=False)] | None = 600.0
-    # A worker whose parameters, or buffers that are averaged, are not finite at a boundary ends the run; or it is left
-    # out of this average, and gets that of the others with the mean of their optimizer states. Where gradients are
-    # averaged at every step (`post_local` before its switch) a NaN reaches all workers, and the run ends either way.
+    """a rank that gives no sign of life for so long, or takes no step while it waits for nobody, is lost: the others
+    end with an error that names it; before its first step and after its last one, only once others have waited for it
+    for so long; six times as long while it writes or reads a checkpoint; `null`: never. Of several engines in a process
+    any one's progress is progress"""
     not_finite: Literal["stop", "leave_out"] = "stop"
-    # On SIGTERM or SIGUSR1: train to the end of the round, or end the round at the step that the foremost worker has
-    # reached; then save and exit.
-    on_signal: Literal["finish_round", "cut_round"] = "finish_round"
+    """a worker's parameters or averaged buffers are NaN or infinite at a boundary: `stop` ends the run on every rank
+    before anything is averaged; `leave_out` averages the other workers and gives it their mean, with that of their
+    optimizer states. Not with strategy `parallel` or `overlap: delayed`; before the switch of `post_local` gradients
+    are averaged at every step, and a NaN reaches all"""
+    on_signal: Literal["save", "cut_round", "finish_round"] = "save"
+    """SIGTERM and SIGUSR1: save at the step of the foremost worker, inside the round, and exit; `finish_round` trains
+    to the end of the round first, `cut_round` averages at that step and begins a new round there"""
 
 
 class QSRConfig(StrictModel):
     """The `"qsr"` block of a DeepSpeed configuration.
 
-    `alpha` and `power` are read by the strategy `qsr` only; `h_base` by every strategy but `parallel`. Without an
-    `lr` block the learning rate is read from the optimizer, which the caller's own scheduler sets; `warmup_steps`
-    then says how long that scheduler warms up, since the period is h_base for as long.
+    `alpha`, `power` and `h_base` may stay where another strategy is tried, which does not train with them: `qsr plan`
+    compares strategies by them. Any other key that the strategy does not read is refused.
+
+    Without an `lr` block the learning rate is read from the optimizer, which the caller's own scheduler sets;
+    `warmup_steps` then says how long that scheduler warms up, since the period is h_warmup for as long, and for as long
+    as the rate is seen to rise, where it is 0.
     """
 
     strategy: Literal["qsr", "constant", "parallel", "post_local", "swap"] = "qsr"
+    """`qsr`, `constant`, `parallel`, `post_local` or `swap`"""
     h_base: PositiveInt = 1
+    """smallest period, and the period of the other strategies"""
     alpha: NonNegative | None = None
+    """of `qsr`: H = max(h_base, floor((alpha / lr)^power)). alpha, power and h_base may stay where another strategy is
+    tried: `qsr plan` compares strategies by them. Any other key that a strategy does not read is an error"""
     power: Positive = 2.0
+    """of `qsr`: 2 is QSR, 1 and 3 are for comparison"""
+    h_warmup: PositiveInt | None = None
+    """H of `qsr` while the learning rate warms up; without an `lr` block and with `warmup_steps: 0`, while the
+    optimizer's rate is seen to rise, or is 0 at step 0; `null`: h_base"""
+    h_max: PositiveInt | None = None
+    """no round is longer, whatever the strategy (not `parallel`, which has none); `null`: as long as the rule says, and
+    the last round of `qsr` and `swap` may be many epochs"""
     switch_step: Count | None = None
+    """where `post_local` and `swap` change"""
     total_steps: PositiveInt
+    """optimizer steps of the run"""
     lr: LearningRateConfig | None = None
+    """`null`: the optimizer's own rate, or your scheduler's. A block: the engine sets the rate, as a function of the
+    step"""
     warmup_steps: Count | None = None
+    """the warm-up of your own scheduler, where there is no `lr` block"""
     worker_size: PositiveInt = 1
+    """ranks in a worker"""
     averaging: AveragingConfig = AveragingConfig()
-    outer: OuterConfig | None = None  # None: the plain average, as in the paper
-    # From a checkpoint of another number of workers: every optimizer starts from the mean of their states, or anew.
+    """the block is for local steps, and an error with `parallel`"""
+    outer: OuterConfig | None = None
+    """`null`: the plain average. A block: SGD on the workers' mean movement (SlowMo, DiLoCo: lr 0.7, momentum 0.9,
+    nesterov true); lr 1 and momentum 0 are the plain average. Two more copies of the parameters in memory"""
     on_other_workers: Literal["mean", "fresh"] = "mean"
+    """where a checkpoint of another number of workers is loaded: every worker's optimizer starts from the `mean` of the
+    saved states, or `fresh`"""
     faults: FaultsConfig = FaultsConfig()
 
     @property
     def period_warmup_steps(self) -> int:
-        """Steps for which the period stays at h_base because the learning rate warms up."""
+        """Steps for which the period stays at h_warmup because the learning rate warms up."""
         return self.lr.warmup_steps if self.lr else self.warmup_steps or 0
 
     @model_validator(mode="after")
     def _consistent(self) -> QSRConfig:
-        if self.outer is not None and self.strategy == "parallel":
-            raise ValueError("outer is set, and strategy 'parallel' averages no parameters; write null")
+        if self.strategy == "parallel":
+            _check_parallel(self)
         if self.outer is not None and self.averaging.overlap == "delayed":
             raise ValueError(
                 "outer is set and averaging.overlap is 'delayed', which leaves the workers at different parameters; "
@@ -156,8 +241,22 @@ class QSRConfig(StrictModel):
             )
         _check_faults(self)
         _check_strategy(self)
+        _check_periods(self)
         _check_steps(self)
         return self
+
+
+def _check_parallel(qsr: QSRConfig) -> None:
+    """The framework averages gradients, by itself and at every step; how parameters are averaged is not read."""
+    if qsr.outer is not None:
+        raise ValueError("outer is set, and strategy 'parallel' averages no parameters; write null")
+    for key in AveragingConfig.model_fields:
+        value, default = getattr(qsr.averaging, key), getattr(AveragingConfig(), key)
+        if value != default:
+            raise ValueError(
+                f"averaging.{key} is {value!r}, and strategy 'parallel' averages no parameters; leave the block "
+                "averaging out, or write a strategy of local steps such as 'qsr'"
+            )
 
 
 def _check_faults(qsr: QSRConfig) -> None:
@@ -185,13 +284,42 @@ def _check_strategy(qsr: QSRConfig) -> None:
             f"switch_step is {qsr.switch_step}, and strategy {qsr.strategy!r} does not read it; write null, or one of "
             "the strategies post_local and swap"
         )
+    if qsr.strategy != "qsr" and qsr.alpha is None and qsr.power != 2:
+        raise ValueError(
+            f"power is {qsr.power:g}, and strategy {qsr.strategy!r} does not read it; leave it out, or write the "
+            "strategy 'qsr'"
+        )
+    if qsr.strategy != "qsr" and qsr.lr is None and qsr.warmup_steps:
+        raise ValueError(
+            f"warmup_steps is {qsr.warmup_steps}, and the periods of strategy {qsr.strategy!r} do not depend on the "
+            "learning rate; leave it out, or write the strategy 'qsr'"
+        )
     if qsr.lr is not None and qsr.warmup_steps is not None:
         raise ValueError("warmup_steps stands beside an lr block; write it inside: qsr.lr.warmup_steps")
-    if qsr.lr is None and qsr.warmup_steps is None and qsr.strategy == "qsr" and qsr.alpha:
+    if qsr.lr is None and qsr.warmup_steps is None and qsr.strategy == "qsr" and (qsr.alpha or qsr.h_warmup):
         raise ValueError(
-            "warmup_steps is missing, and there is no lr block: H is h_base while your scheduler warms up, and without "
-            "its length a warm-up would start with one huge round; write it in steps, 0 for none"
+            "warmup_steps is missing, and there is no lr block: H is h_warmup while your scheduler warms up, and "
+            "without its length a warm-up would start with one huge round; write it in steps, 0 for none"
         )
+
+
+def _check_periods(qsr: QSRConfig) -> None:
+    if qsr.h_warmup is not None and qsr.strategy != "qsr":
+        raise ValueError(
+            f"h_warmup is {qsr.h_warmup}, and strategy {qsr.strategy!r} does not read it; write null, or the strategy "
+            "'qsr' (with alpha 0 its period is h_base after the warm-up)"
+        )
+    if qsr.h_max is not None and qsr.strategy == "parallel":
+        raise ValueError(
+            f"h_max is {qsr.h_max}, and strategy 'parallel' has no rounds of local steps; write null, or a strategy of "
+            "local steps such as 'qsr'"
+        )
+    for name, value in (("h_base", qsr.h_base), ("h_warmup", qsr.h_warmup or 1)):
+        if qsr.h_max is not None and value > qsr.h_max:
+            raise ValueError(
+                f"{name} is {value} and h_max is {qsr.h_max}, which no round may exceed; write {name} {qsr.h_max} or "
+                f"less, or h_max {value} or more"
+            )
 
 
 def _check_steps(qsr: QSRConfig) -> None:

@@ -6,6 +6,7 @@ become steps in `resolve_recipe`, at the edge; the core of the package sees step
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -48,19 +49,27 @@ _RecipeLoader.add_implicit_resolver(
 )
 
 
-def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Iterable[str] = (), *, places: bool = True) -> Recipe:
     """Read a recipe, merge it over the one it extends, apply `key.path=value` overrides and check it.
 
     `extends: NAME.yaml` at the top of a recipe is a path relative to that recipe. Mappings merge key by key; any
-    other value replaces. `logging.name` is the file's stem where the recipe does not say it.
+    other value replaces. `logging.name` is the file's stem where the recipe does not say it. `${NAME}` in a path is an
+    environment variable of this host.
 
+    Args:
+        places: False leaves a variable that is not set in its path, for who needs no file of the recipe's.
     Raises:
-        ConfigError: the file is missing or not YAML, or a key is unknown, of a wrong type or impossible.
+        ConfigError: the file is missing or not YAML, or a key is unknown, of a wrong type or impossible; or a path
+            names a variable that is not set.
     """
     path = Path(path)
     raw = _read_with_base(path, ())
     for override in overrides:
         _apply_override(raw, override)
+    for block, key in _PATHS:
+        values = raw.get(block)
+        if isinstance(values, dict) and key in values:
+            values[key] = _with_variables_in(values[key], f"{path}: {block}.{key}", needed=places)
     logging = raw.setdefault("logging", {})
     if isinstance(logging, dict) and logging.get("name") is None:
         logging["name"] = re.sub(r"^\W+|[^\w.\-]+", "-", path.stem).lstrip("-") or "run"
@@ -69,6 +78,36 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         found = "neither" if recipe.epochs is None else "both"
         raise ConfigError(f"{path}: found {found} of epochs and qsr.total_steps; write exactly one of them")
     return recipe
+
+
+_PATHS = (("data", "shards"), ("data", "cache_dir"), ("logging", "dir"))
+
+
+def _with_variables_in(value: Any, where: str, *, needed: bool) -> Any:
+    """A path, or a list of them, as _with_variables() gives it; anything else as it is."""
+    if isinstance(value, list):
+        return [_with_variables_in(part, where, needed=needed) for part in value]
+    return _with_variables(value, where, needed=needed) if isinstance(value, str) else value
+
+
+def _with_variables(text: str, where: str, *, needed: bool = True) -> str:
+    """A path with the values of its `${NAME}`. Raises ConfigError: one is needed and not set, or not written so."""
+
+    def value_of(found: re.Match[str]) -> str:
+        name = found[1]
+        if not re.fullmatch(r"\$\{[A-Za-z_]\w*\}", found[0], re.ASCII):
+            raise ConfigError(f"{where}: found {text!r}; write ${{NAME}}, with the name of an environment variable")
+        if not os.environ.get(name):
+            if not needed:
+                return found[0]
+            what = "empty" if name in os.environ else "not set"
+            raise ConfigError(
+                f"{where} is {text!r}, and the environment variable {name} is {what} on this host; set it "
+                f"(`export {name}=...`), or write the path itself"
+            )
+        return os.environ[name]
+
+    return re.sub(r"\$\{([^}]*)\}?", value_of, text)
 
 
 def _read_with_base(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
@@ -96,6 +135,7 @@ def _read_with_base(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
         return raw
     if not isinstance(base, str):
         raise ConfigError(f"{path}: extends: found {base!r}; write the path of one recipe, relative to this file")
+    base = _with_variables(base, f"{path}: extends")
     return _merge(_read_with_base(path.parent / base, (*chain, path.resolve())), raw)
 
 
@@ -187,21 +227,41 @@ def resolve_recipe(recipe: Recipe, samples: int) -> Recipe:
     qsr = raw["qsr"]
     if epochs is not None:
         qsr["total_steps"] = max(1, _steps(epochs, steps_per_epoch, "epochs"))
-    _epochs_to_steps(qsr, "switch_epoch", "switch_step", steps_per_epoch, "qsr")
-    _epochs_to_steps(qsr["lr"], "warmup_epochs", "warmup_steps", steps_per_epoch, "qsr.lr")
-    _epochs_to_steps(qsr["lr"], "decay_epochs", "decay_steps", steps_per_epoch, "qsr.lr")
+    _epochs_to_steps(raw, "stop_at_epoch", "stop_at_step", steps_per_epoch)
+    _epochs_to_steps(qsr, "switch_epoch", "switch_step", steps_per_epoch, "qsr.", least=0)
+    _epochs_to_steps(qsr["lr"], "warmup_epochs", "warmup_steps", steps_per_epoch, "qsr.lr.", least=0)
+    _epochs_to_steps(qsr["lr"], "decay_epochs", "decay_steps", steps_per_epoch, "qsr.lr.")
+    _epochs_to_steps(raw["logging"], "eval_every_epochs", "eval_every", steps_per_epoch, "logging.")
     validate(QSRConfig, qsr, where="recipe", prefix="qsr.")
-    return validate(Recipe, raw, where="recipe")
+    resolved = validate(Recipe, raw, where="recipe")
+    if resolved.last_step > qsr["total_steps"]:
+        written = "stop_at_step is"
+        if recipe.stop_at_epoch is not None:
+            written = f"stop_at_epoch is {recipe.stop_at_epoch:g}, after step"
+        raise ConfigError(
+            f"{written} {resolved.last_step}, and qsr.total_steps is {qsr['total_steps']}; write one within the run, "
+            "or null"
+        )
+    return resolved
 
 
-def _epochs_to_steps(block: dict[str, Any], epochs_key: str, steps_key: str, per_epoch: int, path: str) -> None:
+def _epochs_to_steps(
+    block: dict[str, Any], epochs_key: str, steps_key: str, per_epoch: int, path: str = "", least: int = 1
+) -> None:
+    """Replace a number of epochs, or several, by steps; `least` is the fewest steps that mean something."""
     epochs = block.pop(epochs_key, None)
     if epochs is None:
         return
     if block.get(steps_key):
-        raise ConfigError(f"{path}.{epochs_key} and {path}.{steps_key} are both given; write one of them")
-    name, many = f"{path}.{epochs_key}", isinstance(epochs, list)
-    block[steps_key] = [_steps(e, per_epoch, name) for e in epochs] if many else _steps(epochs, per_epoch, name)
+        raise ConfigError(f"{path}{epochs_key} and {path}{steps_key} are both given; write one of them")
+    name, many = f"{path}{epochs_key}", isinstance(epochs, list)
+    steps = [_steps(e, per_epoch, name) for e in (epochs if many else [epochs])]
+    if steps and min(steps) < least:
+        raise ConfigError(
+            f"{name} is {min(epochs) if many else epochs:g}, and an epoch has {per_epoch} steps; write at least one "
+            f"step, or {path}{steps_key}: {[1] if many else 1}"
+        )
+    block[steps_key] = steps if many else steps[0]
 
 
 def _steps(epochs: float, per_epoch: int, name: str) -> int:

@@ -11,49 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from qsr_engine.config.digest import differences
+from qsr_engine.config.may_differ import that_matter
 from qsr_engine.config.recipe import Recipe
 from qsr_engine.config.recipe_file import load_recipe
 from qsr_engine.config.strict import ConfigError
 from qsr_engine.config.units import seconds_text
-from qsr_engine.planning.cost import Fit, Observed, fit_two_runs
+from qsr_engine.planning.cost import Costs, Observed, fit_two_runs
 from qsr_engine.records.run_folder import RECIPE, SUMMARY
 from qsr_engine.records.runs import ReportError, Run, read_run
 
-# Keys of a resolved recipe that do not change what a step or an averaging costs.
-_MAY_DIFFER = (
-    "data.shards",
-    "data.train_samples",
-    "data.eval",
-    "data.cache_",
-    "data.shuffle_buffer",
-    "data.max_bad_samples",
-    "data.retries",
-    "data.retry_seconds",
-    "data.mixup",
-    "logging.",
-    "seed",
-    "epochs",
-    "label_smoothing",
-    "batch_norm.",
-    "optimizer.weight_decay",
-    "optimizer.betas",
-    "optimizer.eps",
-    "optimizer.momentum",
-    "qsr.strategy",
-    "qsr.h_base",
-    "qsr.alpha",
-    "qsr.power",
-    "qsr.switch_",
-    "qsr.total_steps",
-    "qsr.on_other_workers",
-    "qsr.lr.",
-)
 _OF_THE_MACHINES = ("ranks", "worker_size", "engine", "device", "torch")
 
 
-def fit_runs(paths: Sequence[str | Path], recipe: Recipe | None) -> tuple[Fit, list[str]]:
-    """Fit compute and averaging from two finished runs, for a third recipe; and what that assumes.
+def fit_runs(paths: Sequence[str | Path], recipe: Recipe | None) -> tuple[Costs, int, list[str]]:
+    """Fit compute and averaging from two finished runs, for a third recipe.
 
+    Returns:
+        The figures, the runs' number of workers, and what that assumes, a line each.
     Raises:
         ConfigError, ReportError: a run cannot be read or is unfinished, they differ in something that matters, or the
             times of these two fit no costs.
@@ -73,30 +47,24 @@ def fit_runs(paths: Sequence[str | Path], recipe: Recipe | None) -> tuple[Fit, l
         fit = fit_two_runs(*observed)
     except ValueError as error:
         raise ConfigError(f"--fit {first.path} {second.path}: {error}") from error
-    per_averaging = [summary["bytes_sent"] / max(1, summary["averagings"]) for summary in (one, other)]
-    fit = Fit(fit.step_seconds, fit.averaging_seconds, sum(per_averaging) / 2)
-    return fit, _what_a_fit_assumes(runs, fit)
+    return fit, one["ranks"] // one["worker_size"], [*map(_line, runs), _assumed(runs)]
 
 
-def _what_a_fit_assumes(runs: Sequence[tuple[Run, dict[str, Any]]], fit: Fit) -> list[str]:
-    lines = [
-        f"{run.path.name}: {run.strategy}, {summary['steps']} steps and {summary['averagings']} averagings in "
-        f"{seconds_text(summary['seconds_training'])}"
-        for run, summary in runs
-    ]
-    lines.append(
-        f"fit: {seconds_text(fit.step_seconds)} a step, with data and all that comes with steps, and "
-        f"{seconds_text(fit.averaging_seconds)} an averaging, with the waiting for the slowest worker; the same for "
-        "every run on these ranks, whatever its periods"
+def _line(run: tuple[Run, dict[str, Any]]) -> str:
+    summary = run[1]
+    return (
+        f"{run[0].path.name}: {run[0].strategy}, {summary['steps']} steps and {summary['averagings']} averagings in "
+        f"{seconds_text(summary['seconds_training'])}; waiting for the slowest worker is in its averagings"
     )
+
+
+def _assumed(runs: Sequence[tuple[Run, dict[str, Any]]]) -> str:
     if any(run.recipe["qsr"]["strategy"] in ("parallel", "post_local") for run, _ in runs):
-        lines.append(
+        return (
             "one run averaged gradients: what of that was hidden behind the backward pass is not in the fit, and an "
             "averaging of parameters is taken for as long as what was not hidden; two runs of local steps fit better"
         )
-    else:
-        lines.append("both runs took local steps; parallel is foretold with averagings that hide behind nothing")
-    return lines
+    return "both runs took local steps; the gradients of a step of parallel are taken for as long as an averaging"
 
 
 def _recipe_of(path: Path) -> Recipe:
@@ -116,12 +84,10 @@ def _finished(path: Path) -> tuple[Run, dict[str, Any]]:
         summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ReportError(f"{path / SUMMARY}: cannot be read: {error}") from error
-    for key in ("steps", "averagings", "seconds_training", "bytes_sent"):
+    for key in ("steps", "averagings", "seconds_training", "ranks", "worker_size"):
         value = summary.get(key) if isinstance(summary, dict) else None
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
-            raise ReportError(
-                f"{path / SUMMARY}: {key} is {value!r}; needed is a number from 0 on, as qsr train writes"
-            )
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            raise ReportError(f"{path / SUMMARY}: {key} is {value!r}; needed is a number above 0, as qsr train writes")
     _check_workers(run)
     return run, summary
 
@@ -136,11 +102,8 @@ def _check_workers(run: Run) -> None:
 
 
 def _check_same(names: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
-    lines = [
-        f"  {key}: {here!r} and {there!r}"
-        for key, here, there in differences(one, other)
-        if not key.startswith(_MAY_DIFFER)
-    ]
+    found = that_matter(differences(one, other), "fit")
+    lines = [f"  {key}: {here!r} and {there!r}" for key, here, there in found]
     if lines:
         raise ConfigError(
             f"--fit: {names} differ in what a step or an averaging costs:\n" + "\n".join(lines) + "\n"

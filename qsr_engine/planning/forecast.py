@@ -1,334 +1,242 @@
-"""What a plan costs under every strategy: hours, bytes, the share of communication, and the questions of a planner.
+"""What a plan costs under every strategy: averagings, bytes and hours, as far as they are known.
 
-    which h_base keeps communication under 10 % of the time?
-    what does alpha do to the number of averagings?
-    from which bandwidth on does a strategy gain anything?      (a plot)
-
-Nothing here imports torch, nor pyplot with its global state.
+Nothing here imports torch, but for the size of a model where nobody says it, nor pyplot with its global state.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from qsr_engine.config.qsr import QSRConfig
 from qsr_engine.config.strict import ConfigError
 from qsr_engine.config.units import bytes_text, counted, rate_text, seconds_text
-from qsr_engine.planning.calibration import cost_model, count_parameters, payload_of_averaging
-from qsr_engine.planning.cost import Cost, CostModel, Network, Tally, smallest_period, tally
+from qsr_engine.planning.cost import Costs, Counts, beyond_hidden, count
 from qsr_engine.planning.fitting import fit_runs
 from qsr_engine.planning.plan import Plan, label_of, rounds_of
-from qsr_engine.planning.settings import CostSettings, cost_settings, read_costs
+from qsr_engine.planning.sizes import Size, Sizes, deepspeed_sizes, model_size, recipe_sizes
 
 HOUR = 3600.0
-LIMIT_PERCENT = 10.0  # of the time, that communication should stay under
 H_BASE = 4  # of the constant period beside a recipe that names none
-_ALPHA_FACTORS = (0.5, 1.0, 2.0)
 _BANDWIDTHS = (10e6 / 8, 400e9 / 8)  # bytes/s, the ends of the plot
 _POINTS = 60
 PLOTS = (".png", ".svg", ".pdf")
 
 
-class Costs(Protocol):
-    """CostModel or Fit."""
-
-    def run(self, rounds: Tally) -> Cost: ...
-
-
-@dataclass(frozen=True)
-class Strategy:
-    """One row of the table.
-
-    Args:
-        own: it is the recipe's own.
-    """
-
-    label: str
-    qsr: QSRConfig
-    tally: Tally
-    own: bool
-
-
-def strategies(plan: Plan) -> list[Strategy]:
-    """`parallel`, a constant period, QSR where alpha is known, and the recipe's own if it is another one."""
-    own = plan.qsr
-    h_base = H_BASE if own.strategy == "parallel" else own.h_base
-    found = [plan.qsr.model_copy(update={"strategy": "parallel", "switch_step": None, "outer": None})]
-    found.append(own.model_copy(update={"strategy": "constant", "h_base": h_base, "switch_step": None}))
-    if own.alpha and own.lr is not None:
-        found.append(own.model_copy(update={"strategy": "qsr", "h_base": h_base, "switch_step": None}))
-    labels, mine = list(map(label_of, found)), label_of(own)
-    if mine not in labels:
-        found.append(own)
-        labels.append(mine)
-    return [
-        Strategy(label, qsr, tally(plan.rounds if label == mine else rounds_of(qsr)), label == mine)
-        for label, qsr in zip(labels, found, strict=True)
-    ]
-
-
 @dataclass(frozen=True)
 class Forecast:
-    """A plan with its costs.
+    """A plan with what is known of its costs.
 
     Args:
-        costs: what rounds cost.
+        sizes: None where nobody says how many workers there are.
+        costs: None where nobody says how long things take.
         assumptions: that this rests on, a line each.
-        limit: the share of the time that communication should stay under, from 0 to 1.
     """
 
     plan: Plan
-    costs: Costs
+    sizes: Sizes | None
+    costs: Costs | None
     assumptions: Sequence[str]
-    strategies: Sequence[Strategy]
-    limit: float = LIMIT_PERCENT / 100
-    settings: dict[str, Any] = field(default_factory=dict)  # that --json prints
 
-    def rows(self) -> list[dict[str, Any]]:
-        """The strategies' costs, in hours; bytes are what one worker sends."""
-        rows = []
-        for strategy in self.strategies:
-            cost = self.costs.run(strategy.tally)
-            row = {
-                "strategy": strategy.label,
-                "own": strategy.own,
-                "averagings": strategy.tally.rounds,
-                "hours_compute": cost.compute / HOUR,
-                "hours_communication": cost.communication / HOUR,
-                "hours_waiting": cost.waiting / HOUR,
-                "hours": cost.total / HOUR,
-                "bytes_sent": cost.bytes,
-                "communication_percent_of_time": 100 * cost.communication_share,
-            }
-            rows.append(row)
-        return rows
-
-    def smallest_h_base(self) -> dict[str, int | None]:
-        """The smallest h_base that keeps communication under the limit, for a constant period and for the own QSR.
-
-        None where no period does. Without a learning rate, or alpha, there is no answer for QSR.
-        """
-        own = self.plan.qsr
-        wanted = {"constant": own.model_copy(update={"strategy": "constant", "switch_step": None})}
-        if own.alpha and own.lr is not None:
-            wanted["qsr"] = own.model_copy(update={"strategy": "qsr", "switch_step": None})
+    def row(self, counts: Counts) -> dict[str, Any]:
+        """What a run costs; bytes are those that leave a worker, and what is not known is None."""
+        cost, sizes = self.costs and self.costs.of(counts), self.sizes
         return {
-            name: smallest_period(partial(self._share, qsr), self.limit, own.total_steps)
-            for name, qsr in wanted.items()
+            "averagings": counts.all_averagings,
+            "averagings_percent": 100 * counts.all_averagings / counts.steps,
+            "bytes_sent": sizes and sizes.of(counts),
+            "bytes_percent": sizes and sizes.percent(counts),
+            "hours_compute": cost and cost.compute / HOUR,
+            "hours_communication": cost and cost.communication / HOUR,
+            "hours": cost and cost.total / HOUR,
+            "communication_percent_of_time": cost and 100 * cost.communication / cost.total,
         }
 
-    def _share(self, qsr: QSRConfig, h_base: int) -> float:
-        return self.costs.run(tally(rounds_of(qsr.model_copy(update={"h_base": h_base})))).communication_share
-
-    def alphas(self) -> list[dict[str, Any]]:
-        """What alpha does to the averagings: half of the recipe's, itself, and twice; empty where it has none."""
-        own, rows = self.plan.qsr, []
-        if own.strategy == "qsr" and own.alpha and own.lr is not None:
-            for factor in _ALPHA_FACTORS:
-                counted = tally(rounds_of(own.model_copy(update={"alpha": factor * own.alpha})))
-                cost = self.costs.run(counted)
-                row = {"alpha": factor * own.alpha, "factor": factor, "averagings": counted.rounds}
-                rows.append(
-                    {**row, "percent_of_parallel": 100 * counted.rounds / counted.steps, "hours": cost.total / HOUR}
-                )
-        return rows
+    def rows(self) -> list[dict[str, Any]]:
+        """`parallel`, a constant period, QSR where alpha is known, and the recipe's own if it is another one."""
+        mine = label_of(self.plan.qsr)
+        return [
+            {"strategy": label, "own": label == mine, **self.row(counts)}
+            for label, counts in compared(self.plan).items()
+        ]
 
     def as_dict(self) -> dict[str, Any]:
         """What `--json` prints."""
-        return {
-            **self.plan.as_dict(),
-            "costs": self.settings,
-            "assumptions": list(self.assumptions),
-            "strategies": self.rows(),
-            "communication_limit_percent": 100 * self.limit,
-            "smallest_h_base": self.smallest_h_base(),
-            "alphas": self.alphas(),
-        }
+        own, sizes = count(self.plan.qsr.strategy, self.plan.rounds), self.sizes
+        known = {} if sizes is None else {"workers": sizes.workers, "parameters": sizes.parameters}
+        known |= {} if sizes is None else {"averaging_bytes": sizes.averaging, "gradient_bytes": sizes.gradients}
+        known |= {} if sizes is None else {"fragments": sizes.fragments, "averaging_bytes_at_once": sizes.at_once}
+        said = {"costs": asdict(self.costs)} if self.costs else {}
+        rows = {"strategies": self.rows(), "assumptions": list(self.assumptions)} if sizes or self.costs else {}
+        return {**self.plan.as_dict(), "bytes_percent": self.row(own)["bytes_percent"], **known, **said, **rows}
 
     def text(self) -> str:
-        """What is printed below the plan."""
-        lines = [f"{'':1} {'strategy':<28} {'averagings':>10} {'compute h':>10} {'commun. h':>10} {'waiting h':>10} "]
-        lines[0] += f"{'hours':>9} {'sent':>9} {'commun. %':>9}"
+        """What is printed without `--json`."""
+        if not (self.sizes or self.costs):
+            return self.plan.text()
+        names = ["strategy", "averagings", "averagings %", "compute h", "commun. h", "hours", "sent", "bytes %"]
+        lines = ["  {:<28} {:>10} {:>12} {:>10} {:>10} {:>10} {:>9} {:>7}".format(*names)]
         for row in self.rows():
-            hours = (row["hours_compute"], row["hours_communication"], row["hours_waiting"])
             lines.append(
                 f"{'*' if row['own'] else ' '} {row['strategy']:<28} {row['averagings']:>10} "
-                + " ".join(f"{value:>10.3g}" for value in hours)
-                + f" {row['hours']:>9.4g} {bytes_text(row['bytes_sent']) if row['bytes_sent'] else '-':>9} "
-                f"{row['communication_percent_of_time']:>9.2f}"
+                f"{row['averagings_percent']:>12.2f} {spell(row['hours_compute']):>10} "
+                f"{spell(row['hours_communication']):>10} {spell(row['hours']):>10} "
+                f"{bytes_text(row['bytes_sent']) if self.sizes else '-':>9} {spell(row['bytes_percent'], '.2f'):>7}"
             )
-        lines += ["", "* this recipe; sent: by one worker; commun. %: of the time, beyond what is hidden", ""]
-        lines += [self._spell(name, h_base) for name, h_base in self.smallest_h_base().items()]
-        if alphas := self.alphas():
-            lines += ["", f"{'alpha':>10} {'averagings':>10} {'% of parallel':>13} {'hours':>9}"]
-        for row in alphas:
-            percent, hours = row["percent_of_parallel"], row["hours"]
-            lines.append(f"{row['alpha']:>10.4g} {row['averagings']:>10} {percent:>13.2f} {hours:>9.4g}")
-        return "\n".join([*lines, "", "assumed:", *(f"  {line}" for line in self.assumptions)])
-
-    def _spell(self, name: str, h_base: int | None) -> str:
-        what = "a constant H" if name == "constant" else f"QSR with alpha {self.plan.qsr.alpha:g}, h_base"
-        answer = "no period does" if h_base is None else f"{what} >= {h_base}"
-        return f"communication under {100 * self.limit:g} % of the time: {answer}" + (
-            f" ({name})" if h_base is None else ""
-        )
+        lines += ["", "* this recipe. Averagings %: over steps. Sent: bytes that leave one worker; bytes %: of what"]
+        lines += ["  parallel sends in as many steps.", "", "assumed:"]
+        return "\n".join([self.plan.text(), "", *lines, *(f"  {line}" for line in self.assumptions)])
 
     def plot(self, path: str | Path) -> None:
-        """Draw hours over the bandwidth between hosts, a curve for each strategy.
+        """Draw hours over the bandwidth of a worker's link, a curve for each strategy.
 
         Raises:
-            ConfigError: the costs come from a fit, which knows no bandwidth, or the file cannot be written.
+            ConfigError: step times or bytes are not known, there is one worker, or the file cannot be written.
         """
-        if not isinstance(self.costs, CostModel):
-            raise ConfigError(f"--plot {path}: two runs tell no bandwidth; give --bandwidth and the other costs")
-        if self.costs.network.hosts(self.costs.workers) == 1:
-            raise ConfigError(f"--plot {path}: all workers are on one host; give --workers-per-host for several hosts")
-        check_plot(path)
+        if self.sizes is None or self.costs is None or self.sizes.workers == 1:
+            raise ConfigError(f"--plot {path}: it needs the time of a step and several workers; write --workers N")
         from matplotlib.figure import Figure
 
+        step, mine = self.costs.step_seconds, label_of(self.plan.qsr)
+        low, high = _BANDWIDTHS
+        rates = [low * (high / low) ** (index / (_POINTS - 1)) for index in range(_POINTS)]
         figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
         panel = figure.add_subplot()
-        for strategy in self.strategies:
-            panel.plot(*self.curve(self.costs, strategy), label=strategy.label + (" (this recipe)" * strategy.own))
-        compute = self.costs.run(self.strategies[0].tally).compute / HOUR
+        for label, counts in compared(self.plan).items():
+            hours = [by_bandwidth(self.sizes, step, rate).of(counts).total / HOUR for rate in rates]
+            panel.plot([8 * rate for rate in rates], hours, label=label + (" (this recipe)" if label == mine else ""))
+        compute = self.plan.qsr.total_steps * step / HOUR
         panel.axhline(compute, color="grey", linestyle=":", label="compute alone")
-        now = self.costs.network.bandwidth * 8
-        if _BANDWIDTHS[0] * 8 <= now <= _BANDWIDTHS[1] * 8:
-            panel.axvline(now, color="grey", linewidth=0.8)
-        panel.set_xscale("log")
-        panel.set_yscale("log")
-        panel.set_xlabel("bandwidth of a host's port (bit/s)")
-        panel.set_ylabel("hours")
+        panel.set(xscale="log", yscale="log", xlabel="bandwidth of a worker's link (bit/s)", ylabel="hours")
         panel.legend(frameon=False)
         try:
             figure.savefig(path)
         except OSError as error:
             raise ConfigError(f"--plot {path}: cannot be written: {error}; write for example plan.png") from error
 
-    @staticmethod
-    def curve(model: CostModel, strategy: Strategy) -> tuple[list[float], list[float]]:
-        """(bandwidth in bit/s, hours) from 10 Mbit/s to 400 Gbit/s."""
-        low, high = _BANDWIDTHS
-        rates = [low * (high / low) ** (index / (_POINTS - 1)) for index in range(_POINTS)]
-        hours = [_with_bandwidth(model, rate).run(strategy.tally).total / HOUR for rate in rates]
-        return [8 * rate for rate in rates], hours
-
 
 def check_plot(path: str | Path) -> None:
     """Raise ConfigError for a file of a kind that is not drawn, or a place that is none."""
-    if Path(path).suffix.lower() not in PLOTS:
-        raise ConfigError(f"--plot {path}: found no kind of plot that is drawn; write a file in {', '.join(PLOTS)}")
-    check_place("--plot", path)
-
-
-def check_place(option: str, path: str | Path) -> None:
-    """Raise ConfigError where a file cannot be written, as far as can be known without writing it."""
     path = Path(path)
-    if path.is_dir():
-        raise ConfigError(f"{option} {path}: this is a folder; write the name of a file")
-    if not path.parent.is_dir():
-        raise ConfigError(f"{option} {path}: cannot be written: there is no folder {path.parent}; make it first")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ConfigError(f"{option} {path}: cannot be written: you may not write there; write another place")
+    if path.suffix.lower() not in PLOTS:
+        raise ConfigError(f"--plot {path}: found no kind of plot that is drawn; write a file in {', '.join(PLOTS)}")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"--plot {path}: cannot be written; write the name of a file in a folder that you may write")
 
 
-def _with_bandwidth(model: CostModel, rate: float) -> CostModel:
-    network: Network = replace(model.network, bandwidth=rate)
-    return replace(model, network=network)
+def spell(value: float | None, form: str = ".4g") -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+def compared(plan: Plan) -> dict[str, Counts]:
+    """Counts of the strategies that a plan is compared with, and of its own, by their labels."""
+    own = plan.qsr
+    h_base = H_BASE if own.strategy == "parallel" and own.h_base == 1 else own.h_base  # 1 where it names none
+    found = [own.model_copy(update={"strategy": "parallel", "switch_step": None, "outer": None})]
+    found.append(own.model_copy(update={"strategy": "constant", "h_base": h_base, "switch_step": None}))
+    if own.alpha and own.lr is not None:
+        found.append(own.model_copy(update={"strategy": "qsr", "h_base": h_base, "switch_step": None}))
+    counts = {label_of(qsr): qsr for qsr in found} | {label_of(own): own}
+    return {label: count(qsr.strategy, plan.rounds if qsr is own else rounds_of(qsr)) for label, qsr in counts.items()}
+
+
+def by_bandwidth(sizes: Sizes, step_seconds: float, bandwidth: float) -> Costs:
+    """The figures by bytes over bandwidth, which is in bytes/s of what a worker sends."""
+    hidden = sizes.hidden_share * step_seconds
+    gradients = beyond_hidden(sizes.gradients / bandwidth, hidden, sizes.last_bucket)
+    return Costs(step_seconds, sizes.averaging / bandwidth, gradients)
 
 
 def make_forecast(
     plan: Plan,
-    given: dict[str, Any],
+    given: Mapping[str, Any],
     *,
-    costs: CostSettings | str | Path | None = None,
+    measured: Mapping[str, Any] | None = None,
     fit: Sequence[str | Path] | None = None,
-    limit: float = LIMIT_PERCENT / 100,
 ) -> Forecast:
-    """Costs of a plan.
+    """What is known of a plan's costs.
 
     Args:
-        given: settings from the command line, by their names in CostSettings.
-        costs: a file of them, or what was measured; given goes before.
-        fit: two finished runs, instead of any settings.
+        given: by the command line: workers, parameters, bandwidth (bytes/s), and seconds by their names in Costs.
+        measured: as measure() returns it; what is given goes before.
+        fit: two finished runs, instead of any of these but parameters.
     Raises:
-        ConfigError, ReportError: as cost_settings(), cost_model() and fit_runs().
+        ConfigError, ReportError: figures are missing or do not go together, or as fit_runs().
     """
+    lines: list[str] = []
     if fit is not None:
-        if given or costs is not None:
-            raise ConfigError("--fit finds its costs in two runs; leave --costs and the options of the cost model out")
-        found, assumptions = fit_runs(fit, plan.recipe)
-        return Forecast(plan, found, assumptions, strategies(plan), limit, asdict(found))
-    base = costs if costs is None or isinstance(costs, CostSettings) else read_costs(costs)
-    settings = cost_settings(given, base)
-    model, assumptions = cost_model(settings, plan.qsr, plan.recipe, plan.deepspeed)
-    if base is not None and base.measured:
-        assumptions = [measured_line(base), *assumptions]
-    return Forecast(plan, model, assumptions, strategies(plan), limit, settings.model_dump())
+        if set(given) - {"parameters"} or measured:
+            raise ConfigError("--fit finds its costs in two runs; leave --measure and the options of the costs out")
+        costs, workers, lines = fit_runs(fit, plan.recipe)
+        sizes, assumed = _sizes(plan, given.get("parameters"), workers)
+        return Forecast(plan, sizes, costs, [*lines, *_figures(costs), *assumed])
+    known = {**(measured or {}), **given}
+    if measured and known["workers"] != measured["workers"]:
+        lines.append(f"measured with {counted(measured['workers'], 'worker')}, and taken for {known['workers']}")
+    if "parameters" in given and "workers" not in known:
+        raise ConfigError("--parameters: what a worker sends depends on how many there are; write --workers N too")
+    sizes, assumed = _sizes(plan, given.get("parameters"), known.get("workers"))
+    if set(known) <= {"workers", "parameters"}:
+        return Forecast(plan, sizes, None, assumed)
+    costs = _costs(known, given, sizes)
+    if "bandwidth" in given and sizes is not None:
+        hidden = f"beside {sizes.hidden_share:.2g} of a step" if sizes.hidden_share else "after the backward pass"
+        rate = rate_text(given["bandwidth"])
+        lines.append(f"{rate} for what leaves a worker, or a host of workers in one ring; gradients travel {hidden}")
+    return Forecast(plan, sizes, costs, [*lines, *_figures(costs), *assumed])
 
 
-def bytes_of(plan: Plan, parameters: int | None, workers: int | None) -> dict[str, Any]:
-    """What is known of the bytes without times: those of one averaging, and what a worker sends in the whole run.
-
-    Args:
-        parameters: of the model; None: those of the recipe's model, which is made for that.
-        workers: None where their number is not known; then a worker sends less than twice the payload each time.
-    Raises:
-        ConfigError: nobody says how large the model is.
-    """
-    if parameters is None:
-        if plan.recipe is None:
-            raise ConfigError(f"{plan.name}: it does not say how large the model is; write --parameters N")
-        parameters, _ = count_parameters(plan.recipe)
-    settings = CostSettings(step_seconds=1.0, bandwidth=None, workers=workers or 1, parameters=parameters)
-    model, _ = cost_model(settings, plan.qsr, plan.recipe, plan.deepspeed)
-    known: dict[str, Any] = {"parameters": parameters, "averaging_bytes": payload_of_averaging(plan.qsr, parameters)}
-    if workers is not None:
-        known |= {"workers": workers, "bytes_sent": model.run(tally(plan.rounds)).bytes}
-    return known
+def _costs(known: Mapping[str, Any], given: Mapping[str, Any], sizes: Sizes | None) -> Costs:
+    """Seconds that are given go before a bandwidth, and that before what was measured."""
+    found = dict(known)
+    if "bandwidth" in given and "step_seconds" in known and sizes is not None:
+        computed = asdict(by_bandwidth(sizes, known["step_seconds"], given["bandwidth"]))
+        found |= {name: given.get(name, value) for name, value in computed.items()}
+    if "step_seconds" not in found or "averaging_seconds" not in found:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError(
+            "hours need --step-seconds, and --averaging-seconds or both --bandwidth and --workers; found only "
+            f"{options}: write the others, or --measure or --fit RUN RUN in place of all"
+        )
+    averaging = found["averaging_seconds"]
+    return Costs(found["step_seconds"], averaging, found.get("gradient_seconds", averaging))
 
 
-def bytes_line(known: dict[str, Any]) -> str:
-    line = f"an averaging: {bytes_text(known['averaging_bytes'])} ({known['parameters']} parameters)"
-    if "bytes_sent" in known:
-        return f"{line}; each of {known['workers']} workers sends {bytes_text(known['bytes_sent'])} in the run"
-    return line
-
-
-def print_plan(plan: Plan, forecast: Forecast | None, known: dict[str, Any] | None, *, as_json: bool) -> str:
-    """What `qsr plan` prints."""
-    more = known or {}
-    if as_json:
-        return json.dumps({**(forecast or plan).as_dict(), **more}, indent=2)
-    parts = [plan.text(), *([bytes_line(more)] if more else []), *([forecast.text()] if forecast else [])]
-    return "\n\n".join(parts)
-
-
-def measured_line(settings: CostSettings) -> str:
-    """The measured figures in one line.
-
-    Args:
-        settings: as they were measured, before options go before them.
-    """
-    workers, network = settings.workers, settings.network
-    hosts = network.hosts(workers)
-    between = settings.bandwidth is not None
-    rate = network.bandwidth if between else network.local_bandwidth
-    parts = [
-        f"measured: {seconds_text(settings.step_seconds)} a step, cv {settings.step_cv:.3g} from step to step"
-        + (f" and {settings.worker_cv:.3g} from worker to worker" if workers > 1 else "")
-        + f", with {counted(workers, 'worker')} on {counted(hosts, 'host')}"
+def _figures(costs: Costs) -> list[str]:
+    return [
+        f"{seconds_text(costs.step_seconds)} of compute a step, {seconds_text(costs.averaging_seconds)} an averaging, "
+        f"and {seconds_text(costs.gradient_seconds)} that a step of parallel takes longer for its gradients",
+        "all workers take the same time, and data, evaluation, checkpoints and failures cost nothing",
     ]
-    if math.isfinite(rate):
-        latency = settings.latency if between else settings.local_latency
-        where = "between hosts" if between else "inside the host"
-        parts.append(f"{rate_text(rate)} {where}, latency {seconds_text(latency)}")
-    parts.append(f"{seconds_text(settings.boundary_seconds)} for a boundary beside its averaging")
-    return "; ".join(parts)
+
+
+def _sizes(plan: Plan, parameters: int | None, workers: int | None) -> tuple[Sizes | None, list[str]]:
+    """What leaves a worker, and what was assumed for it; None where the workers or the model are not known."""
+    if workers is None or (parameters is None and plan.recipe is None):
+        return None, []
+    size, lines = Size(parameters or 0), list[str]()
+    if plan.recipe is None:
+        sizes = deepspeed_sizes(plan.deepspeed or {}, plan.qsr, size, workers)
+    else:
+        if parameters is None:
+            size, lines = model_size(plan.recipe)
+        sizes = recipe_sizes(plan.recipe, plan.qsr, size, workers)
+    return sizes, [
+        f"{counted(workers, 'worker')} of {counted(plan.qsr.worker_size, 'rank')}, {size.parameters} parameters: "
+        f"{bytes_text(sizes.averaging)} leave a worker at an averaging, {bytes_text(sizes.gradients)} at a step of "
+        "parallel",
+        *_fragments(sizes),
+        *lines,
+    ]
+
+
+def _fragments(sizes: Sizes) -> list[str]:
+    if sizes.fragments == 1:
+        return []
+    count, nbytes = sizes.fragments, bytes_text(sizes.at_once)
+    return [
+        f"averaged in {count} fragments of about equal bytes, at steps of their own: {nbytes} leave a worker at once "
+        f"where a round has {count} steps or more, and all of it at the run's end",
+    ]

@@ -19,9 +19,8 @@ from qsr_engine.config.strict import ConfigError, validate
 from qsr_engine.data.errors import DataError
 from qsr_engine.data.index import read_index
 from qsr_engine.records.runs import strategy_label
-from qsr_engine.schedule import Round, communication_percent, learning_rate, rounds
+from qsr_engine.schedule import Round, averagings_percent, learning_rate, rounds
 
-HEADER = "# Communication: "  # begins the line of a recipe's head that says its share
 PARTS = 10  # of the run, in the table
 
 
@@ -33,6 +32,7 @@ class Plan:
         rounds: all of them, in order.
         steps_per_epoch: None where the number of samples is not known.
         recipe: as it was read; None for a DeepSpeed configuration.
+        stop_at_step: where the run stops, with these rounds; None: at its end.
         deepspeed: that configuration, without its block "qsr" and not checked; None for a recipe.
     """
 
@@ -41,12 +41,13 @@ class Plan:
     rounds: Sequence[Round]
     steps_per_epoch: int | None
     recipe: Recipe | None = None
+    stop_at_step: int | None = None
     deepspeed: Mapping[str, Any] | None = None
 
     @property
-    def communication_percent(self) -> float:
-        """Of what `parallel` sends, with one data type for both."""
-        return communication_percent(self.rounds)
+    def averagings_percent(self) -> float:
+        """Averagings over steps."""
+        return averagings_percent(self.rounds)
 
     @property
     def longest_round(self) -> Round:
@@ -72,9 +73,11 @@ class Plan:
             "recipe": self.name,
             "strategy": label_of(self.qsr),
             "total_steps": self.qsr.total_steps,
+            "stop_at_step": self.stop_at_step,
             "steps_per_epoch": self.steps_per_epoch,
             "rounds": len(self.rounds),
-            "communication_percent": self.communication_percent,
+            "averagings_percent": self.averagings_percent,
+            "communication_percent": self.averagings_percent,  # its old name
             "longest_round": _as_dict(self.longest_round),
             "last_round": _as_dict(self.rounds[-1]),
             "table": list(self.table()),
@@ -87,9 +90,10 @@ class Plan:
         lines = [
             f"{self.name}: {label_of(self.qsr)}",
             f"{self.qsr.total_steps} steps{length}, {len(self.rounds)} rounds, "
-            f"{self.communication_percent:.1f} % of parallel's communication",
+            f"{self.averagings_percent:.1f} % of parallel's averagings",
             f"longest round: {self._spell(self.longest_round)}",
             f"last round: {self._spell(self.rounds[-1])}",
+            *self._stop(),
             "",
             f"{'step':>9} {'epoch':>7} {'lr':>10} {'H':>8}",
         ]
@@ -99,17 +103,17 @@ class Plan:
             lines.append(f"{row['step']:>9} {epoch:>7} {lr:>10} {row['period']:>8}")
         return "\n".join(lines)
 
+    def _stop(self) -> list[str]:
+        if self.stop_at_step is None:
+            return []
+        ended = sum(round_.start + round_.length <= self.stop_at_step for round_ in self.rounds)
+        epoch = self.epoch(self.stop_at_step)
+        place = f"step {self.stop_at_step}" + ("" if epoch is None else f", in epoch {epoch:.1f}")
+        return [f"stops at {place} (stop_at_step), after {ended} of these rounds; other figures are the whole run's"]
+
     def _spell(self, round_: Round) -> str:
         epoch = self.epoch(round_.start)
         return f"{round_.length} steps from step {round_.start}" + ("" if epoch is None else f", in epoch {epoch:.1f}")
-
-    def header(self) -> str:
-        """The line of a recipe's head that says what it sends."""
-        longest = self.longest_round
-        return (
-            f"{HEADER}{self.communication_percent:.1f} % of parallel's; {len(self.rounds)} rounds in "
-            f"{self.qsr.total_steps} steps, the longest of {longest.length} from step {longest.start}."
-        )
 
 
 def label_of(qsr: QSRConfig) -> str:
@@ -143,15 +147,23 @@ def make_plan(path: str | Path, *, samples: int | None = None, overrides: Sequen
 def _plan_recipe(path: Path, samples: int | None, overrides: Sequence[str]) -> Plan:
     if samples is not None:
         overrides = [*overrides, f"data.train_samples={samples}"]
-    recipe = load_recipe(path, overrides)
+    recipe = load_recipe(path, overrides, places=False)
     samples = recipe.data.train_samples or _samples_of_shards(path, recipe)
     if samples is None:
-        per_epoch, raw = None, recipe.qsr.model_dump(exclude_none=True)
+        per_epoch, resolved = None, recipe
     else:
-        per_epoch = samples // recipe.batch.train_batch_size
-        raw = resolve_recipe(recipe, samples).qsr.model_dump(exclude_none=True)
-    qsr = validate(QSRConfig, raw, where=str(path), prefix="qsr.")
-    return Plan(str(path), qsr, _rounds(path, qsr), per_epoch, recipe)
+        per_epoch, resolved = samples // recipe.batch.train_batch_size, resolve_recipe(recipe, samples)
+    return plan_of(str(path), resolved, per_epoch, recipe)
+
+
+def plan_of(name: str, resolved: Recipe, steps_per_epoch: int | None, recipe: Recipe | None = None) -> Plan:
+    """The plan of a recipe that is known in steps.
+
+    Args:
+        recipe: as it was read; None: the resolved one.
+    """
+    qsr = validate(QSRConfig, resolved.qsr.model_dump(exclude_none=True), where=name, prefix="qsr.")
+    return Plan(name, qsr, _rounds(Path(name), qsr), steps_per_epoch, recipe or resolved, resolved.stop_at_step)
 
 
 def _samples_of_shards(path: Path, recipe: Recipe) -> int | None:
@@ -160,7 +172,7 @@ def _samples_of_shards(path: Path, recipe: Recipe) -> int | None:
         return read_index(recipe.data.shards).split(recipe.data.train).samples
     except DataError as error:
         qsr = recipe.qsr
-        epochs = (recipe.epochs, qsr.switch_epoch, qsr.lr.warmup_epochs, qsr.lr.decay_epochs)
+        epochs = (recipe.epochs, recipe.stop_at_epoch, qsr.switch_epoch, qsr.lr.warmup_epochs, qsr.lr.decay_epochs)
         if all(duration is None for duration in epochs):
             return None
         raise ConfigError(
@@ -171,7 +183,7 @@ def _samples_of_shards(path: Path, recipe: Recipe) -> int | None:
 
 def rounds_of(qsr: QSRConfig) -> Iterator[Round]:
     """All rounds of a run whose periods do not follow a scheduler of the caller's own."""
-    return rounds(qsr) if qsr.strategy == "qsr" and qsr.lr is not None else rounds(qsr, lambda step: 0.0)
+    return rounds(qsr) if qsr.strategy == "qsr" and qsr.lr is not None else rounds(qsr, lambda step: 1.0)
 
 
 def _rounds(path: Path, qsr: QSRConfig) -> list[Round]:
@@ -181,23 +193,3 @@ def _rounds(path: Path, qsr: QSRConfig) -> list[Round]:
             "the block, here or in a copy"
         )
     return list(rounds_of(qsr))
-
-
-def write_header(path: str | Path) -> str:
-    """Write the share of communication into the comment at a recipe's head, and return that line.
-
-    Raises:
-        ConfigError, DataError: as make_plan(); or it is not a recipe, or cannot be written.
-    """
-    path = Path(path)
-    if path.suffix.lower() == ".json":
-        raise ConfigError(f"{path}: a JSON file has no comments; --write-header is for recipes")
-    line = make_plan(path).header()
-    lines = path.read_text(encoding="utf-8").splitlines()
-    head = next((number for number, text in enumerate(lines) if not text.startswith("#")), len(lines))
-    kept = [text for text in lines[:head] if not text.startswith(HEADER)]
-    try:
-        path.write_text("\n".join([*kept, line, *lines[head:]]) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from error
-    return line

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,14 +19,14 @@ from qsr_engine.data import Index
 from qsr_engine.data.device import Normalise
 from qsr_engine.data.loader import TrainLoader
 from qsr_engine.data.order import seed_for
-from qsr_engine.training.from_recipe import DTYPES, Engine
+from qsr_engine.training.from_recipe import DTYPES, Engine, autocast
 
 
 @contextmanager
 def of_averaged_model(recipe: Recipe, engine: Engine, index: Index, moved: Callable[[], None]) -> Iterator[None]:
     """Inside, batch norm has the statistics of the averaged parameters; they depend on the seed and the step only.
 
-    Every rank must enter, on a boundary and after wait().
+    Every rank must enter, inside `engine.averaged()`.
 
     Args:
         recipe: with a block batch_norm. Bad samples count against data.max_bad_samples for each estimation by itself.
@@ -34,7 +35,7 @@ def of_averaged_model(recipe: Recipe, engine: Engine, index: Index, moved: Calla
     place = recipe.seed, engine.local_steps.step
     seed = seed_for("dropout of batch norm", *place, dist.get_rank())
     batches = _batches(recipe, index, engine.device, seed_for("batch norm", *place), moved)
-    with reestimated_batch_norm(engine.module, batches, seed):
+    with reestimated_batch_norm(engine.module, batches, seed, autocast(recipe, engine.device)):
         yield
 
 
@@ -62,7 +63,9 @@ def _keeps_statistics(module: nn.Module) -> bool:
 
 
 @contextmanager
-def reestimated_batch_norm(model: nn.Module, batches: Iterable[Tensor], seed: int) -> Iterator[None]:
+def reestimated_batch_norm(
+    model: nn.Module, batches: Iterable[Tensor], seed: int, computing: AbstractContextManager[Any] | None = None
+) -> Iterator[None]:
     """Inside, batch norm's running statistics are those of the parameters as they are; afterwards nothing has changed.
 
     Under local steps a worker's running statistics belong to parameters that were its own. Here every rank runs the
@@ -76,6 +79,7 @@ def reestimated_batch_norm(model: nn.Module, batches: Iterable[Tensor], seed: in
     Args:
         batches: of images, as the model reads them; the same number on every rank, one at least.
         seed: of what the model draws meanwhile, such as dropout.
+        computing: entered for the forwards.
     Raises:
         CollectiveError: averaging the statistics failed.
     """
@@ -85,7 +89,7 @@ def reestimated_batch_norm(model: nn.Module, batches: Iterable[Tensor], seed: in
     norms = [module for module in modules if isinstance(module, _BatchNorm) and _keeps_statistics(module)]
     momenta = [norm.momentum for norm in norms]
     try:
-        with torch.random.fork_rng(_cuda_devices(buffers)), torch.no_grad():
+        with torch.random.fork_rng(_cuda_devices(buffers)), torch.no_grad(), computing or nullcontext():
             torch.manual_seed(seed)
             update_bn(batches, model)
         _average([value for norm in norms for value in (norm.running_mean, norm.running_var) if value is not None])

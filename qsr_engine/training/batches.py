@@ -13,16 +13,19 @@ from torch import Tensor
 
 from qsr_engine.config.batch import Batch
 from qsr_engine.config.recipe import Recipe
-from qsr_engine.data import Index
+from qsr_engine.data import DataError, Index
 from qsr_engine.data.batches import ImageBatch
 from qsr_engine.data.device import MixUp, Normalise
 from qsr_engine.data.loader import TrainLoader
+from qsr_engine.data.own_loader import OwnLoader
+from qsr_engine.membership.facts import check_agreement
 from qsr_engine.training.figures import Clock
 from qsr_engine.training.from_recipe import DTYPES
+from qsr_engine.training.models import scores_of
 
 
 class Batches:
-    """Pictures and labels or, mixed, shares of classes, one micro-batch after another.
+    """Pictures and labels or, mixed, shares of the classes that the model has, one micro-batch after another.
 
     A rank's stream goes on where the samples seen so far would end if this many ranks had seen them: with the same
     ranks exactly where it was. With others an epoch is whole again from the next one on.
@@ -36,35 +39,69 @@ class Batches:
         self, recipe: Recipe, index: Index, batch: Batch, device: torch.device, *, step: int, clock: Clock
     ) -> None:
         place = {"rank": dist.get_rank(), "ranks": dist.get_world_size(), "batch_size": batch.micro}
-        self._loader = TrainLoader(recipe.data.shards, index, recipe.data, seed=recipe.seed, **place)
-        self._device, self._clock = device, clock
+        self._own = self._loader = None
+        if recipe.data.loader is None:
+            self._loader = TrainLoader(recipe.data.shards, index, recipe.data, seed=recipe.seed, **place)
+        else:
+            self._own = _own_loader(recipe, index, place, device)
+        self._device, self.clock = device, clock
         self._normalise = Normalise(device, DTYPES[recipe.precision.dtype])
-        self._mixup = MixUp(recipe.data.mixup, len(index.classes or ())) if recipe.data.mixup > 0 else None
+        scores = scores_of(recipe.model, index.class_count)
+        self._mixup = MixUp(recipe.data.mixup, scores) if recipe.data.mixup > 0 else None
         self._together = batch.micro * dist.get_world_size()  # samples of all ranks in a micro-batch
         self._stream: Iterator[ImageBatch] | None = None
         self.images_seen = step * batch.train  # training samples of all ranks, also other ranks before a resumption
         self.skipped: set[str] = set()  # bad samples of this rank
 
     def state_dict(self) -> dict[str, Any]:
-        return {"images_seen": self.images_seen, "skipped_samples": sorted(self.skipped)}
+        state = {"images_seen": self.images_seen, "skipped_samples": sorted(self.skipped)}
+        return state if self._own is None else {**state, "own_loader": self._own.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Before the first batch."""
         self.images_seen = int(state.get("images_seen", self.images_seen))
         self.skipped = set(state.get("skipped_samples", ()))
+        if self._own is not None and self.images_seen:
+            self._own.load_state_dict(state.get("own_loader"))
 
     def next(self) -> tuple[Tensor, Tensor]:
         """Images [B, 3, S, S] and labels [B], or shares of classes [B, classes]."""
         if self._stream is None:
-            self._stream = self._loader.batches(self.images_seen // self._together, self.skipped, self._device)
+            self._stream = self._begin()
         started = time.perf_counter()
         batch = next(self._stream)
-        self._clock.data += time.perf_counter() - started
+        self.clock.data += time.perf_counter() - started
         warn_of(batch.skipped)
         self.skipped.update(batch.skipped)
         self.images_seen += self._together
         images, labels = self._normalise(batch.images), batch.labels
         return (images, labels) if self._mixup is None else self._mixup(images, labels)
+
+    def _begin(self) -> Iterator[ImageBatch]:
+        if self._own is not None:
+            return self._own.batches(self._device)
+        assert self._loader is not None
+        return self._loader.batches(self.images_seen // self._together, self.skipped, self._device)
+
+
+def _own_loader(recipe: Recipe, index: Index, place: dict[str, int], device: torch.device) -> OwnLoader:
+    """The recipe's own loader, which every rank has, with as many batches.
+
+    Raises:
+        DataError, AgreementError: on every rank.
+    """
+    assert index.class_count is not None
+    said: str | int | None
+    failed = None
+    try:
+        own = OwnLoader(recipe.data, classes=index.class_count, seed=recipe.seed, **place)
+        said = own.batches_of_a_pass
+    except DataError as error:
+        said, failed = str(error), error
+    check_agreement({"batches of data.loader on every pass": said}, device)
+    if failed is not None:
+        raise failed
+    return own
 
 
 def warn_of(skipped: Sequence[str]) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from qsr_engine.data import Index
 from qsr_engine.data.device import Normalise, on_device
 from qsr_engine.data.loader import EvalLoader, TrainLoader
 from qsr_engine.training.batches import warn_of
-from qsr_engine.training.from_recipe import DTYPES, Engine
+from qsr_engine.training.from_recipe import DTYPES, Engine, autocast
 from qsr_engine.training.models import create_model
 from qsr_engine.training.sharpness import largest_eigenvalue
 
@@ -47,30 +48,45 @@ class Evaluation:
         place = {"rank": dist.get_rank(), "ranks": dist.get_world_size(), "batch_size": size}
         self._loader = EvalLoader(recipe.data.shards, index, recipe.data, **place)
         self._normalise = Normalise(engine.device, DTYPES[recipe.precision.dtype])
+        self._best: dict[str, Any] = {}  # best_accuracy and best_step, as a Record has them
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self._best}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._best = dict(state.get("best", {}))  # an older checkpoint has none
 
     @torch.no_grad()
-    def run(self) -> dict[str, float]:
-        """Accuracy (%) and loss over the whole evaluation split, and the sharpness where the recipe asks for it.
+    def run(self) -> dict[str, Any]:
+        """Accuracies (%) and loss over the whole evaluation split, the best accuracy so far, and the sharpness where
+        the recipe asks for it, by the names of a Record's fields.
 
-        Every rank must call it, on a boundary.
+        Every rank must call it, after the same step.
         """
         engine = self._engine
-        engine.local_steps.wait()
-        if self._recipe.batch_norm is None:
-            engine.local_steps.boundary.buffers.average()
-        totals = torch.zeros(3, dtype=torch.float64, device=engine.device)  # samples, right ones, summed loss
-        with self._model_is_read():
+        # samples, right ones, those right among the first five, summed loss
+        totals = torch.zeros(4, dtype=torch.float64, device=engine.device)
+        classes = 0
+        with engine.averaged(), self._model_is_read():
             engine.eval()
             for images, labels in self._batches():
                 self._moved()
-                scores = engine.module(self._normalise(images)).float()
+                with autocast(self._recipe, engine.device):
+                    scores = engine.module(self._normalise(images)).float()
+                classes = scores.shape[1]
                 right = (scores.argmax(1) == labels).sum()
+                among_five = (scores.topk(min(5, classes)).indices == labels[:, None]).sum()
                 loss = F.cross_entropy(scores, labels, reduction="sum", ignore_index=-1)
-                totals += torch.stack([(labels >= 0).sum(), right, loss]).double()
+                totals += torch.stack([(labels >= 0).sum(), right, among_five, loss]).double()
         dist.all_reduce(totals)
         engine.train()
-        samples, right, loss = totals.tolist()
-        evaluated = {"eval_accuracy": 100 * right / max(1, samples), "eval_loss": loss / max(1, samples)}
+        samples, *right_ones, loss = totals.tolist()
+        accuracy, top5 = (100 * count / max(1, samples) for count in right_ones)
+        if accuracy > self._best.get("best_accuracy", -1.0):
+            self._best = {"best_accuracy": accuracy, "best_step": engine.local_steps.step}
+        evaluated = {"eval_accuracy": accuracy, "eval_loss": loss / max(1, samples), **self._best}
+        if classes > 5:  # else it is 100
+            evaluated["eval_top5_accuracy"] = top5
         if self._recipe.logging.sharpness_samples:
             evaluated["sharpness"] = self._sharpness(self._recipe.logging.sharpness_samples)
         return evaluated
@@ -94,7 +110,7 @@ class Evaluation:
         state = self._engine.averaged_state_dict()
         value = math.nan
         if dist.get_rank() == 0:
-            plain = {"augment": "none", "randaugment": None, "loader_processes": 0, "decoder": "cpu"}
+            plain = {"augment": "none", "randaugment": None, "loader_processes": 0}
             data = self._recipe.data.model_copy(update=plain)
             with torch.random.fork_rng(devices=[]):  # of the initial parameters, which are not used
                 model = create_model(self._recipe.model, self._index.class_count, data.image_size)

@@ -16,8 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsr_engine.averaging import all_gather_flat
+from qsr_engine.config.qsr import QSRConfig
 from qsr_engine.records.monitor import Monitor
 from qsr_engine.records.records import Record, WorkersRecord
+from qsr_engine.schedule import learning_rate, rounds
 from qsr_engine.training.from_recipe import Engine
 
 
@@ -55,20 +57,25 @@ class Figures:
 
     def __init__(self, engine: Engine, clock: Clock, monitor: Monitor, batch: int) -> None:
         self._engine, self._clock, self._monitor, self._batch = engine, clock, monitor, batch
-        self._losses: list[Tensor] = []
-        self._round_losses: list[Tensor] = []  # since the workers last told theirs
+        # Of every micro-batch its loss and its accuracy in %, on the device.
+        self._seen: list[Tensor] = []  # since the last record
+        self._round_seen: list[Tensor] = []  # since the workers last told theirs
+        self.train_accuracy: float | None = None  # mean over the workers, as they last told it
         self._told: tuple[float, ...] = (0.0, 0.0, 0.0)  # what _seconds() was then
+        self._told_step = engine.local_steps.step
         # Of the last record: step, seconds of training and of waiting for data, and images that all ranks had seen.
         self._logged = (engine.local_steps.step, 0.0, 0.0, engine.local_steps.step * batch)
 
     def state_dict(self) -> dict[str, Any]:
-        """What has not been told yet; losses are those of this rank's batches."""
+        """What has not been told yet; losses and accuracies are those of this rank's batches."""
         return {
             "logged": list(self._logged),
             "ranks": dist.get_world_size(),
-            "losses": [loss.item() for loss in self._losses],
+            "seen": torch.stack(self._seen).tolist() if self._seen else [],
             "since_told": [value - told for value, told in zip(self._seconds(), self._told, strict=True)],
-            "round_losses": [loss.item() for loss in self._round_losses],
+            "round_seen": torch.stack(self._round_seen).tolist() if self._round_seen else [],
+            "told_step": self._told_step,
+            "train_accuracy": self.train_accuracy,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -78,25 +85,33 @@ class Figures:
         seen = state.get("images_seen", now * self._batch) - (now - step) * self._batch  # an older checkpoint's
         self._logged = (step, seconds, data, images[0] if images else seen)
         if state["ranks"] == dist.get_world_size():  # else they are rank 0's of other batches
-            self._losses, self._round_losses = (
-                [torch.tensor(loss, device=self._engine.device) for loss in state.get(name, ())]
-                for name in ("losses", "round_losses")
+            self._seen, self._round_seen = (
+                [torch.tensor(values, device=self._engine.device) for values in state.get(name, ())]
+                for name in ("seen", "round_seen")  # which an older checkpoint lacks
             )
         since = state.get("since_told", (0.0, 0.0, 0.0))
         self._told = tuple(value - before for value, before in zip(self._seconds(), since, strict=True))
+        self._told_step, self.train_accuracy = state.get("told_step", now), state.get("train_accuracy")
 
-    def add_loss(self, loss: Tensor) -> None:
-        """Of one micro-batch; nothing waits for the device here."""
-        self._losses.append(loss)
-        self._round_losses.append(loss)
+    def add(self, loss: Tensor, outputs: Any, labels: Tensor) -> None:
+        """One micro-batch: its mean loss, what the model gave, and its labels; nothing waits for the device here."""
+        values = torch.stack([loss.detach().float(), accuracy_of(outputs, labels)])
+        self._seen.append(values)
+        self._round_seen.append(values)
 
-    def log(self, *, images_seen: int, skipped_samples: int, **known: Any) -> float:
-        """Tell a record, with the fields of Record that others know. Returns the mean loss since the last one."""
-        loss = torch.stack(self._losses).mean().item()  # waits for the device, so the times below are true
-        self._losses.clear()
+    def log(self, *, images_seen: int, skipped_samples: int, **known: Any) -> float | None:
+        """Tell a record, with the fields of Record that others know.
+
+        Returns:
+            The mean loss since the last one; None where no step has been taken since.
+        """
+        loss, accuracy = None, None
+        if self._seen:
+            loss, accuracy = torch.stack(self._seen).mean(0).tolist()  # waits for the device: the times below are true
+        self._seen.clear()
         state = self._engine.local_steps
         _, seconds, waited, images = self._logged
-        so_far = self.so_far(images_seen)
+        so_far = self.so_far(images_seen) | self._engine.measured()
         self._logged = (state.step, self._clock.training(), self._clock.data, images_seen)
         elapsed = max(1e-9, self._logged[1] - seconds)
         self._monitor.log(
@@ -105,7 +120,8 @@ class Figures:
                 **so_far,
                 step=state.step,
                 loss=loss,
-                images_per_second=(images_seen - images) / elapsed,
+                train_accuracy=accuracy,
+                images_per_second=None if loss is None else (images_seen - images) / elapsed,
                 data_percent=100 * (self._clock.data - waited) / elapsed,
                 skipped_samples=skipped_samples,
                 relative_distance=state.relative_distance,
@@ -115,25 +131,36 @@ class Figures:
         )
         return loss
 
-    def log_workers(self, skipped_samples: int) -> None:
-        """Gather what every rank did since the last time; on a boundary."""
+    def workers_are_due(self, every: int) -> bool:
+        """Whether workers tell at this boundary: the first one after a multiple of so many steps."""
+        return self._engine.local_steps.step // every > self._told_step // every
+
+    def log_workers(self, skipped_samples: int, *, due: bool) -> None:
+        """Gather what every rank did since the last time; on a boundary.
+
+        Args:
+            due: else a run tells because it stops here, and one that goes on with it tells this again with the rest.
+        """
         state = self._engine.local_steps
         now = self._seconds()
         seconds, data, waiting = (value - before for value, before in zip(now, self._told, strict=True))
-        self._told = now
-        loss = torch.stack(self._round_losses).mean().item()
-        self._round_losses.clear()
-        mine = torch.tensor([loss, seconds, data, waiting, skipped_samples], dtype=torch.float64)
+        loss, accuracy = torch.stack(self._round_seen).mean(0).tolist()
+        if due:
+            self._told, self._told_step = now, state.step
+            self._round_seen.clear()
+        mine = torch.tensor([loss, accuracy, seconds, data, waiting, skipped_samples], dtype=torch.float64)
         mine = mine.to(self._engine.device)
         told = torch.empty(dist.get_world_size() * len(mine), dtype=mine.dtype, device=mine.device)
         all_gather_flat(told, mine)
         ranks = told.cpu().view(-1, state.qsr.worker_size, len(mine))  # (worker, rank of the worker, figure)
-        losses, passed, waited_for_data, waited, _ = ranks.mean(1).T.tolist()
+        losses, accuracies, passed, waited_for_data, waited, _ = ranks.mean(1).T.tolist()
+        self.train_accuracy = sum(accuracies) / len(accuracies)
         self._monitor.log_workers(
             WorkersRecord(
                 step=state.step,
                 seconds=passed,
                 loss=losses,
+                accuracy=accuracies,
                 seconds_data=waited_for_data,
                 seconds_waiting=waited if state.costs.seconds_waiting else None,
                 skipped_samples=[round(count) for count in ranks[:, :, -1].sum(1).tolist()],
@@ -147,8 +174,10 @@ class Figures:
         return {
             "images_seen": images_seen,
             "averagings": state.averagings,
+            "averagings_percent": state.averagings_percent,
+            "communication_percent": state.averagings_percent,
             "bytes_sent": state.bytes_sent,
-            "communication_percent": 100 * state.bytes_sent / max(1, state.costs.parallel_bytes_so_far),
+            "bytes_percent": state.bytes_percent,
             "seconds_compute": training - self._clock.data - (averaging or 0.0),
             "seconds_averaging": averaging,
             "seconds_data": self._clock.data,
@@ -157,3 +186,36 @@ class Figures:
     def _seconds(self) -> tuple[float, float, float]:
         """Of training, of waiting for data, and of waiting for others at boundaries."""
         return self._clock.training(), self._clock.data, self._engine.local_steps.costs.seconds_waiting
+
+
+_POINTS = 500  # rounds that a prediction draws, evenly spread
+
+
+def predicted(qsr: QSRConfig) -> list[tuple[int, int, float]]:
+    """(step, H, learning rate) at the beginning and the end of rounds to come; [] where the rates are the caller's."""
+    if qsr.lr is None:
+        return []
+    found = list(rounds(qsr))
+    points = []
+    for round_ in found[:: -(-len(found) // _POINTS)]:
+        for step in sorted({round_.start, round_.start + round_.length - 1}):
+            # A record counts the steps that are done, and has the rate of the last of them.
+            points.append((step + 1, round_.length, learning_rate(qsr.lr, step, qsr.total_steps)))
+    return points
+
+
+@torch.no_grad()
+def accuracy_of(outputs: Any, labels: Tensor) -> Tensor:
+    """Accuracy in % of a micro-batch by what the model gave in training.
+
+    Where pictures are mixed, an answer counts as right by the share of its class in the picture, as the authors count:
+    (1 - lambda) for the one picture's class and lambda for the other's. Label smoothing is in the loss only.
+
+    Args:
+        outputs: scores [B, classes], or a tuple that begins with them.
+        labels: [B], or shares of classes [B, classes].
+    """
+    scores: Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
+    answers = scores.argmax(1)
+    right = answers == labels if labels.ndim == 1 else labels.gather(1, answers[:, None])
+    return 100 * right.float().mean()

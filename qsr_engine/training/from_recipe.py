@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import qsr_engine
 from qsr_engine.config.batch import Batch
 from qsr_engine.config.recipe import Recipe
+from qsr_engine.data.writing.processes import usable_cores
 from qsr_engine.local_steps.steps import LocalSteps
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,7 +45,15 @@ class Engine(Protocol):
 
     def save_checkpoint(self, save_dir: Path, *, tag: str, client_state: dict[str, Any], keep: int | None) -> bool: ...
 
-    def load_checkpoint(self, load_dir: Path) -> tuple[str | None, dict[str, Any] | None]: ...
+    def load_checkpoint(self, load_dir: Path, **options: Any) -> tuple[str | None, dict[str, Any] | None]: ...
+
+    def end_round(self) -> bool: ...
+
+    def measure_next_step(self) -> None: ...
+
+    def measured(self) -> dict[str, float]: ...
+
+    def averaged(self) -> AbstractContextManager[None]: ...
 
     def averaged_state_dict(self) -> dict[str, Tensor]: ...
 
@@ -71,9 +80,24 @@ def deepspeed_config(recipe: Recipe, batch: Batch) -> dict[str, Any]:
     return {
         **_for_both(recipe, batch),
         "fp16": {"enabled": recipe.precision.dtype == "fp16"},
+        **_torch_autocast(recipe),
         "zero_optimization": {"stage": recipe.precision.zero_stage},
         "zero_allow_untested_optimizer": True,  # DeepSpeed has not tested torch's SGD under ZeRO; the tests here have
     }
+
+
+def _torch_autocast(recipe: Recipe) -> dict[str, Any]:
+    """DeepSpeed's block, by which it scales the loss too; autocast() says it for evaluations, and under FSDP."""
+    dtype = recipe.precision.autocast
+    if dtype is None:
+        return {}
+    return {"torch_autocast": {"enabled": True, "dtype": str(DTYPES[dtype]).removeprefix("torch.")}}
+
+
+def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[Any]:
+    """Around every forward of the model: torch.autocast where the recipe has it."""
+    dtype = recipe.precision.autocast
+    return torch.autocast(device.type, DTYPES[dtype]) if dtype else nullcontext()
 
 
 def fsdp_config(recipe: Recipe, batch: Batch) -> dict[str, Any]:
@@ -128,9 +152,11 @@ def without_decay_of_norms_and_biases(parameters: Iterable[nn.Parameter]) -> lis
 
 
 def share_cores() -> None:
-    """On a CPU, give each rank of this host its share of the cores, unless OMP_NUM_THREADS says another number."""
+    """On a CPU, give each rank of this host its share of the cores, unless OMP_NUM_THREADS says another number.
+
+    torchrun itself writes 1 there; cli/launcher.py and launch/torchrun.sh write the share before it can.
+    """
     on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available()
     if on_cpu and "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         here = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1"  # deepspeed's, torchrun's
-        torch.set_num_threads(max(1, cores // int(here)))
+        torch.set_num_threads(max(1, usable_cores() // int(here)))

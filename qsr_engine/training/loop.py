@@ -1,49 +1,56 @@
 """The training loop of a recipe: what happens in a step, and when something else is due. It asks no engine its name.
 
     for every step      micro-batches: engine(images), engine.backward(loss), engine.step()
-    at a boundary       evaluation on the averaged parameters, and a checkpoint, when one is due
-    every few steps     a record to the monitor, on rank 0
+    every few steps     evaluation of the workers' average, and before training; a record to the monitor, on rank 0,
+                        with norms inside its worker; a checkpoint
+    at a boundary       what the workers tell of themselves, every few steps
 
-Between boundaries nothing here crosses ranks.
+Between boundaries nothing else here crosses ranks.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import warnings
 from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
 from typing import IO, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn import functional as F
 
+from qsr_engine.checkpoint.find import any_here
 from qsr_engine.config.batch import Batch, check_world_size
 from qsr_engine.config.recipe import Recipe
-from qsr_engine.config.recipe_file import dump_recipe
+from qsr_engine.config.recipe_file import dump_recipe, load_recipe
 from qsr_engine.config.strict import ConfigError
 from qsr_engine.data import Index
-from qsr_engine.data.decoding import REGIONS
-from qsr_engine.data.views import SMALL
 from qsr_engine.membership.facts import check_agreement
+from qsr_engine.membership.roll_call import told_to_all
 from qsr_engine.membership.signals import StoppedError, stops_on_signals
 from qsr_engine.records.monitor import Monitor
 from qsr_engine.records.run_folder import (
+    CHECKPOINTS,
+    ORIGIN,
+    RECIPE,
+    SUMMARY,
     check_run_folder,
     check_unfinished,
     leave_unfinished_run,
     lock_run_folder,
     open_run_folder,
+    write_whole,
 )
+from qsr_engine.records.tensorboard import About
 from qsr_engine.training.batch_norm import has_batch_norm, of_averaged_model
 from qsr_engine.training.batches import Batches
+from qsr_engine.training.branching import Origin, begin_from, changes_since, origin_text, read_origin
 from qsr_engine.training.evaluation import Evaluation, ModelIsRead
-from qsr_engine.training.figures import Clock, Figures
-from qsr_engine.training.from_recipe import Engine, make_engine, share_cores
-from qsr_engine.training.models import create_model
+from qsr_engine.training.figures import Clock, Figures, predicted
+from qsr_engine.training.from_recipe import Engine, autocast, make_engine, share_cores
+from qsr_engine.training.models import create_model, loss_of
 from qsr_engine.training.resuming import batch_for, check_same_recipe, load_newest
 from qsr_engine.training.saving import Checkpoints, save_model
 
@@ -52,13 +59,14 @@ class DivergenceError(RuntimeError):
     """The loss is not finite: training on would burn hours for nothing."""
 
 
-def train(recipe: Recipe, index: Index, *, resume: bool = False) -> dict[str, Any]:
+def train(recipe: Recipe, index: Index, *, resume: bool = False, origin: Origin | None = None) -> dict[str, Any]:
     """Train a resolved recipe in this process, one rank of those that a launcher started.
 
     Args:
         recipe: as resolve_recipe() gives it.
         index: of recipe.data.shards, whose shards have been checked.
         resume: go on from the newest whole checkpoint in the run's folder, or begin where there is none.
+        origin: the checkpoint of another run to begin with; None: begin at step 0, or where the folder says.
     Returns:
         The final figures, as in the run's `summary.json`.
     Raises:
@@ -67,38 +75,39 @@ def train(recipe: Recipe, index: Index, *, resume: bool = False) -> dict[str, An
         StoppedError: the run was asked to stop, and did so.
     """
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    check_world_size(ranks, recipe.qsr.worker_size)
-    batch = batch_for(recipe, ranks, resume=resume)
-    lock = _claim_folder(recipe, resume=resume, writes=rank == 0)
-    _warn_of_whole_decoding(recipe)
-    share_cores()
-    model, index = _make_model(recipe, index)
-    engine = _start_engine(recipe, index, batch, model)
+    with told_to_all():
+        check_world_size(ranks, recipe.qsr.worker_size)
+        batch = batch_for(recipe, ranks, resume=resume)
+        lock = _claim_folder(recipe, resume=resume, writes=rank == 0)
+        if resume:  # a run that died before its first checkpoint begins as it had begun
+            origin = None if any_here(recipe.run_dir / CHECKPOINTS) else origin or read_origin(recipe.run_dir)
+        share_cores()
+        model, index = make_model(recipe, index)
+        changed = changes_since(origin, recipe, model) if origin else {}
+    engine = _start_engine(recipe, index, batch, model, origin)
     torch.manual_seed(recipe.seed + 1 + rank)  # dropout differs between ranks
-    client = load_newest(engine, recipe, str(index.digest())) if resume else {}
+    client = load_newest(engine, recipe, str(index.digest())) if resume else None
+    begins = client is None
+    if client is None:
+        client = begin_from(engine, recipe, origin, changed, str(index.digest())) if origin else {}
     step, watchdog = engine.local_steps.step, engine.local_steps.watchdog
-    if rank == 0 and (step == 0 or not recipe.run_dir.exists()):
-        lock = _open_folder(recipe, resume=resume)
-    model_is_read: ModelIsRead = nullcontext
-    if recipe.batch_norm is not None:
-        model_is_read = partial(of_averaged_model, recipe, engine, index, watchdog.moved)
-    engine.while_model_is_read(model_is_read)
-    total_steps = recipe.qsr.total_steps
-    assert total_steps is not None, "resolve_recipe() fills it in"
+    batches = Batches(recipe, index, batch, engine.device, step=step, clock=Clock())
+    if rank == 0 and (begins or not recipe.run_dir.exists()):
+        lock = _open_folder(recipe, origin, resume=resume)
+    elif rank == 0:
+        (recipe.run_dir / SUMMARY).unlink(missing_ok=True)  # of where it had stopped
+        _keep_stop(recipe)
     with Monitor(
-        recipe.run_dir, total_steps, tensorboard=recipe.logging.tensorboard, enabled=rank == 0, from_step=step
+        recipe.run_dir,
+        recipe.last_step,
+        tensorboard=recipe.logging.tensorboard,
+        services=recipe.logging.services,
+        enabled=rank == 0,
+        from_step=step,
+        origin=asdict(origin) if origin and begins else None,
+        about=_about(recipe, engine) if rank == 0 else None,
     ) as monitor:
-        clock = Clock()
-        run = _Run(
-            recipe,
-            engine,
-            Batches(recipe, index, batch, engine.device, step=step, clock=clock),
-            Evaluation(recipe, engine, index, batch.micro, watchdog.moved, model_is_read),
-            Figures(engine, clock, monitor, batch.train),
-            clock,
-            accumulation=batch.accumulation,
-            data=str(index.digest()),
-        )
+        run = _make_run(recipe, engine, index, batch, batches, monitor, begins=begins)
         run.load_state_dict(client)
         with stops_on_signals(engine.local_steps.request_stop), watchdog.explained():
             run.loop()
@@ -116,7 +125,7 @@ def train(recipe: Recipe, index: Index, *, resume: bool = False) -> dict[str, An
 def _claim_folder(recipe: Recipe, *, resume: bool, writes: bool) -> IO[str] | None:
     """Check the run's folder before the ranks meet. Returns the lock of one that is there."""
     if resume:
-        check_unfinished(recipe.run_dir)
+        check_unfinished(recipe.run_dir, recipe.last_step)
         check_same_recipe(recipe)
         return lock_run_folder(recipe.run_dir) if writes and recipe.run_dir.exists() else None
     if writes:
@@ -124,24 +133,25 @@ def _claim_folder(recipe: Recipe, *, resume: bool, writes: bool) -> IO[str] | No
     return None
 
 
-def _open_folder(recipe: Recipe, *, resume: bool) -> IO[str] | None:
+def _open_folder(recipe: Recipe, origin: Origin | None, *, resume: bool) -> IO[str] | None:
     """Begin the run's folder. Returns its lock."""
     if resume:
         leave_unfinished_run(recipe.run_dir)
     open_run_folder(recipe.run_dir, dump_recipe(recipe))
+    if origin is not None:
+        write_whole(recipe.run_dir / ORIGIN, origin_text(origin))
     return lock_run_folder(recipe.run_dir)
 
 
-def _warn_of_whole_decoding(recipe: Recipe) -> None:
-    if os.environ["RANK"] == "0" and not REGIONS and recipe.data.image_size > SMALL:
-        warnings.warn(
-            "qsr_engine was installed without a C compiler or libjpeg-turbo's headers, so JPEGs are decoded whole, "
-            'which takes longer; see "Train a recipe" in the README',
-            stacklevel=3,
-        )
+def _keep_stop(recipe: Recipe) -> None:
+    """Write where a run that goes on stops now into the recipe of its folder, which is as it was begun otherwise."""
+    path = recipe.run_dir / RECIPE
+    begun = load_recipe(path)
+    if begun.stop_at_step != recipe.stop_at_step:
+        write_whole(path, dump_recipe(begun.model_copy(update={"stop_at_step": recipe.stop_at_step})))
 
 
-def _make_model(recipe: Recipe, index: Index) -> tuple[nn.Module, Index]:
+def make_model(recipe: Recipe, index: Index) -> tuple[nn.Module, Index]:
     """The recipe's model for these data, the same on every rank, and the data's index with a name for every class."""
     torch.manual_seed(recipe.seed)
     model = create_model(recipe.model, index.class_count, recipe.data.image_size)
@@ -153,32 +163,45 @@ def _make_model(recipe: Recipe, index: Index) -> tuple[nn.Module, Index]:
     return model, index
 
 
-def _start_engine(recipe: Recipe, index: Index, batch: Batch, model: nn.Module) -> Engine:
-    """The recipe's engine, in which all ranks have met and agreed on recipe and data."""
+def _start_engine(recipe: Recipe, index: Index, batch: Batch, model: nn.Module, origin: Origin | None) -> Engine:
+    """The recipe's engine, in which all ranks have met and agreed on recipe, data and what the run begins with."""
     engine = make_engine(recipe, batch, model)
-    if recipe.data.decoder == "gpu" and engine.device.type != "cuda":
-        raise ConfigError(f"data.decoder is 'gpu', and this rank trains on {engine.device.type}; write decoder: cpu")
-    check_agreement({"recipe": _shared(recipe), "data": index.digest()}, engine.device)
+    facts = {"recipe": _shared(recipe), "data": index.digest(), "from": origin and origin.agreed}
+    check_agreement(facts, engine.device)
     return engine
+
+
+def _make_run(
+    recipe: Recipe, engine: Engine, index: Index, batch: Batch, batches: Batches, monitor: Monitor, *, begins: bool
+) -> _Run:
+    """The run from the engine's step on."""
+    state, clock = engine.local_steps, batches.clock
+    model_is_read: ModelIsRead = nullcontext
+    if recipe.batch_norm is not None:
+        model_is_read = partial(of_averaged_model, recipe, engine, index, state.watchdog.moved)
+    engine.while_model_is_read(model_is_read)
+    return _Run(
+        recipe,
+        engine,
+        batches,
+        Evaluation(recipe, engine, index, batch.micro, state.watchdog.moved, model_is_read),
+        Figures(engine, clock, monitor, batch.train),
+        clock,
+        monitor,
+        accumulation=batch.accumulation,
+        data=str(index.digest()),
+        begins=begins,
+    )
+
+
+def _about(recipe: Recipe, engine: Engine) -> About:
+    points = predicted(engine.local_steps.qsr)
+    return About(recipe.model_dump(mode="json", exclude_none=True), dump_recipe(recipe), points)
 
 
 def _shared(recipe: Recipe) -> dict[str, Any]:
     """The part of a recipe that must be the same on every rank; hosts may keep shards and runs in other places."""
     return recipe.model_dump(exclude={"data": {"shards", "cache_dir", "cache_gb"}, "logging": {"dir"}})
-
-
-class _Due:
-    """Something that happens every so many steps, each time at the next boundary; with None, never."""
-
-    def __init__(self, every: int | None, step: int) -> None:
-        self._every = every
-        self._next = math.inf if every is None else (step // every + 1) * every
-
-    def now(self, step: int) -> bool:
-        if self._every is None or step < self._next:
-            return False
-        self._next = (step // self._every + 1) * self._every
-        return True
 
 
 class _Run:
@@ -187,6 +210,7 @@ class _Run:
     Args:
         accumulation: micro-batches in a step.
         data: digest of the data's index, which a checkpoint keeps.
+        begins: whether it has no checkpoint of its own yet to go on from.
     """
 
     def __init__(
@@ -197,71 +221,94 @@ class _Run:
         evaluation: Evaluation,
         figures: Figures,
         clock: Clock,
+        monitor: Monitor,
         *,
         accumulation: int,
         data: str,
+        begins: bool,
     ) -> None:
         self.recipe, self.engine = recipe, engine
         self.batches, self.evaluation, self.figures, self.clock = batches, evaluation, figures, clock
         self.checkpoints = Checkpoints(recipe, engine)
-        self._accumulation, self._data = accumulation, data
-        self._evaluated: dict[str, float] = {}  # by the last evaluation
+        self._monitor, self._accumulation, self._data = monitor, accumulation, data
+        self._parts = (clock, figures, batches, self.checkpoints, evaluation)
+        self._begins = begins
+        self._evaluated: dict[str, Any] = {}  # by the last evaluation
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of this rank beside the engine's own; the position in the data is the step."""
-        parts = (self.clock, self.figures, self.batches, self.checkpoints)
-        return {"data": self._data} | {key: value for part in parts for key, value in part.state_dict().items()}
+        return {"data": self._data} | {key: value for part in self._parts for key, value in part.state_dict().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What state_dict() gave; {} where a run begins."""
-        if state:
-            for part in (self.clock, self.figures, self.batches, self.checkpoints):
-                part.load_state_dict(state)
+        """What state_dict() gave; {} where there is none."""
+        for part in self._parts if state else ():
+            part.load_state_dict(state)
 
     def loop(self) -> None:
-        """Train to the end.
+        """Train to the end, or to where the recipe stops, with a checkpoint there.
+
+        That may be inside a round: the evaluation and the model are then those of the workers' average, and the
+        checkpoint has what every worker holds, so that a run which goes on does not know that it had stopped.
 
         Raises:
             DivergenceError: the loss is not finite, and nothing mends it.
             StoppedError, UnsavedError: the run was asked to stop.
         """
-        state, logging = self.engine.local_steps, self.recipe.logging
-        evaluation = _Due(logging.eval_every or state.qsr.total_steps, state.step)
-        checkpoint = _Due(logging.checkpoint_every, state.step)
-        workers = _Due(logging.every, state.step)
-        while not state.finished:
+        state, logging, last_step = self.engine.local_steps, self.recipe.logging, self.recipe.last_step
+        if state.step >= last_step:  # it stopped there, and died before it could say so
+            self._evaluate()
+        if logging.eval_first and self._begins:
+            self._log(round=state.round, period=state.period, lr=state.learning_rate, **self._evaluate())
+        while state.step < last_step:
             before: dict[str, Any] = {"round": state.round, "period": state.period, "lr": state.learning_rate}
+            if logging.norms and self._will_log(state.step + 1):
+                self.engine.measure_next_step()
             boundary = self._step()
-            if boundary and (workers.now(state.step) or state.finished):
-                self.figures.log_workers(len(self.batches.skipped))
-            evaluated: dict[str, float] = {}
-            if boundary and (evaluation.now(state.step) or state.finished):
+            ended = state.step >= last_step
+            if ended:
+                state.watchdog.done(state.step, state.round, finished=True)
+            due = self.figures.workers_are_due(logging.every)
+            if boundary and (due or ended):
+                self.figures.log_workers(len(self.batches.skipped), due=due)
+            evaluated: dict[str, Any] = {}
+            if ended or _is_due(logging.eval_every, state.step):
                 evaluated = self._evaluate()
-            if evaluated or state.step % logging.every == 0:
+            if self._will_log(state.step):
                 self._log(**before, **evaluated)
-            if boundary and (checkpoint.now(state.step) or state.stopping) and not state.finished:
-                with self.clock.paused():
-                    self.checkpoints.save(self.state_dict())
-            if state.stopping and not state.finished:
+            why = "the run was asked to stop" if state.stopping else None
+            if ended:
+                why = f"the run stops at step {last_step} (stop_at_step)"
+            if not state.finished and (why or _is_due(logging.checkpoint_every, state.step)):
+                with self.clock.paused(), self._monitor.phase("saving", state.step):
+                    self.checkpoints.save(self.state_dict(), stopping=why)
+            if ended:
+                return
+            if state.stopping:
                 raise StoppedError(
                     f"{self.recipe.run_dir}: the run was asked to stop, and has stopped after step {state.step} of "
-                    f"{state.qsr.total_steps}, on a boundary; it goes on with `--resume`"
+                    f"{state.qsr.total_steps}; it goes on with `--resume`"
                 )
+
+    def _will_log(self, step: int) -> bool:
+        """Whether there is a record of a step: every evaluation has one, and a run ends with one."""
+        logging = self.recipe.logging
+        return step == self.recipe.last_step or _is_due(logging.every, step) or _is_due(logging.eval_every, step)
 
     def _step(self) -> bool:
         """One optimizer step. Returns True at a boundary."""
         boundary = False
         for _ in range(self._accumulation):
             images, labels = self.batches.next()
-            scores = self.engine(images)
-            loss = F.cross_entropy(scores.float(), labels, label_smoothing=self.recipe.label_smoothing)
+            with autocast(self.recipe, self.engine.device):
+                outputs = self.engine(images)
+            loss = loss_of(outputs, labels, self.recipe.label_smoothing)
             self.engine.backward(loss)
-            self.figures.add_loss(loss.detach())
+            self.figures.add(loss, outputs, labels)
             boundary = self.engine.step()
         return boundary
 
-    def _evaluate(self) -> dict[str, float]:
-        with self.clock.paused():
+    def _evaluate(self) -> dict[str, Any]:
+        with self.clock.paused(), self._monitor.phase("evaluating", self.engine.local_steps.step):
             self._evaluated = self.evaluation.run()
         return self._evaluated
 
@@ -276,7 +323,7 @@ class _Run:
         # Local steps may leave a worker out at the boundary, which may just have been; where gradients are averaged at
         # every step, and with "stop", nothing mends it.
         mended = state.qsr.faults.not_finite == "leave_out" and state.mode == "local"
-        if not (math.isfinite(loss) or mended):
+        if not (loss is None or math.isfinite(loss) or mended):
             raise DivergenceError(
                 f"the loss is {loss} at step {state.step}; a lower qsr.lr.peak, a longer warm-up or "
                 "optimizer.gradient_clipping helps against divergence"
@@ -288,8 +335,9 @@ class _Run:
         return {
             **self.figures.so_far(images_seen),
             "steps": self.engine.local_steps.step,
-            "eval_accuracy": self._evaluated.get("eval_accuracy", math.nan),
-            "eval_loss": self._evaluated.get("eval_loss", math.nan),
+            "partial": not self.engine.local_steps.finished,
+            **{name: self._evaluated.get(name) for name in _EVALUATED},
+            "train_accuracy": self.figures.train_accuracy,
             "seconds_training": training,
             "images_per_second": images_seen / training,
             "checkpoints_failed": self.checkpoints.failed,
@@ -299,3 +347,10 @@ class _Run:
             "device": self.engine.device.type,
             "torch": torch.__version__,
         }
+
+
+_EVALUATED = ("eval_accuracy", "eval_top5_accuracy", "eval_loss", "best_accuracy", "best_step")  # of a summary
+
+
+def _is_due(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from qsr_engine.checkpoint.find import any_here, find_alone
@@ -11,6 +13,7 @@ from qsr_engine.checkpoint.manifest import CheckpointError
 from qsr_engine.checkpoint.together import gathered
 from qsr_engine.config.batch import Batch
 from qsr_engine.config.digest import differences
+from qsr_engine.config.may_differ import that_matter
 from qsr_engine.config.recipe import Recipe, batch_on_other_ranks, resolve_recipe_batch
 from qsr_engine.config.recipe_file import load_recipe
 from qsr_engine.config.strict import ConfigError
@@ -55,11 +58,8 @@ def check_same_recipe(recipe: Recipe) -> None:
     path = recipe.run_dir / RECIPE
     if not path.exists():
         return
-    lines = [
-        f"  {key} was {then!r} and is {now!r}"
-        for key, then, now in differences(load_recipe(path).model_dump(), recipe.model_dump())
-        if not key.startswith(_MAY_DIFFER)
-    ]
+    found = differences(load_recipe(path).model_dump(), recipe.model_dump())
+    lines = [f"  {key} was {then!r} and is {now!r}" for key, then, now in that_matter(found, "resume")]
     if lines:
         raise ConfigError(
             f"{recipe.run_dir}: the recipe is not the one that this run was begun with:\n" + "\n".join(lines) + "\n"
@@ -67,34 +67,27 @@ def check_same_recipe(recipe: Recipe) -> None:
         )
 
 
-_MAY_DIFFER = (
-    "data.shards",
-    "data.loader_processes",
-    "data.max_bad_samples",
-    "data.retr",
-    "data.cache_",
-    "logging.",
-    "qsr.worker_size",
-    "qsr.on_other_workers",
-    "batch.train_micro_batch_size_per_gpu",
-    "batch.gradient_accumulation_steps",
-    "batch.on_other_ranks",
-    "qsr.faults.",
-    "precision.",
-    "fsdp.",
-)
-
-
-def load_newest(engine: Engine, recipe: Recipe, data: str) -> dict[str, Any]:
-    """Go on from the newest whole checkpoint. Returns what this rank saved in it; {} if there is none."""
+def load_newest(engine: Engine, recipe: Recipe, data: str) -> dict[str, Any] | None:
+    """Go on from the newest whole checkpoint. Returns what this rank saved in it; None if there is none."""
     folder = recipe.run_dir / CHECKPOINTS
     if not any(gathered(any_here(folder))):
-        return {}
+        return None
     _, client = engine.load_checkpoint(folder)
     client = client or {}
+    check_same_data(folder, client, data)
+    step = engine.local_steps.step
+    if step > recipe.last_step:
+        raise ConfigError(
+            f"{folder}: the newest checkpoint is of step {step}, and stop_at_step is {recipe.last_step}; write a later "
+            "step, or null (`--set stop_at_step=null`)"
+        )
+    return client
+
+
+def check_same_data(folder: Path, client: Mapping[str, Any], data: str) -> None:
+    """Raises ConfigError if a checkpoint, in which a rank saved this, is of other data."""
     if client.get("data", data) != data:
         raise ConfigError(
             f"{folder}: the run was trained on other data (the index of its shards differs); give it the same, or "
             "begin another run with `--set logging.name=NAME`"
         )
-    return client

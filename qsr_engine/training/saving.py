@@ -22,7 +22,7 @@ from qsr_engine.training.from_recipe import Engine
 
 
 class UnsavedError(CheckpointError):
-    """The run was asked to stop, and its checkpoint could not be written."""
+    """The run was asked to stop, or is to stop there, and its checkpoint could not be written."""
 
 
 class Checkpoints:
@@ -39,32 +39,33 @@ class Checkpoints:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.failed = state.get("checkpoints_failed", 0)
 
-    def save(self, client: dict[str, Any]) -> None:
-        """Write one of this step, with what this rank keeps beside the engine's own; on a boundary, on all ranks.
+    def save(self, client: dict[str, Any], *, stopping: str | None = None) -> None:
+        """Write one of this step, with what this rank keeps beside the engine's own; on all ranks.
 
+        Args:
+            stopping: why the run ends with it; None where it goes on.
         Raises:
-            UnsavedError: the run was asked to stop, and it could not be written.
+            UnsavedError: the run ends, and it could not be written.
         """
         tag = f"step-{self._engine.local_steps.step:08d}"
         try:
             self._engine.save_checkpoint(self._folder, tag=tag, client_state=client, keep=self._keep)
         except CheckpointError as error:  # on all ranks alike
-            self._note_failure(error)
+            self._note_failure(error, stopping)
 
-    def _note_failure(self, error: CheckpointError) -> None:
-        """Training goes on without it, and a run that was asked to stop ends with the error; both say what is left."""
+    def _note_failure(self, error: CheckpointError, stopping: str | None) -> None:
+        """Training goes on without it, and a run that is to stop ends with the error; both say what is left."""
         self.failed += 1
         try:
             there = f"the last whole one is {find_alone(self._folder)[0].name}"
         except CheckpointError:
             there = "there is no whole one yet"
-        state = self._engine.local_steps
-        if state.stopping:
-            raise UnsavedError(f"the run was asked to stop, and its checkpoint failed; {there}. {error}") from error
+        if stopping is not None:
+            raise UnsavedError(f"{stopping}, and its checkpoint failed; {there}. {error}") from error
         if dist.get_rank() == 0:
             warnings.warn(
-                f"step {state.step}: the checkpoint could not be written, and {there}; training goes on, and the next "
-                f"one is tried at its own time. {error}",
+                f"step {self._engine.local_steps.step}: the checkpoint could not be written, and {there}; training "
+                f"goes on, and the next one is tried at its own time. {error}",
                 stacklevel=3,
             )
 

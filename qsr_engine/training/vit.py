@@ -1,15 +1,37 @@
-"""The ViT of the paper's experiments: the plain one of Beyer, Zhai, Kolesnikov (arXiv 2205.01580)."""
+"""The plain ViT of Beyer, Zhai, Kolesnikov (arXiv 2205.01580), made of timm's parts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from timm.models.vision_transformer import VisionTransformer, init_weights_vit_timm
 from torch import Tensor, nn
 
 
-class PlainViT(VisionTransformer):  # type: ignore[misc]  # timm has no types
+class FixedPositions(nn.Module):
+    """A ViT that holds positions which are not trained, in fp32 whatever type the model is moved to."""
+
+    pos_embed: Tensor  # fp32 [1, patches, embed_dim]
+
+    def _positions(self) -> Tensor:
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Fill what the model holds itself, the positions."""
+        self.pos_embed.copy_(self._positions())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or convert the model; the positions move, and stay in fp32, from which nothing is lost."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.pos_embed.dtype != torch.float32:
+            self.pos_embed = torch.empty_like(self.pos_embed, dtype=torch.float32)
+            self.reset_parameters()
+        return self
+
+
+class PlainViT(FixedPositions, VisionTransformer):  # type: ignore[misc]  # timm has no types
     """A ViT with fixed positions, no class token, no dropout, and the mean of the normed tokens before a linear head.
 
     Made of timm's parts and initialized as timm does: linear layers from a normal of 0.02, cut off at two units, with
@@ -24,8 +46,6 @@ class PlainViT(VisionTransformer):  # type: ignore[misc]  # timm has no types
     Raises:
         ValueError: another width.
     """
-
-    pos_embed: Tensor  # fp32 [1, patches, embed_dim]
 
     def __init__(
         self,
@@ -54,25 +74,14 @@ class PlainViT(VisionTransformer):  # type: ignore[misc]  # timm has no types
         del self.pos_embed  # timm's None, which would stand before the buffer
         self.register_buffer("pos_embed", self._positions())
 
-    def reset_parameters(self) -> None:
-        """Fill what the model holds itself, the positions."""
-        self.pos_embed.copy_(self._positions())
-
     def _positions(self) -> Tensor:
-        rows, columns = self.patch_embed.grid_size
-        return sincos_positions(rows, columns, self.embed_dim)
+        timms: Any = self  # which has no types
+        rows, columns = timms.patch_embed.grid_size
+        return sincos_positions(rows, columns, timms.embed_dim)
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         """Tokens [B, N, D] with their positions, in the tokens' type."""
         return x + self.pos_embed.to(x.dtype)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PlainViT:
-        """Move or convert the model; the positions move, and stay in fp32, from which nothing is lost."""
-        super()._apply(fn, recurse)
-        if self.pos_embed.dtype != torch.float32:
-            self.pos_embed = torch.empty_like(self.pos_embed, dtype=torch.float32)
-            self.reset_parameters()
-        return self
 
 
 def sincos_positions(rows: int, columns: int, width: int) -> Tensor:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from pydantic import BaseModel
 
 from qsr_engine.config.batch import check_world_size, resolve_batch
 from qsr_engine.config.deepspeed import check_supported, resolve_deepspeed_config, split_deepspeed_config
 from qsr_engine.config.digest import digest
 from qsr_engine.config.qsr import QSRConfig
-from qsr_engine.config.recipe import Recipe, RecipeQSR
+from qsr_engine.config.recipe import Recipe
 from qsr_engine.config.recipe_file import dump_recipe, load_recipe, resolve_recipe
-from qsr_engine.config.strict import ConfigError, submodel, validate
+from qsr_engine.config.strict import ConfigError, validate
 
 LR = {"schedule": "cosine", "peak": 0.008, "min": 1e-6, "warmup_steps": 10}
 BLOCK: dict[str, Any] = {"strategy": "qsr", "h_base": 4, "alpha": 0.0175, "total_steps": 100, "lr": LR}
@@ -54,6 +54,15 @@ def refusal(**changes: Any) -> str:
         ({"warmup_steps": 3}, ["qsr.warmup_steps stands beside an lr block"]),
         ({"lr": None}, ["qsr.warmup_steps is missing, and there is no lr block"]),
         ({"lr": None, "warmup_steps": 101}, ["qsr.warmup_steps is 101"]),
+        ({"lr": None, "alpha": 0, "h_warmup": 2}, ["qsr.warmup_steps is missing"]),
+        ({"strategy": "constant", "h_warmup": 2}, ["qsr.h_warmup is 2, and strategy 'constant' does not read it"]),
+        (
+            {"strategy": "parallel", "h_max": 9},
+            ["qsr.h_max is 9, and strategy 'parallel' has no rounds"],
+        ),
+        ({"h_max": 3}, ["qsr.h_base is 4 and h_max is 3", "write h_base 3 or less, or h_max 4 or more"]),
+        ({"h_max": 5, "h_warmup": 6}, ["qsr.h_warmup is 6 and h_max is 5"]),
+        ({"h_max": 0}, ["qsr.h_max: found 0"]),
         ({"switch_step": 3}, ["qsr.switch_step is 3, and strategy 'qsr' does not read it"]),
         ({"strategy": "swap"}, ["qsr.switch_step is missing"]),
         ({"strategy": "post_local", "switch_step": 101}, ["qsr.switch_step is 101 and total_steps is 100"]),
@@ -65,6 +74,21 @@ def refusal(**changes: Any) -> str:
         ({"averaging": {"cuda_graph": True, "wire_dtype": "bf16"}}, ["a graph holds the plain averaging only"]),
         ({"averaging": {"cuda_graph": True, "overlap": "next_forward"}}, ["write overlap 'none'"]),
         ({"averaging": {"two_level": True, "wire_dtype": "bf16"}}, ["write wire_dtype 'fp32'", "or two_level 'auto'"]),
+        ({"averaging": {"fragments": 0}}, ["qsr.averaging.fragments", "found 0", "1"]),
+        ({"averaging": {"fragments": 2.5}}, ["qsr.averaging.fragments", "found 2.5"]),
+        ({"averaging": {"mixing": 1.5}}, ["qsr.averaging.mixing", "found 1.5", "1"]),
+        ({"averaging": {"mixing": -0.1}}, ["qsr.averaging.mixing", "found -0.1", "0"]),
+        ({"averaging": {"mixing": math.nan}}, ["qsr.averaging.mixing", "found nan"]),
+        (
+            {"averaging": {"fragments": 2, "cuda_graph": True}},
+            ["fragments is 2 and cuda_graph is true", "write cuda_graph false, or fragments 1"],
+        ),
+        (
+            {"averaging": {"fragments": 2, "state": ["exp_avg"]}},
+            ["fragments is 2 and state is ['exp_avg']", "write state [], or fragments 1"],
+        ),
+        ({"strategy": "parallel", "averaging": {"fragments": 4}}, ["qsr.averaging.fragments is 4"]),
+        ({"strategy": "parallel", "averaging": {"mixing": 0.5}}, ["qsr.averaging.mixing is 0.5"]),
         ({"averaging": {"two_level": "yes"}}, ["qsr.averaging.two_level", "found 'yes'", "'auto'"]),
         ({"averaging": {"wire_dtype": "fp31"}}, ["qsr.averaging.wire_dtype", "found 'fp31'", "'int8'"]),
         (
@@ -75,6 +99,23 @@ def refusal(**changes: Any) -> str:
         ({"outer": {"lr": 0.7, "nesterov": True}}, ["qsr.outer: nesterov is true and momentum is 0"]),
         ({"outer": {"lr": 0.7, "momentum": 1}}, ["qsr.outer.momentum", "less than 1"]),
         ({"outer": {"lr": 0.7, "speed": 1}}, ["qsr.outer.speed: unknown key"]),
+        ({"strategy": "parallel", "averaging": {"wire_dtype": "bf16"}}, ["qsr.averaging.wire_dtype is 'bf16', and"]),
+        (
+            {"strategy": "parallel", "averaging": {"overlap": "next_forward"}},
+            ["qsr.averaging.overlap is 'next_forward'"],
+        ),
+        ({"strategy": "parallel", "averaging": {"cuda_graph": True}}, ["qsr.averaging.cuda_graph is True"]),
+        ({"strategy": "parallel", "averaging": {"state": ["exp_avg"]}}, ["qsr.averaging.state is ['exp_avg']"]),
+        ({"strategy": "parallel", "averaging": {"bucket_mb": 8.0}}, ["leave the block averaging out"]),
+        ({"strategy": "constant", "alpha": None, "power": 3.0}, ["qsr.power is 3, and strategy 'constant'"]),
+        (
+            {"strategy": "constant", "lr": None, "warmup_steps": 5},
+            ["qsr.warmup_steps is 5, and the periods of strategy 'constant' do not depend on the learning rate"],
+        ),
+        ({"lr": {**LR, "factor": 0.5}}, ["qsr.lr: factor is 0.5, which the schedule 'step' reads only"]),
+        ({"lr": {**LR, "base": 4.0}}, ["qsr.lr: base is 4, which the schedule 'cosine_step' reads only"]),
+        ({"lr": {"schedule": "constant", "peak": 0.1, "min": 0.01}}, ["qsr.lr: min is 0.01, and the schedule 'const"]),
+        ({"total_steps": 2**63}, ["qsr.total_steps: found 9223372036854775808", "less than 9223372036854775808"]),
         ({"outer": {}, "averaging": {"overlap": "delayed", "delay_steps": 1}}, ["outer is set and", "'delayed'"]),
     ],
 )
@@ -112,6 +153,27 @@ def test_split_deepspeed_config(tmp_path: Path) -> None:
     path.write_text("[]")
     with pytest.raises(ConfigError, match="JSON object; found list"):
         split_deepspeed_config(path)
+
+
+def test_a_deepspeed_file_is_read_as_deepspeed_reads_it(tmp_path: Path) -> None:
+    """Hjson: comments, trailing commas, keys without quotes. In base64 it may stand in place of its path."""
+    text = """{
+      // the batch of all ranks
+      "train_batch_size": 8,  # samples
+      gradient_clipping: 1.5,
+      "zero_optimization": {"stage": 1, "reduce_bucket_size": 5e8,},
+      /* local steps */
+      "qsr": {"strategy": "constant", "h_base": 2, "total_steps": 4,},
+    }"""
+    (tmp_path / "ds.json").write_text(text)
+    zero = {"stage": 1, "reduce_bucket_size": 5e8}
+    for source in (tmp_path / "ds.json", base64.urlsafe_b64encode(text.encode()).decode()):
+        rest, qsr = split_deepspeed_config(source)
+        assert rest == {"train_batch_size": 8, "gradient_clipping": 1.5, "zero_optimization": zero}
+        assert qsr.h_base == 2
+    (tmp_path / "ds.json").write_text('{"a": {"b": 1, // once\n"b": 2}}')
+    with pytest.raises(ConfigError, match=r"ds\.json: not a JSON file that can be read: the key 'b' is given twice"):
+        split_deepspeed_config(tmp_path / "ds.json")
 
 
 @pytest.mark.parametrize(
@@ -164,7 +226,17 @@ def test_digest_tells_configurations_apart() -> None:
         ),
         ({"compile": {"deepcompile": True}}, "compile.deepcompile is set"),
         ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "round_robin_gradients is set"),
-        ({"torch_autocast": {"enabled": True}}, "torch_autocast is enabled"),
+        ({"torch_autocast": {"enabled": True}}, "torch_autocast.dtype is None"),
+        ({"torch_autocast": {"enabled": True, "dtype": "fp8"}}, "torch_autocast.dtype is 'fp8'"),
+        (
+            {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}, "bf16": {"enabled": True}},
+            "torch_autocast and bf16 are both enabled",
+        ),
+        ({"checkpoint": {"load_universal": True}}, "checkpoint.load_universal is set"),
+        ({"checkpoint": {"writer": {"type": "FAST"}}}, "checkpoint.writer is set"),
+        ({"checkpoint": "local"}, "checkpoint is 'local'"),
+        ({"gradient_clipping": -1}, "gradient_clipping is -1; write a norm of 0 or more"),
+        ({"gradient_clipping": float("nan")}, "gradient_clipping is nan"),
         ({"gradient_clipping": "auto"}, "gradient_clipping is 'auto', which Hugging Face's libraries fill in"),
         ({"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}, "optimizer.params.lr is 'auto'"),
         ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer is set"),
@@ -199,6 +271,7 @@ def test_what_does_not_work_yet_is_refused_by_name(config: dict[str, Any], words
 def test_what_works_is_not_refused() -> None:
     qsr = validate(QSRConfig, BLOCK, where="test")
     check_supported({}, qsr)
+    check_supported({"train_batch_size": "auto", "data_types": {"keep_in_fp32_modules": "auto"}}, qsr)
     check_supported({"fp16": {"enabled": False}, "zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}, qsr)
     offloaded = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "none"}}
     check_supported({"fp16": {"enabled": True}, "zero_optimization": offloaded}, qsr)
@@ -264,11 +337,26 @@ def test_epochs_become_steps_and_the_resolved_recipe_reads_back(tmp_path: Path) 
     assert resolve_recipe(again, samples=6500) == resolved
 
 
+def test_evaluations_in_epochs(tmp_path: Path) -> None:
+    def resolved(samples: int, **keys: Any) -> Recipe:
+        raw = {**RECIPE, "logging": {**RECIPE.get("logging", {}), **keys}}
+        return resolve_recipe(load_recipe(write(tmp_path, "a.yaml", raw)), samples=samples)
+
+    recipe = resolved(6500, eval_every_epochs=2)
+    assert (recipe.logging.eval_every, recipe.logging.eval_every_epochs) == (202, None)
+    with pytest.raises(ConfigError, match=r"logging\.eval_every_epochs and logging\.eval_every are both given"):
+        resolved(6500, eval_every_epochs=2, eval_every=5)
+    with pytest.raises(ConfigError, match=r"eval_every_epochs is 0\.001, and an epoch has 101 steps; write at least"):
+        resolved(6500, eval_every_epochs=0.001)
+
+
 def test_switch_and_decay_in_epochs(tmp_path: Path) -> None:
     raw = {**RECIPE, "qsr": {"strategy": "swap", "switch_epoch": 2.5, "lr": {"schedule": "step", "peak": 0.1}}}
     raw["qsr"]["lr"]["decay_epochs"] = [3, 6]
     resolved = resolve_recipe(load_recipe(write(tmp_path, "a.yaml", raw)), samples=6400)
-    assert resolved.qsr.switch_step == 250
+    assert (resolved.qsr.switch_step, resolved.stop_at_step, resolved.last_step) == (250, None, 1000)
+    resolved = resolve_recipe(load_recipe(tmp_path / "a.yaml", ["stop_at_epoch=2.5"]), samples=6400)
+    assert (resolved.qsr.total_steps, resolved.stop_at_step, resolved.last_step) == (1000, 250, 250)
     assert resolved.qsr.lr.decay_steps == [300, 600]
 
 
@@ -283,6 +371,13 @@ def test_switch_and_decay_in_epochs(tmp_path: Path) -> None:
         ("precision.dtype=fp8", "precision.dtype: found 'fp8'"),
         ("precision.zero_stage=4", "precision.zero_stage: found 4"),
         ("precision.dtype=fp16", "precision.dtype is 'fp16' and precision.zero_stage is 0"),
+        ("optimizer={type: AdamW, momentum: 0.9}", "optimizer: momentum is 0.9, which SGD reads, and type is 'AdamW'"),
+        ("optimizer.betas=[0.9, 0.99]", "optimizer: betas is [0.9, 0.99], which AdamW reads, and type is 'SGD'"),
+        ("optimizer.eps=1e-6", "optimizer: eps is 1e-06, which AdamW reads"),
+        ("optimizer={type: AdamW, betas: [0.9, 1.0]}", "optimizer.betas.1: found 1.0; input should be less than 1"),
+        ("optimizer={type: SGD, nesterov: true}", "optimizer: nesterov is true and momentum is 0"),
+        ("precision={dtype: bf16, autocast: bf16}", "precision: autocast is 'bf16' and dtype is 'bf16'"),
+        ("fsdp.compile=true", "fsdp.compile is true, and the engine 'deepspeed' does not read it"),
         ("seed=99999999999999999999", "seed: found 99999999999999999999"),
         ("logging.name=..", "logging.name: found '..'"),
         ("qsr.total_steps=5", "found both of epochs and qsr.total_steps"),
@@ -306,6 +401,10 @@ def test_wrong_overrides_are_refused(tmp_path: Path, change: str, words: str) ->
         ({"qsr.lr.warmup_epochs": 11}, "lr.warmup_steps is 1100 and total_steps is 1000"),
         ({"qsr.lr.warmup_steps": 5}, "warmup_epochs and qsr.lr.warmup_steps are both given"),
         ({"batch.train_batch_size": 6401}, "fewer than one batch"),
+        ({"stop_at_epoch": 10.01}, "stop_at_epoch is 10.01, after step 1001, and qsr.total_steps is 1000"),
+        ({"stop_at_step": 1001}, "stop_at_step is 1001, and qsr.total_steps is 1000"),
+        ({"stop_at_epoch": 0.001}, "stop_at_epoch is 0.001, and an epoch has 100 steps; write at least one step"),
+        ({"stop_at_epoch": 1, "stop_at_step": 100}, "stop_at_epoch and stop_at_step are both given"),
     ],
 )
 def test_impossible_durations_are_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
@@ -337,6 +436,57 @@ def test_files_that_are_no_recipes(tmp_path: Path, text: str, words: str) -> Non
     assert "instance of" not in str(caught.value)  # no words of pydantic about classes
 
 
+def test_a_recipe_for_the_other_engine_says_what_to_change(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.yaml", {**RECIPE, "precision": {"zero_stage": 2}})
+    with pytest.raises(ConfigError, match=r"precision.zero_stage is 2 and the engine is 'fsdp'"):
+        load_recipe(path, ["engine=fsdp"])
+    with pytest.raises(ConfigError, match=r"precision.autocast is 'fp16' and the engine is 'fsdp'"):
+        load_recipe(path, ["engine=fsdp", "precision={autocast: fp16}"])
+    load_recipe(path, ["engine=fsdp", "precision.zero_stage=0", "precision.autocast=bf16", "fsdp.compile=true"])
+
+
+def test_a_default_that_is_written_down_is_never_refused(tmp_path: Path) -> None:
+    """A resolved recipe holds every key, also those that its strategy, optimizer and engine do not read."""
+    strategies: list[dict[str, Any]] = [
+        {"strategy": "parallel"},
+        {"strategy": "constant", "alpha": 0.01, "power": 3.0},
+        {"strategy": "qsr"},
+    ]
+    for qsr, optimizer, engine in zip(
+        strategies, ["AdamW", "SGD", "AdamW"], ["fsdp", "deepspeed", "fsdp"], strict=True
+    ):
+        raw = {**RECIPE, "qsr": {**RECIPE["qsr"], **qsr}, "optimizer": {"type": optimizer}, "engine": engine}
+        resolved = resolve_recipe(load_recipe(write(tmp_path, "a.yaml", raw)), samples=6400)
+        again = load_recipe(write(tmp_path, "b.yaml", dump_recipe(resolved)), ["logging.name=a"])
+        assert resolve_recipe(again, samples=6400) == again == resolved
+
+
+def test_paths_hold_environment_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user writes one recipe for several hosts. The resolved recipe says what was meant here."""
+    monkeypatch.setenv("DATA", "/data/of-this-host")
+    monkeypatch.setenv("BASES", str(tmp_path))
+    monkeypatch.delenv("NOWHERE", raising=False)
+    data = {**RECIPE["data"], "shards": "${DATA}/train", "cache_dir": "${DATA}-$DATA"}
+    write(tmp_path, "base.yaml", {**RECIPE, "data": data, "logging": {"dir": "${NOWHERE}/runs"}})
+    path = write(tmp_path, "one.yaml", {"extends": "${BASES}/base.yaml"})
+    recipe = load_recipe(path, ["logging.dir=${DATA}/runs"])
+    assert (recipe.data.shards, recipe.data.cache_dir) == ("/data/of-this-host/train", "/data/of-this-host-$DATA")
+    assert recipe.run_dir == Path("/data/of-this-host/runs/one")
+    assert load_recipe(write(tmp_path, "resolved.yaml", dump_recipe(recipe))) == recipe
+    with pytest.raises(ConfigError, match=r"one.yaml: logging.dir is '\$\{NOWHERE\}/runs', and .* NOWHERE is not set"):
+        load_recipe(path)
+    assert load_recipe(path, places=False).logging.dir == "${NOWHERE}/runs", "a plan needs no folder of a run"
+    for key, value, words in (
+        ("data.shards", "${DATA/x", "found '${DATA/x'; write ${NAME}"),
+        ("data.shards", "x/${DATA", "found 'x/${DATA'; write ${NAME}"),
+        ("data.cache_dir", "${}/x", "found '${}/x'; write ${NAME}"),
+        ("data.shards", "${EMPTY}/x", "EMPTY is empty"),
+    ):
+        monkeypatch.setenv("EMPTY", "")
+        with pytest.raises(ConfigError, match=re.escape(words)):
+            load_recipe(path, ["logging.dir=runs", f"{key}={value}"])
+
+
 def test_a_circle_of_recipes_is_named_and_nothing_else(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_recipe(write(tmp_path, "a.yaml", "extends: a.yaml"))
@@ -350,23 +500,3 @@ def test_the_recipes_of_this_repository_are_right() -> None:
     for path in variants:
         resolved = resolve_recipe(load_recipe(path), samples=1437)
         assert resolved.qsr.strategy == path.stem.split("-")[1]
-
-
-def test_every_key_is_documented() -> None:
-    """And nothing else: configs/README.md lists the keys of the models."""
-    text = (Path(__file__).parents[3] / "configs" / "README.md").read_text()
-    recipe, block = text.split("## The `qsr` block")
-
-    def keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-        for name in model.model_fields:
-            inner = submodel(model, name)
-            yield from keys(inner, f"{prefix}{name}.") if inner and name != "qsr" else [prefix + name]
-
-    def documented(part: str) -> set[str]:
-        cells = [line.split("|")[1] for line in part.splitlines() if line.startswith("| `")]
-        return {key for cell in cells for key in re.findall(r"`([\w.]+)`", cell)}
-
-    epochs = set(re.findall(r"`([\w.]+)`", block.rpartition("durations in epochs")[2]))
-    assert documented(recipe) == set(keys(Recipe))
-    assert documented(block) == set(keys(QSRConfig))
-    assert documented(block) | epochs == set(keys(RecipeQSR))
