@@ -8,10 +8,10 @@
 # sbatch [--nodes N] [--gpus-per-node G] launch/slurm.sh RECIPE [--engine fsdp] [--set key=value ...]
 # One torchrun a node, which meet on the first node. RANKS_PER_NODE is one a GPU unless set; PORT must be free on the
 # first node. Workers of one node each: --set qsr.worker_size=G. On nodes with several networks: NCCL_SOCKET_IFNAME=ib0
-# before sbatch, which hands the shell's variables on to every node; this and what else helps: README.md, Networks.
+# before sbatch, which hands the shell's variables on to every node; what else helps: launch/README.md, Networks.
 # A job that is requeued goes on from its last checkpoint, where the recipe sets logging.checkpoint_every. 120 s
-# before its time is up, and when it is preempted, the ranks stop at a boundary and save (README.md, When something
-# goes wrong); then this script requeues it. GRACE: seconds in which they must have done so. RESTARTS=5: when a rank
+# before its time is up, and when it is preempted, the ranks stop at a boundary and save (docs/faults.md);
+# then this script requeues it. GRACE: seconds in which they must have done so. RESTARTS=5: when a rank
 # dies and its node does not, all of them go on from the last checkpoint, 5 times at most.
 set -euo pipefail
 recipe=${1:?recipe}

@@ -13,13 +13,25 @@ from qsr_engine.config.strict import ConfigError
 from qsr_engine.membership.hosts import HostError
 
 if TYPE_CHECKING:
+    from qsr_engine.data.loader import EvalLoader, TrainLoader
     from qsr_engine.engines.attach import attach
     from qsr_engine.engines.deepspeed.initialize import initialize, zero_init
     from qsr_engine.engines.fsdp.initialize import initialize_fsdp
 
-__all__ = ["ConfigError", "HostError", "attach", "initialize", "initialize_fsdp", "zero_init"]
+__all__ = [
+    "ConfigError",
+    "EvalLoader",
+    "HostError",
+    "TrainLoader",
+    "attach",
+    "initialize",
+    "initialize_fsdp",
+    "zero_init",
+]
 
 _PLACES = {
+    "EvalLoader": "qsr_engine.data.loader",
+    "TrainLoader": "qsr_engine.data.loader",
     "attach": "qsr_engine.engines.attach",
     "initialize": "qsr_engine.engines.deepspeed.initialize",
     "initialize_fsdp": "qsr_engine.engines.fsdp.initialize",

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import argparse
 
+from qsr_engine.cli.arguments import add_command
 from qsr_engine.cli.errors import CommandError
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the sub-command's arguments."""
-    command = commands.add_parser("export", help="write a checkpoint's averaged model as safetensors")
+    command = add_command(
+        commands,
+        "export",
+        "Write a checkpoint's averaged model as safetensors.",
+        more="A checkpoint inside a round has the workers' average too.",
+        examples=["qsr export runs/vit/checkpoints vit.safetensors   # of the newest whole checkpoint"],
+    )
     command.add_argument("checkpoint", help="a checkpoint's folder, or a folder of checkpoints: the newest whole one")
     command.add_argument("out", help="file to write; timm.create_model(NAME, checkpoint_path=OUT) loads it")
     command.set_defaults(run=run)

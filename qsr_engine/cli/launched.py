@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 
+from qsr_engine.cli.guard import LAUNCH
 from qsr_engine.config.strict import ConfigError
 from qsr_engine.membership.signals import STOPPED_FILE
-
-LAUNCH = "QSR_ENGINE_LAUNCH"  # in the environment of all processes of one launch
 
 
 def started_by_a_launcher() -> bool:
@@ -55,6 +55,31 @@ def no_restart(error: Exception) -> None:
     file = _error_file()
     if file is not None:
         file.write_text(str(error), encoding="utf-8")
+
+
+def first_to_say(text: str, *, consequence: bool) -> bool:
+    """Whether no other rank of this launch, on this host, has said this error, which all of them may find.
+
+    Args:
+        consequence: it tells of another rank's failure, and of no use beside what that one says.
+    Returns:
+        True where `qsr train` has not started the ranks, since nobody knows then what others say.
+    """
+    path = os.environ.get(STOPPED_FILE)
+    if not path or LAUNCH not in os.environ:
+        return True
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        with Path(path).with_name(f"said-{attempt}").open("a+", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            said = file.read()
+            if text in said or (consequence and said):
+                return False
+            file.write(f"{text}\n")
+    except OSError:
+        return True
+    return True
 
 
 def _error_file() -> Path | None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import sys
 from types import FrameType
 
-from qsr_engine.cli.arguments import whole_number
+from qsr_engine.cli.arguments import add_command, whole_number
 from qsr_engine.cli.errors import CommandError
 from qsr_engine.data import (
     Index,
     index_shards,
+    shuffle_shards,
     verify_shards,
     write_cifar10,
     write_digits,
@@ -25,7 +27,16 @@ MB = 1_000_000
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the sub-command's arguments."""
-    command = commands.add_parser("shards", help="make and check WebDataset shards")
+    command = add_command(
+        commands,
+        "shards",
+        "Make and check WebDataset shards.",
+        examples=[
+            "qsr shards imagefolder /data/imagenet /data/shards --max-side 512",
+            "qsr shards verify /data/shards",
+            "qsr shards digits data/digits  # a small set to try everything with",
+        ],
+    )
     command.set_defaults(run=run)
     kinds = command.add_subparsers(required=True, metavar="KIND")
     _add_imagefolder(
@@ -44,9 +55,16 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = kinds.add_parser("digits", help="scikit-learn's 1,797 handwritten digits")
     command.add_argument("out")
     command.set_defaults(shards=lambda args: _say(args.out, write_digits(args.out)))
-    command = kinds.add_parser("index", help="write the index.json of a folder of shards made elsewhere")
+    _add_index(kinds.add_parser("index", help="write the index of shards made elsewhere: a folder or a URL"))
+    command = kinds.add_parser("shuffle", help="write the samples of a folder of shards again, in a random order")
     command.add_argument("folder")
-    command.set_defaults(shards=lambda args: _say(args.folder, index_shards(args.folder)))
+    command.add_argument("out")
+    command.add_argument(
+        "--shard-mb", type=whole_number, default=SHARD_BYTES // MB, metavar="N", help="at most N million"
+    )
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of the shuffle (default: 0)")
+    _add_processes(command)
+    command.set_defaults(shards=_shuffle)
     command = kinds.add_parser("verify", help="read every shard, compare it with index.json and check every sample")
     command.add_argument("folder")
     command.add_argument("--decode", action="store_true", help="decode every image too")
@@ -80,6 +98,22 @@ def _add_imagefolder(command: argparse.ArgumentParser) -> None:
     )
     _add_processes(command)
     command.set_defaults(shards=_write_imagefolder)
+
+
+def _add_index(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", help="of the shards, or its URL (http, s3, gs, hf, ...)")
+    command.add_argument(
+        "--split",
+        action="append",
+        default=[],
+        metavar="NAME=PATTERN",
+        help="the shards of a split, with braces and *; once for each split (default: info.json, folders or names)",
+    )
+    command.add_argument("--label", metavar="RULE", help="cls (default), txt, or json:FIELD of a sample's .json")
+    command.add_argument("--out", help="folder of the index, where it cannot be beside the shards")
+    command.add_argument("--again", action="store_true", help="replace the index that is there, with the same splits")
+    _add_processes(command)
+    command.set_defaults(shards=_index)
 
 
 def _add_processes(command: argparse.ArgumentParser) -> None:
@@ -116,11 +150,31 @@ def _write_imagefolder(args: argparse.Namespace) -> int:
         name: getattr(args, name)
         for name in ("samples_per_shard", "seed", "split", "max_side", "short_side", "quality", "processes")
     }
-    return _say(args.out, write_imagefolder(args.root, args.out, shard_bytes=args.shard_mb * MB, **options))
+    return _say(args.out, write_imagefolder(args.root, args.out, shard_bytes=args.shard_mb * MB, say=_warn, **options))
+
+
+def _index(args: argparse.Namespace) -> int:
+    splits = {}
+    for text in args.split:
+        name, sign, pattern = text.partition("=")
+        if not (name and sign and pattern) or name in splits:
+            raise CommandError(f"--split is {text!r}; write NAME=PATTERN, each NAME once, as train='train-*.tar'")
+        splits[name] = pattern
+    options = {name: getattr(args, name) for name in ("label", "out", "again", "processes")}
+    return _say(args.out or args.folder, index_shards(args.folder, splits=splits or None, say=_warn, **options))
+
+
+def _shuffle(args: argparse.Namespace) -> int:
+    options = {"shard_bytes": args.shard_mb * MB, "seed": args.seed, "processes": args.processes}
+    return _say(args.out, shuffle_shards(args.folder, args.out, **options))
+
+
+def _warn(text: str) -> None:
+    print(f"qsr: {text}".encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
 
 
 def _verify(args: argparse.Namespace) -> int:
-    return _say(args.folder, verify_shards(args.folder, decode=args.decode, processes=args.processes))
+    return _say(args.folder, verify_shards(args.folder, decode=args.decode, processes=args.processes, say=_warn))
 
 
 def _say(folder: str, index: Index) -> int:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from typing import TYPE_CHECKING
 
-from qsr_engine.cli.arguments import add_overrides, overrides, whole_number
-from qsr_engine.cli.errors import CommandError
+from qsr_engine.cli.arguments import add_command, add_overrides, overrides, whole_number
+from qsr_engine.cli.dry_run import dry_run
+from qsr_engine.cli.errors import CommandError, UsageError
 from qsr_engine.cli.launched import hopeless, no_restart, restarted, started_by_a_launcher, stopped_already
 from qsr_engine.cli.launcher import launch
 from qsr_engine.config.recipe import Recipe
@@ -21,17 +23,49 @@ from qsr_engine.data import DataError, Index, check_shards, read_index
 from qsr_engine.data.retrying import Retry
 from qsr_engine.membership.hosts import HostError
 from qsr_engine.membership.signals import STOPPED
-from qsr_engine.records.run_folder import CHECKPOINTS, SUMMARY, check_run_folder, check_unfinished
+from qsr_engine.records.run_folder import CHECKPOINTS, ORIGIN, check_run_folder, check_unfinished, is_finished
+from qsr_engine.records.services import check_services
+
+if TYPE_CHECKING:
+    from qsr_engine.training.branching import Origin
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the sub-command's arguments."""
-    command = commands.add_parser("train", help="train a recipe")
+    command = add_command(
+        commands,
+        "train",
+        "Train a recipe on this host's GPUs, or in the ranks that a launcher has started.",
+        more="SIGTERM and SIGUSR1 make it save and end with exit code 75; Ctrl-C ends it at once. Exit code 1 is an "
+        "error, and 2 a command that cannot be read.",
+        examples=[
+            "qsr train my.yaml                        # a rank a GPU",
+            "qsr train my.yaml --dry-run              # check all that can be checked, and train nothing",
+            "qsr train my.yaml --ranks 2 --set epochs=1 --set logging.name=short",
+            "qsr train my.yaml --resume               # go on from the newest checkpoint",
+            "DS_ACCELERATOR=cpu qsr train my.yaml --ranks 2   # without a GPU",
+        ],
+    )
     command.add_argument("recipe", help="YAML file")
     add_overrides(command)
     command.add_argument("--engine", choices=["deepspeed", "fsdp"], help="instead of the recipe's (default: deepspeed)")
     command.add_argument(
         "--resume", action="store_true", help="go on from the run's newest checkpoint; begin if there is none"
+    )
+    command.add_argument(
+        "--from",
+        dest="origin",
+        metavar="RUN",
+        help=f"begin at the newest checkpoint of another run, or at RUN/{CHECKPOINTS}/TAG, with this recipe",
+    )
+    command.add_argument(
+        "--optimizer-states",
+        choices=["own", "mean", "fresh"],
+        default="own",
+        help="with --from: every worker has its own (default), all have the mean of the workers', or begin anew",
+    )
+    command.add_argument(
+        "--dry-run", action="store_true", help="check recipe, shards, model and batch, show the plan, and end"
     )
     command.add_argument("--ranks", type=whole_number, help="processes on this host (default: one a GPU)")
     command.add_argument(
@@ -50,25 +84,45 @@ def _count(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Train in this rank, or start a launcher of ranks."""
-    recipe, index = _prepare(args)
+    if args.origin is not None and args.resume:
+        raise UsageError("--from begins a run, and --resume goes on with one, wherever it began; leave one of them out")
+    if args.origin is None and args.optimizer_states != "own":
+        raise UsageError(f"--optimizer-states {args.optimizer_states} is for --from, which is not given; leave it out")
     if started_by_a_launcher():
-        if restarted() and (recipe.run_dir / SUMMARY).exists():  # a rank died when everything was done
+        if args.dry_run:
+            raise UsageError("--dry-run starts no ranks, and a launcher has started this one; call `qsr` itself")
+        from qsr_engine.membership.roll_call import told_to_all
+
+        with told_to_all():
+            recipe, index = _prepare(args)
+            origin = None if restarted() and (recipe.run_dir / ORIGIN).exists() else _find_origin(args, recipe)
+        if restarted() and is_finished(recipe.run_dir, recipe.last_step):  # a rank died when everything was done
             return 0
-        return _train_rank(recipe, index, resume=args.resume or restarted())
+        return _train_rank(recipe, index, origin, resume=args.resume or restarted())
+    recipe, index = _prepare(args)
+    origin = _find_origin(args, recipe)
     if args.restarts and recipe.logging.checkpoint_every is None:
         raise ConfigError(
             f"--restarts is {args.restarts}, and logging.checkpoint_every is not given, so that a restarted run would "
             "begin anew; write it, in steps"
         )
-    check = check_unfinished if args.resume else check_run_folder
-    check(recipe.run_dir)
+    if args.resume:
+        check_unfinished(recipe.run_dir, recipe.last_step)
+    else:
+        check_run_folder(recipe.run_dir)
+    if args.dry_run:
+        dry_run(args.recipe, recipe, index, args.ranks, resume=args.resume)
+        return 0
     if args.resume and args.ranks is not None:
         from qsr_engine.training.resuming import batch_for
 
         batch_for(recipe, args.ranks, resume=True)
     words = ["train", args.recipe, *overrides(args), *(["--resume"] if args.resume else [])]
+    if origin is not None:
+        words += ["--from", str(origin.folder), "--optimizer-states", origin.optimizers]
     code = launch(recipe, args.ranks, words, resume=args.resume, restarts=args.restarts)
-    if code == 0 and not (recipe.run_dir / SUMMARY).exists():  # the launcher hides some deaths of its children
+    # The launcher hides some deaths of its children.
+    if code == 0 and not is_finished(recipe.run_dir, recipe.last_step):
         raise ConfigError(f"{recipe.run_dir}: the launcher ended without an error, and the run is not finished")
     if args.restarts and 0 < code < 128 and code != STOPPED:  # from 128 on: ended by a signal
         _say_what_is_left(recipe, args.restarts)
@@ -91,6 +145,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Recipe, Index]:
     if args.engine is not None:
         args.set.append(f"engine={args.engine}")
     recipe = load_recipe(args.recipe, args.set)
+    check_services(recipe.logging.services)
     index = read_index(recipe.data.shards, Retry(recipe.data.retries, recipe.data.retry_seconds))
     for split in (recipe.data.train, recipe.data.eval):
         index.split(split)
@@ -103,13 +158,22 @@ def _prepare(args: argparse.Namespace) -> tuple[Recipe, Index]:
     return resolve_recipe(recipe, index.split(recipe.data.train).samples), index
 
 
-def _train_rank(recipe: Recipe, index: Index, *, resume: bool) -> int:
+def _find_origin(args: argparse.Namespace, recipe: Recipe) -> Origin | None:
+    if args.origin is None:
+        return None
+    from qsr_engine.training.branching import find_origin
+
+    return find_origin(args.origin, recipe, args.optimizer_states)
+
+
+def _train_rank(recipe: Recipe, index: Index, origin: Origin | None, *, resume: bool) -> int:
     from torch.distributed import DistError
 
     from qsr_engine.averaging import CollectiveError
     from qsr_engine.checkpoint.manifest import CheckpointError
     from qsr_engine.local_steps.header import BoundaryError
     from qsr_engine.membership.facts import AgreementError
+    from qsr_engine.membership.roll_call import told_to_all
     from qsr_engine.membership.signals import StoppedError, exit_code
     from qsr_engine.training.loop import DivergenceError, train
     from qsr_engine.training.saving import UnsavedError
@@ -119,11 +183,12 @@ def _train_rank(recipe: Recipe, index: Index, *, resume: bool) -> int:
         if rank == 0:
             print(f"qsr: {recipe.run_dir}: the run was asked to stop, and is not started again", file=sys.stderr)
         return exit_code(rank)
-    earlier = hopeless()
-    if earlier is not None:
-        raise CommandError(f"not started again, since the same would happen: {earlier}")
+    with told_to_all():
+        earlier = hopeless()
+        if earlier is not None:
+            raise CommandError(f"not started again, since the same would happen: {earlier}")
     try:
-        train(recipe, index, resume=resume)
+        train(recipe, index, resume=resume, origin=origin)
     except StoppedError as stopped:
         if rank == 0:
             print(f"qsr: {stopped}", file=sys.stderr, flush=True)
@@ -132,11 +197,12 @@ def _train_rank(recipe: Recipe, index: Index, *, resume: bool) -> int:
         no_restart(error)
         raise CommandError(error) from error
     except (CheckpointError, CollectiveError, HostError) as error:
-        raise CommandError(error) from error
+        raise CommandError(error, consequence=isinstance(error, CollectiveError)) from error
     except OSError as error:
         raise CommandError(f"{error.strerror or error}: {error.filename or recipe.run_dir}") from error
     except RuntimeError as error:
         if not isinstance(error, DistError) and "gloo" not in str(error):
             raise
-        raise CommandError(f"the connection to another rank failed; if it has ended, it says why ({error})") from error
+        failed = f"the connection to another rank failed; if it has ended, it says why ({error})"
+        raise CommandError(failed, consequence=True) from error
     return 0

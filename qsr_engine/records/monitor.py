@@ -7,15 +7,18 @@ quickly. Where the disk is full, training goes on without records, which are wri
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self, TextIO
 
-from qsr_engine.records.progress import Progress, progress
+from qsr_engine.records.progress import Progress, closing_words, progress
 from qsr_engine.records.records import Record, WorkersRecord
 from qsr_engine.records.run_folder import METRICS, SUMMARY, WORKERS, cannot_finish, write_whole
-from qsr_engine.records.trackers import JsonLines, TensorBoard, Tracker, as_json
+from qsr_engine.records.services import Service
+from qsr_engine.records.tensorboard import About, TensorBoard
+from qsr_engine.records.trackers import JsonLines, Tracker, as_json
 
 
 class Monitor:
@@ -26,12 +29,15 @@ class Monitor:
         total_steps: optimizer steps of the whole run.
         tensorboard: write TensorBoard events too.
         enabled: False, on every rank but 0, does nothing at all.
+        services: names of trackers of others that get the figures too.
         stream: where progress is shown; standard output where it is None.
         from_step: go on with a run that was saved at this step; records of later steps are dropped.
+        about: what is known of it before its first step, for who shows that too.
+        origin: what the run began with, which its first record in the folder says as "from".
 
     Raises:
         FileExistsError: the folder holds the metrics of another run.
-        ConfigError: later records cannot be dropped.
+        ConfigError: later records cannot be dropped, or a service cannot begin.
     """
 
     def __init__(
@@ -40,19 +46,28 @@ class Monitor:
         total_steps: int,
         *,
         tensorboard: bool = True,
+        services: Sequence[str] = (),
         enabled: bool = True,
         stream: TextIO | None = None,
         from_step: int = 0,
+        origin: dict[str, Any] | None = None,
+        about: About | None = None,
     ) -> None:
         self._run_dir, self._enabled, self._open = run_dir, enabled, ExitStack()
+        self._first = {"from": origin} if origin else {}
         if not enabled:
             return
         self._metrics = self._open.enter_context(closing(JsonLines(run_dir / METRICS, from_step=from_step)))
         self._workers = self._open.enter_context(closing(JsonLines(run_dir / WORKERS, from_step=from_step)))
         self._trackers: list[Tracker] = []  # of scalars by their tags
         if tensorboard:
-            self._trackers.append(self._open.enter_context(closing(TensorBoard(run_dir, from_step=from_step))))
-        shown: Progress = progress(stream or sys.stdout, total_steps, from_step=from_step)
+            board = TensorBoard(run_dir, from_step=from_step, about=about)
+            self._trackers.append(self._open.enter_context(closing(board)))
+        for name in services:
+            service = Service(name, run_dir, about.recipe if about else {})
+            self._trackers.append(self._open.enter_context(closing(service)))
+        self._stream = stream or sys.stdout
+        shown: Progress = progress(self._stream, total_steps, from_step=from_step)
         self._progress = self._open.enter_context(closing(shown))
 
     def __enter__(self) -> Self:
@@ -68,21 +83,33 @@ class Monitor:
     def log(self, record: Record) -> None:
         """Write one record everywhere."""
         if self._enabled:
-            self._write(self._metrics, record)
+            self._write(self._metrics, record, self._first)
+            self._first = {}
             self._progress.show(record)
+
+    @contextmanager
+    def phase(self, name: str, step: int) -> Iterator[None]:
+        """Show who watches that after a step none is taken for a while: `evaluating`, `saving`."""
+        if self._enabled:
+            self._progress.begin(name, step)
+        yield
+        if self._enabled:
+            self._progress.end()
 
     def log_workers(self, record: WorkersRecord) -> None:
         """Write what the workers told at a boundary."""
         if self._enabled:
-            self._write(self._workers, record)
+            self._write(self._workers, record, {})
+            for tracker in self._trackers:
+                tracker.log_workers(record.of_each(), record.step)
 
-    def _write(self, lines: JsonLines, record: Record | WorkersRecord) -> None:
-        lines.log(asdict(record), record.step)
+    def _write(self, lines: JsonLines, record: Record | WorkersRecord, more: dict[str, Any]) -> None:
+        lines.log({**asdict(record), **more}, record.step)
         for tracker in self._trackers:
             tracker.log(record.scalars(), record.step)
 
     def summary(self, **values: Any) -> None:
-        """Write the run's last figures to summary.json, whole or not at all; the run is then finished.
+        """Write the run's last figures to summary.json, whole or not at all; the run is then finished, and says so.
 
         Raises:
             ConfigError: it cannot be written; no part of it is left.
@@ -93,3 +120,5 @@ class Monitor:
             write_whole(self._run_dir / SUMMARY, as_json(values, indent=2) + "\n")
         except OSError as error:
             raise cannot_finish(self._run_dir / SUMMARY, error) from error
+        self._progress.close()
+        print(closing_words(self._run_dir, values), file=self._stream, flush=True)

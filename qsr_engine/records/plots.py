@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qsr_engine.records.runs import Run, accuracies, figures, series, waiting_percent
+from qsr_engine.records.runs import NORMS, Run, accuracies, figures, series, waiting_percent
 from qsr_engine.records.seeds import groups
 
 if TYPE_CHECKING:
@@ -20,7 +20,10 @@ _DASHES = ("-", "--", ":", "-.")
 
 
 def plots(runs: Sequence[Run], out_dir: Path) -> list[Path]:
-    """Draw the runs into out_dir and return the files; those over accuracy only where a run was evaluated."""
+    """Draw the runs into out_dir, as PNG and as SVG, and return the PNGs.
+
+    Only what a run has told is drawn: accuracy where it was evaluated.
+    """
     drawings = [_period_and_lr]
     if any(accuracies(run) for run in runs):
         drawings += [_accuracy_over_communication, _accuracy_over_steps]
@@ -28,10 +31,14 @@ def plots(runs: Sequence[Run], out_dir: Path) -> list[Path]:
         drawings.append(_waiting_over_steps)
     if any(series(run, "sharpness") for run in runs):
         drawings.append(_sharpness_over_steps)
+    if any(series(run, name) for run in runs for name in NORMS):
+        drawings.append(_norms_over_steps)
     out_dir.mkdir(parents=True, exist_ok=True)
     files = [out_dir / f"{draw.__name__[1:]}.png" for draw in drawings]
     for draw, file in zip(drawings, files, strict=True):
-        draw(runs).savefig(file, dpi=150)
+        figure = draw(runs)
+        figure.savefig(file, dpi=150)
+        figure.savefig(file.with_suffix(".svg"), metadata={"Date": None})
     return files
 
 
@@ -65,7 +72,12 @@ def _period_and_lr(runs: Sequence[Run]) -> Figure:
     figure, (period, rate) = _panels(runs, ["period H (steps)", "learning rate"])
     for index, run in enumerate(runs):
         steps, curve = [row["step"] for row in run.records], _curve(index, runs)
-        period.plot(steps, [row["period"] for row in run.records], drawstyle="steps-pre", **curve)
+        period.plot(
+            steps,
+            [math.nan if row["period"] is None else row["period"] for row in run.records],
+            drawstyle="steps-pre",
+            **curve,
+        )
         rate.plot(steps, [math.nan if row["lr"] is None else row["lr"] for row in run.records], **curve)
     period.set_yscale("log", base=2)
     period.yaxis.set_major_formatter("{x:g}")
@@ -75,21 +87,32 @@ def _period_and_lr(runs: Sequence[Run]) -> Figure:
 
 
 def _accuracy_over_steps(runs: Sequence[Run]) -> Figure:
-    figure, (panel,) = _panels(runs, ["accuracy (%)"])
-    for index, run in enumerate(runs):
-        if points := accuracies(run):
-            panel.plot(*zip(*points, strict=True), marker="o", markersize=4, **_curve(index, runs))
-    figure.legend(loc="outside lower center", frameon=False)
-    return figure
+    """With panels for top-5 and for training where a run has them."""
+    fields = {"eval_accuracy": "accuracy (%)", "eval_top5_accuracy": "top-5 (%)", "train_accuracy": "in training (%)"}
+    return _over_steps(runs, fields)
 
 
 def _sharpness_over_steps(runs: Sequence[Run]) -> Figure:
-    figure, (panel,) = _panels(runs, ["sharpness (largest eigenvalue)"])
-    for index, run in enumerate(runs):
-        if points := series(run, "sharpness"):
-            panel.plot(*zip(*points, strict=True), marker="o", markersize=4, **_curve(index, runs))
-    panel.set_yscale("log")
-    figure.legend(loc="outside lower center", frameon=False)
+    return _over_steps(runs, {"sharpness": "sharpness (largest eigenvalue)"}, log=True)
+
+
+def _norms_over_steps(runs: Sequence[Run]) -> Figure:
+    """Of gradient, parameters and optimizer state of rank 0's worker."""
+    return _over_steps(runs, {name: f"L2 norm of {name.removesuffix('_norm')}" for name in NORMS}, log=True)
+
+
+def _over_steps(runs: Sequence[Run], fields: Mapping[str, str], *, log: bool = False) -> Figure:
+    """A panel for each of these fields that a run has, by their labels. At least one run must have one."""
+    fields = {name: label for name, label in fields.items() if any(series(run, name) for run in runs)}
+    figure, panels = _panels(runs, list(fields.values()))
+    for panel, name in zip(panels, fields, strict=True):
+        for index, run in enumerate(runs):
+            if any(series(run, known) for known in fields):
+                points = series(run, name) or [(0, math.nan)]  # named in the legend, drawn in another panel
+                panel.plot(*zip(*points, strict=True), marker="o", markersize=4, **_curve(index, runs))
+        if log:
+            panel.set_yscale("log")
+    figure.legend(handles=panels[0].lines, loc="outside lower center", frameon=False)
     return figure
 
 
@@ -119,7 +142,7 @@ def _accuracy_over_communication(runs: Sequence[Run]) -> Figure:
     grouped = {run.name for group in found for run in group.runs}
     shown: list[tuple[Any, Any, Any, str, bool]] = [
         (
-            group.mean("communication_percent"),
+            group.mean("averagings_percent"),
             group.mean("accuracy_percent"),
             group.deviation("accuracy_percent"),
             f"{group.name} ({group.strategy}, {len(group.runs)} runs)",
@@ -130,8 +153,8 @@ def _accuracy_over_communication(runs: Sequence[Run]) -> Figure:
     for run in runs:
         if run.name not in grouped:
             row = figures(run)
-            shown.append((row["communication_percent"], row["accuracy_percent"], None, _label(run), run.finished))
-    points, (figure, (panel,)) = [], _panels(runs, ["accuracy (%)"], "communication (% of parallel)")
+            shown.append((row["averagings_percent"], row["accuracy_percent"], None, _label(run), run.finished))
+    points, (figure, (panel,)) = [], _panels(runs, ["accuracy (%)"], "averagings (% of steps)")
     for index, (x, y, deviation, label, finished) in enumerate(shown):
         if x is not None and y is not None:
             colour = _COLOURS[index % len(_COLOURS)]

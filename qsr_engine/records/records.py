@@ -10,7 +10,7 @@ class Record:
     """One row of training metrics.
 
     In `metrics.jsonl` null stands for None, and also for a number that is not finite, which JSON cannot say: a null
-    loss is a loss that diverged. TensorBoard gets such a number as it is.
+    loss after step 0 is a loss that diverged. TensorBoard gets such a number as it is.
 
     The three times are wall-clock seconds since training began, evaluation excluded, and add up to all of it.
     """
@@ -20,23 +20,37 @@ class Record:
     round: int
     period: int  # H of the round that this step belongs to
     lr: float
-    loss: float  # mean over this rank's steps since the last record; the rank is rank 0
+    loss: float | None  # mean over this rank's steps since the last record; the rank is rank 0. None before training
     averagings: int  # so far
-    bytes_sent: float  # per rank, so far: a ring all-reduce over n ranks sends 2 (n - 1) / n of its payload
-    communication_percent: float  # bytes sent so far, in % of what `parallel` would have sent
+    averagings_percent: float  # averagings over steps, so far: the paper's relative communication
+    communication_percent: float  # its old name
+    bytes_sent: float  # that have left a worker so far: see local_steps.traffic
+    bytes_percent: float  # the same in % of what would have left it under `parallel`
     seconds_compute: float
     seconds_averaging: float | None  # None where it cannot be told apart from compute, which then holds it
     seconds_data: float  # waiting for data
-    images_per_second: float  # over all workers, since the last record
+    images_per_second: float | None  # over all workers, since the last record; None before training
     relative_distance: float | None = None  # RMS over workers of ||x_k - mean|| / ||mean|| before the last averaging
-    eval_accuracy: float | None = None  # %; None where this record has no evaluation
+    eval_accuracy: float | None = None  # top-1, in %; None where this record has no evaluation
+    eval_top5_accuracy: float | None = None  # %; None likewise, and where a model has 5 scores or fewer
     eval_loss: float | None = None  # None likewise
+    best_accuracy: float | None = None  # highest eval_accuracy so far; None likewise
+    best_step: int | None = None  # the first one with it; None likewise
     sharpness: float | None = None  # largest eigenvalue of the loss's Hessian at the average; None likewise
     data_percent: float | None = None  # of the time since the last record: rank 0 waited for data
     skipped_samples: int = 0  # bad samples that rank 0 has skipped so far
     checkpoints_failed: int = 0  # that could not be written, so far
     skipped_steps: int = 0  # updates skipped after an overflow, over all workers, as of the last boundary
     left_out: int = 0  # times so far that a worker's parameters were not finite and it was left out of an average
+    train_accuracy: float | None = None  # %, of the samples that `loss` is of, in training mode; None before training
+    loss_scale: float | None = None  # after this step; None where nothing scales the loss
+    # L2 norms of rank 0's worker at this step's update, before an averaging; None where they were not measured, and
+    # where the optimizer keeps no such state.
+    gradient_norm: float | None = None  # before clipping, without the loss scale
+    parameter_norm: float | None = None  # of the fp32 masters, after the update
+    exp_avg_norm: float | None = None  # AdamW's m
+    exp_avg_sq_norm: float | None = None  # AdamW's v
+    momentum_buffer_norm: float | None = None  # SGD's
 
     def scalars(self) -> dict[str, float]:
         """What a tracker draws over the step, by its tag."""
@@ -45,7 +59,9 @@ class Record:
 
 TAGS = {
     "train/loss": "loss",
+    "train/accuracy": "train_accuracy",
     "train/lr": "lr",
+    "train/loss_scale": "loss_scale",
     "local_steps/period": "period",
     "local_steps/round": "round",
     "local_steps/relative_distance": "relative_distance",
@@ -54,7 +70,8 @@ TAGS = {
     "local_steps/left_out": "left_out",
     "communication/averagings": "averagings",
     "communication/bytes_sent": "bytes_sent",
-    "communication/percent_of_parallel": "communication_percent",
+    "communication/averagings_percent": "averagings_percent",
+    "communication/bytes_percent": "bytes_percent",
     "time/compute_seconds": "seconds_compute",
     "time/averaging_seconds": "seconds_averaging",
     "time/data_seconds": "seconds_data",
@@ -63,8 +80,16 @@ TAGS = {
     "throughput/images_per_second": "images_per_second",
     "throughput/images_seen": "images_seen",
     "eval/accuracy": "eval_accuracy",
+    "eval/top5_accuracy": "eval_top5_accuracy",
     "eval/loss": "eval_loss",
+    "eval/best_accuracy": "best_accuracy",
+    "eval/best_step": "best_step",
     "eval/sharpness": "sharpness",
+    "norms/gradient": "gradient_norm",
+    "norms/parameters": "parameter_norm",
+    "norms/exp_avg": "exp_avg_norm",
+    "norms/exp_avg_sq": "exp_avg_sq_norm",
+    "norms/momentum_buffer": "momentum_buffer_norm",
 }
 """The tag of every field of a record, as TensorBoard shows it; the x axis is `step`."""
 
@@ -83,18 +108,33 @@ class WorkersRecord:
     seconds_data: list[float]  # waiting for data
     seconds_waiting: list[float] | None  # at boundaries, for the last to come; None without local steps
     skipped_samples: list[int]  # so far
+    accuracy: list[float] | None = None  # %, of the training samples that `loss` is of; None in older runs
 
     def scalars(self) -> dict[str, float]:
-        """What a tracker draws: the range over the workers, and each by itself where there are not too many."""
+        """What a tracker draws: mean and range over the workers."""
+        drawn: dict[str, float] = {}
+        for name, values in self._curves().items():
+            drawn |= {
+                f"workers/{name}_min": min(values),
+                f"workers/{name}_mean": sum(values) / len(values),
+                f"workers/{name}_max": max(values),
+            }
+        return drawn
+
+    def of_each(self) -> list[dict[str, float]]:
+        """What it draws of each worker by itself; nothing where there are too many."""
+        if len(self.loss) > _WORKERS_SHOWN:
+            return []
+        curves = self._curves()
+        return [{f"worker/{name}": curves[name][worker] for name in curves} for worker in range(len(self.loss))]
+
+    def _curves(self) -> dict[str, list[float]]:
         curves = {"loss": self.loss, "data_percent": _percent(self.seconds_data, self.seconds)}
+        if self.accuracy is not None:
+            curves["accuracy"] = self.accuracy
         if self.seconds_waiting is not None:
             curves["waiting_percent"] = _percent(self.seconds_waiting, self.seconds)
-        drawn: dict[str, float] = {}
-        for name, values in curves.items():
-            drawn |= {f"workers/{name}_min": min(values), f"workers/{name}_max": max(values)}
-            if len(values) <= _WORKERS_SHOWN:
-                drawn |= {f"workers_{name}/{worker}": value for worker, value in enumerate(values)}
-        return drawn
+        return curves
 
 
 _WORKERS_SHOWN = 32

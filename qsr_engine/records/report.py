@@ -5,17 +5,19 @@ The same figures are in report.json. Nothing here imports torch.
 
 from __future__ import annotations
 
-import base64
-import html
 import json
+import statistics
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qsr_engine.records.page import Cell, page
 from qsr_engine.records.plots import plots
 from qsr_engine.records.runs import ReportError, Run, figures, find_runs, read_run
 from qsr_engine.records.seeds import Group, groups
+from qsr_engine.records.summary import summary
 
 
 def group_table(found: Sequence[Group]) -> str:
@@ -24,10 +26,12 @@ def group_table(found: Sequence[Group]) -> str:
 
 
 def _group_rows(found: Sequence[Group]) -> list[list[str]]:
-    rows = [["group", "strategy", "runs", "accuracy %", "communication %", "sharpness"]]
+    rows = [["group", "strategy", "runs", "accuracy %", "averagings %", "bytes %", "sharpness"]]
     for group in found:
         row = [_with_deviation(group, "accuracy_percent", "{:.2f}".format)]
-        row += [_three_digits(group.mean("communication_percent") or 0.0)]
+        for figure in ("averagings_percent", "bytes_percent"):
+            mean = group.mean(figure)
+            row.append("\N{EN DASH}" if mean is None else _three_digits(mean))
         row += [_with_deviation(group, "sharpness", _three_digits)]
         rows.append([group.name, group.strategy, str(len(group.runs)), *row])
     return rows
@@ -51,19 +55,31 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (  # header, figur
     ("strategy", "strategy", str),
     ("steps", "steps", str),
     ("accuracy %", "accuracy_percent", "{:.2f}".format),
+    ("top-5 %", "top5_percent", "{:.2f}".format),
+    ("best %", "best_percent", "{:.2f}".format),
+    ("at step", "best_step", str),
+    ("training %", "train_percent", "{:.2f}".format),
     ("averagings", "averagings", str),
-    ("communication %", "communication_percent", _three_digits),
-    ("hours", "hours", _three_digits),
-    ("compute h", "hours_compute", _three_digits),
-    ("averaging h", "hours_averaging", _three_digits),
-    ("data h", "hours_data", _three_digits),
+    ("averagings %", "averagings_percent", _three_digits),
+    ("bytes %", "bytes_percent", _three_digits),
+    ("time", "hours", _three_digits),
+    ("compute", "hours_compute", _three_digits),
+    ("averaging", "hours_averaging", _three_digits),
+    ("data", "hours_data", _three_digits),
     ("waiting %", "waiting_percent", "{:.1f}".format),
     ("images/s", "images_per_second", _three_digits),
     ("sharpness", "sharpness", _three_digits),
 )
+_TIMES = ("hours", "hours_compute", "hours_averaging", "hours_data")
+_BEST: dict[str, Callable[..., float]] = {  # of these figures one is the best of the finished runs
+    **dict.fromkeys(("accuracy_percent", "top5_percent", "best_percent", "images_per_second"), max),
+    **dict.fromkeys(("averagings", "averagings_percent", "bytes_percent", "waiting_percent", "sharpness"), min),
+    **dict.fromkeys(_TIMES, min),
+}
 
 
-_OPTIONAL = ("sharpness", "waiting_percent")  # a column only where a run has it
+# A column only where a run has it.
+_OPTIONAL = ("sharpness", "waiting_percent", "top5_percent", "best_percent", "best_step", "train_percent")
 
 
 def table(runs: Sequence[Run]) -> str:
@@ -74,16 +90,60 @@ def table(runs: Sequence[Run]) -> str:
 
 def _rows(runs: Sequence[Run]) -> list[list[str]]:
     """The header, then a row a run."""
-    rows = []
-    for run in runs:
-        row = figures(run)
+    return [[text for text, _ in row] for row in _cells(runs)]
+
+
+def _cells(runs: Sequence[Run]) -> list[list[Cell]]:
+    """The header, then a row a run; the best are those of several finished runs."""
+    rows = [figures(run) for run in runs]
+    unit, in_an_hour = _unit(max((row["hours"] or 0.0 for row in rows), default=0.0))
+    for row in rows:
         row["steps"] = f"{row['step']}/{row['total_steps']}"
-        rows.append(row)
     columns = [
         column for column in _COLUMNS if column[1] not in _OPTIONAL or any(row[column[1]] is not None for row in rows)
     ]
-    written = [["\N{EN DASH}" if row[key] is None else text(row[key]) for _, key, text in columns] for row in rows]
-    return [[header for header, _, _ in columns], *written]
+    best = {}
+    for name, choose in _BEST.items():
+        values = [row[name] for row in rows if row["finished"] and row[name] is not None]
+        if len(set(values)) > 1:
+            best[name] = choose(values)
+
+    def cell(row: dict[str, Any], name: str, text: Callable[[Any], str]) -> Cell:
+        value = row[name]
+        if value is None:
+            return _unmarked("\N{EN DASH}")
+        return text(value * in_an_hour if name in _TIMES else value), row["finished"] and value == best.get(name)
+
+    headers = [_unmarked(f"{header} {unit}" if name in _TIMES else header) for header, name, _ in columns]
+    return [headers, *([cell(row, name, text) for _, name, text in columns] for row in rows)]
+
+
+def _unmarked(text: str) -> Cell:
+    return text, False
+
+
+def _workers(runs: Sequence[Run]) -> list[list[Cell]]:
+    """What the workers of each run told: the least, the mean and the most of them."""
+    rows = [["run", "workers", "waiting %", "training %", "skipped samples"]]
+    for run in runs:
+        if run.workers:
+            row = figures(run)
+            spread = [_spread(row[f"{name}_percent_of_workers"]) for name in ("waiting", "train")]
+            rows.append([run.name, str(run.worker_counts[-1]), *spread, str(sum(run.workers[-1]["skipped_samples"]))])
+    return [list(map(_unmarked, row)) for row in rows]
+
+
+def _spread(values: Sequence[float] | None) -> str:
+    if not values:
+        return "\N{EN DASH}"
+    return f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+
+
+def _unit(hours: float) -> tuple[str, float]:
+    """Of all times of a table, by the longest of them; and how many of it an hour has."""
+    if hours < 1 / 30:
+        return "s", 3600.0
+    return ("min", 60.0) if hours < 2 else ("h", 1.0)
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
@@ -99,10 +159,12 @@ def report(paths: Sequence[str | Path], out_dir: str | Path | None = None) -> st
 
     The paths are run folders, or folders of them; out_dir None is `report` beside the first run.
 
+    A run that cannot be read is left out, and named with the reason.
+
     Raises:
-        ReportError: no run, the same run twice, one that cannot be read, or out_dir cannot be written.
+        ReportError: no run, the same run twice, none that can be read, or out_dir cannot be written.
     """
-    runs = [read_run(path) for path in find_runs(paths)]
+    runs, left_out = _readable(find_runs(paths))
     if len({run.name for run in runs}) < len(runs):
         runs = [replace(run, name=str(run.path)) for run in runs]
     folder = Path(out_dir or runs[0].path.resolve().parent / "report")
@@ -110,40 +172,27 @@ def report(paths: Sequence[str | Path], out_dir: str | Path | None = None) -> st
         drawn = plots(runs, folder)
         files = [*drawn, folder / "report.json", folder / "report.html"]
         files[-2].write_text(json.dumps([figures(run) for run in runs], indent=2) + "\n", encoding="utf-8")
-        files[-1].write_text(page(runs, drawn), encoding="utf-8")
+        seeds = [list(map(_unmarked, row)) for row in _group_rows(groups(runs))]
+        tables = {"Runs": _cells(runs), "Several seeds": seeds, "Workers": _workers(runs)}
+        said = [*(f"{run.name}: {note}" for run in runs for note in run.notes), *left_out]
+        files[-1].write_text(page(summary(runs), tables, said, drawn), encoding="utf-8")
     except OSError as error:
         raise ReportError(f"{folder}: cannot write the report: {error.strerror or error}; choose another") from error
     found = groups(runs)
-    return "\n".join([table(runs), *(["", group_table(found)] if found else []), "", *map(str, files)])
+    several = ["", group_table(found)] if found else []
+    parts = [table(runs), *several, "", *textwrap.wrap(summary(runs), 100), *(["", *left_out] if left_out else [])]
+    return "\n".join([*parts, "", *map(str, files)])
 
 
-def page(runs: Sequence[Run], drawn: Sequence[Path]) -> str:
-    """One page with the tables, the notes and the plots; it needs no other file."""
-    parts = [_html_table(_rows(runs))]
-    if found := groups(runs):
-        parts.append("<h2>Several seeds</h2>" + _html_table(_group_rows(found)))
-    notes = [f"<li>{html.escape(f'{run.name}: {note}')}</li>" for run in runs for note in run.notes]
-    parts += [f"<ul>{''.join(notes)}</ul>"] if notes else []
-    for file in drawn:
-        title, data = file.stem.replace("_", " "), base64.b64encode(file.read_bytes()).decode()
-        parts.append(
-            f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
-        )
-    return _PAGE.format("\n".join(parts))
-
-
-def _html_table(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
-    return f"<table><thead><tr>{head}</tr></thead>{''.join(f'<tr>{row}</tr>' for row in body)}</table>"
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>qsr report</title><style>
-body {{ font-family: sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-td {{ padding: 0.2em 0.7em; text-align: right; border-bottom: 1px solid #ddd; }}
-td:nth-child(-n+2) {{ text-align: left; }} thead {{ font-weight: bold; }} img {{ max-width: 100%; }}
-</style></head><body><h1>Comparison of runs</h1>
-{}
-</body></html>
-"""
+def _readable(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
+    """The runs that can be read, and what is said of the others. Raises ReportError where there are none."""
+    runs: list[Run] = []
+    wrong: list[str] = []
+    for path in paths:
+        try:
+            runs.append(read_run(path))
+        except ReportError as error:
+            wrong.append(str(error))
+    if not runs:
+        raise ReportError("\n".join(wrong))
+    return runs, [f"left out: {error}" for error in wrong]

@@ -7,7 +7,7 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from qsr_engine.records.records import Record, WorkersRecord
-from qsr_engine.records.run_folder import METRICS, RECIPE, SUMMARY, WORKERS
+from qsr_engine.records.run_folder import METRICS, ORIGIN, RECIPE, SUMMARY, WORKERS, stopped_at
 
 
 class ReportError(RuntimeError):
@@ -30,12 +30,13 @@ class Run:
     path: Path
     strategy: str  # a label such as `qsr H>=4 alpha=0.0175`
     recipe: dict[str, Any]
-    records: list[dict[str, Any]]  # at least one; the fields of Record
+    records: list[dict[str, Any]]  # at least one; the fields of Record, None where an older version had none
     workers: list[dict[str, Any]]  # of the last number of workers; WorkersRecord; none in a run of long ago
     worker_counts: list[int]  # how many workers it had, one after another; several where it went on with others
     finished: bool
     total_steps: int
     notes: list[str] = field(default_factory=list)  # what a reader of its figures must know
+    branched: bool = False  # began with a checkpoint of another run
 
 
 def read_run(path: str | Path) -> Run:
@@ -57,16 +58,31 @@ def read_run(path: str | Path) -> Run:
             f"of {counts[-1]} workers from step {parts[-2][-1]['step']} on, and {counts[-2]} before; waiting is told "
             "of the later part"
         )
-    total_steps, finished = recipe["qsr"]["total_steps"], (path / SUMMARY).is_file()
-    if not finished:
+    total_steps, stopped = recipe["qsr"]["total_steps"], stopped_at(path)
+    finished = (path / SUMMARY).is_file() and stopped is None
+    if stopped is not None:
+        notes.insert(0, f"stopped at step {stopped}/{total_steps}, as its recipe says (stop_at_step)")
+    elif not finished:
         notes.insert(0, f"unfinished at step {records[-1]['step']}/{total_steps}")
+    notes += _origin(path / ORIGIN)
+    branched = (path / ORIGIN).exists()
     name, label = path.resolve().name, strategy_label(recipe["qsr"])
-    left_out = records[-1].get("left_out", 0)
+    left_out = records[-1]["left_out"]
     if left_out:
         times = "once" if left_out == 1 else f"{left_out} times"
         notes.append(f"a worker whose parameters were not finite was left out of an average {times}")
     notes += _slow_worker(workers)
-    return Run(name, path, label, recipe, records, workers, counts, finished, total_steps, notes)
+    return Run(name, path, label, recipe, records, workers, counts, finished, total_steps, notes, branched)
+
+
+def _origin(path: Path) -> list[str]:
+    """A note where the run began with another one's checkpoint."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return [
+            f"begun at step {found['step']} with the checkpoint {found['tag']} of {found['run']}, whose costs count"
+        ]
+    return []
 
 
 def _read_text(path: Path) -> str:
@@ -90,6 +106,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
 
 def _read_records(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     records: list[dict[str, Any]] = []
+    lacking: set[str] = set()
     lines = _read_text(path).removesuffix("\n").split("\n")
     for number, line in enumerate(lines, start=1):
         try:
@@ -97,18 +114,34 @@ def _read_records(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
         except ValueError:
             row = None
         if _is_record(row):
-            records.append(row)
+            records.append(dict.fromkeys(_FIELDS) | row)
+            lacking |= _ALWAYS_KNOWN - row.keys()
         elif number < len(lines):
             raise ReportError(f"{path}, line {number}: not a record of metrics; repair or delete this line: {line:.60}")
     if not records:
         raise ReportError(f"{path}: no record of metrics yet; wait for the run's first one, or leave this run out")
-    return records, [] if len(records) == len(lines) else ["the last line of metrics.jsonl is torn and left out"]
+    notes = [] if len(records) == len(lines) else ["the last line of metrics.jsonl is torn and left out"]
+    if lacking:
+        notes.append(f"written by another version, without {', '.join(sorted(lacking))}, which is not known here")
+    return records, notes
+
+
+_FIELDS: dict[str, Any] = {item.name: int if item.type == "int" else int | float | None for item in fields(Record)}
+
+_COUNTED_HERE = {"averagings_percent"}  # from averagings and steps, of any version's run
+# Others may be null in any run.
+_ALWAYS_KNOWN = {item.name for item in fields(Record) if item.default is not None} - _COUNTED_HERE
 
 
 def _is_record(row: object) -> bool:
-    """Counts are whole numbers; every other field may be null, where it was unknown or not finite."""
-    return isinstance(row, dict) and all(
-        isinstance(row.get(item.name, ""), int if item.type == "int" else int | float | None) for item in fields(Record)
+    """Counts are whole numbers; every other field may be null, where it was unknown or not finite.
+
+    Another version may have had other fields, but for the step.
+    """
+    return (
+        isinstance(row, dict)
+        and "step" in row
+        and all(isinstance(row[name], kind) for name, kind in _FIELDS.items() if name in row)
     )
 
 
@@ -124,15 +157,21 @@ def _read_workers(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_workers_record(row: object) -> bool:
-    """A loss may be null, where it was not finite, and waiting as a whole, where there were no local steps."""
-    if not isinstance(row, dict) or not {item.name for item in fields(WorkersRecord)} <= set(row):
+    """A loss may be null, where it was not finite, and waiting as a whole, where there were no local steps.
+
+    A run of an earlier version has no accuracy.
+    """
+    if not isinstance(row, dict) or _OF_WORKERS - set(row):
         return False
     lists = [row[name] for name in ("seconds", "seconds_data", "skipped_samples")]
-    lists += [] if row["seconds_waiting"] is None else [row["seconds_waiting"]]
+    lists += [row[name] for name in ("seconds_waiting", "accuracy") if row.get(name) is not None]
     right = isinstance(row["step"], int) and all(isinstance(values, list) and values for values in lists)
     if not right or len({len(values) for values in lists}) > 1:
         return False
     return all(isinstance(value, int | float) for values in lists for value in values) and min(row["seconds"]) > 0
+
+
+_OF_WORKERS = {item.name for item in fields(WorkersRecord) if item.default is MISSING}
 
 
 def waiting_percent(workers: Sequence[dict[str, Any]]) -> list[float] | None:
@@ -173,9 +212,13 @@ def strategy_label(qsr: dict[str, Any]) -> str:
     strategy, h_base, alpha, power = qsr["strategy"], qsr.get("h_base", 1), qsr.get("alpha") or 0, qsr.get("power", 2)
     if strategy == "parallel":
         return "parallel"
+    limit = f", h_max {qsr['h_max']}" if qsr.get("h_max") else ""
     if strategy != "qsr":
-        return f"{strategy} H={h_base}" + (f" @{qsr['switch_step']}" if "switch_step" in qsr else "")
-    return f"qsr H>={h_base} alpha={alpha:g}" if power == 2 else f"power {power:g}, H>={h_base}, alpha {alpha:g}"
+        switch = f" @{qsr['switch_step']}" if "switch_step" in qsr else ""
+        return f"{strategy} H={h_base}{switch}" + (limit if strategy == "swap" else "")  # others have no longer round
+    warmup = f", h_warmup {qsr['h_warmup']}" if qsr.get("h_warmup") else ""
+    rule = f"qsr H>={h_base} alpha={alpha:g}" if power == 2 else f"power {power:g}, H>={h_base}, alpha {alpha:g}"
+    return rule + warmup + limit
 
 
 def find_runs(paths: Sequence[str | Path]) -> list[Path]:
@@ -204,6 +247,10 @@ def figures(run: Run) -> dict[str, Any]:
     last = run.records[-1]
     parts = {name: last[f"seconds_{name}"] for name in ("compute", "averaging", "data")}
     seconds = sum(part for part in parts.values() if part is not None)
+    best_step, best = max(accuracies(run), key=lambda point: point[1], default=(None, None))
+    told = [row["accuracy"] for row in run.workers if row.get("accuracy") is not None]
+    # Of a run of an earlier version too, whose communication_percent was of bytes.
+    share = None if last["averagings"] is None else 100 * last["averagings"] / max(1, last["step"])
     return {
         "run": run.name,
         "path": str(run.path),
@@ -211,17 +258,32 @@ def figures(run: Run) -> dict[str, Any]:
         "step": last["step"],
         "total_steps": run.total_steps,
         "finished": run.finished,
-        "accuracy_percent": next((y for _, y in reversed(accuracies(run))), None),
+        "accuracy_percent": _last(run, "eval_accuracy"),
+        "top5_percent": _last(run, "eval_top5_accuracy"),
+        "best_percent": best,
+        "best_step": best_step,
+        "train_percent": statistics.mean(told[-1]) if told else None,
+        "train_percent_of_workers": told[-1] if told else None,
         "averagings": last["averagings"],
-        "communication_percent": last["communication_percent"],
-        "hours": seconds / 3600,
+        "averagings_percent": share,
+        "communication_percent": share,  # its old name
+        "bytes_percent": last["bytes_percent"],
+        "hours": None if last["seconds_compute"] is None else seconds / 3600,
         **{f"hours_{name}": None if part is None else part / 3600 for name, part in parts.items()},
-        "images_per_second": last["images_seen"] / seconds if seconds else None,
+        "images_per_second": last["images_seen"] / seconds if seconds and last["images_seen"] is not None else None,
         "waiting_percent": None if (waited := waiting_percent(run.workers)) is None else statistics.mean(waited),
         "waiting_percent_of_workers": waited,
-        "sharpness": next((y for _, y in reversed(series(run, "sharpness"))), None),
+        "sharpness": _last(run, "sharpness"),
+        **{name: _last(run, name) for name in NORMS},
         "notes": run.notes,
     }
+
+
+NORMS = tuple(name for name in _FIELDS if name.endswith("_norm"))  # of Record
+
+
+def _last(run: Run, name: str) -> float | None:
+    return next((y for _, y in reversed(series(run, name))), None)
 
 
 def accuracies(run: Run) -> list[tuple[int, float]]:

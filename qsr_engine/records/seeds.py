@@ -34,11 +34,13 @@ class Group:
 
 
 def groups(runs: Sequence[Run]) -> list[Group]:
-    """Groups of two or more finished runs whose recipes differ in their seed and in where they are written only."""
+    """Groups of two or more finished runs that have as many workers, and whose recipes differ in their seed and in
+    where they are written only. A run that began with a checkpoint of another one is in no group."""
     found: dict[str, list[Run]] = {}
     for run in runs:
-        if run.finished:
-            recipe = {key: value for key, value in run.recipe.items() if key not in ("seed", "logging")}
+        if run.finished and not run.branched:
+            recipe = {k: v for k, v in run.recipe.items() if k not in ("seed", "logging", "stop_at_step")}
+            recipe["workers"] = run.worker_counts
             found.setdefault(json.dumps(recipe, sort_keys=True, default=str), []).append(run)
     many = [same for same in found.values() if len(same) > 1]
     return [Group(_common(run.name for run in same), same[0].strategy, same) for same in many]

@@ -1,4 +1,4 @@
-"""Where a run's values go, step by step: JSON lines, and TensorBoard's events (imported where one is opened).
+"""Where a run's values go, step by step: JSON lines, and files of TensorBoard's events (imported where one is opened).
 
 A new tracker is one more class with `log(values, step)` and `close()`.
 """
@@ -10,7 +10,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +23,9 @@ class Tracker(Protocol):
     """Keeps values over the step."""
 
     def log(self, values: Mapping[str, Any], step: int) -> None: ...
+
+    def log_workers(self, values: Sequence[Mapping[str, float]], step: int) -> None:
+        """Of each worker by itself, by the same tags; of too many workers there are none."""
 
     def close(self) -> None: ...
 
@@ -50,8 +53,8 @@ class JsonLines:
         self._file.close()
 
 
-class TensorBoard:
-    """Scalars in an event file of its own.
+class EventFile:
+    """One event file of TensorBoard's.
 
     torch's SummaryWriter writes in a thread, which ends for good at its first error and leaves a part of an event.
 
@@ -76,6 +79,10 @@ class TensorBoard:
         self._write(file_version="brain.Event:2")
         if from_step:
             self._write(step=from_step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def add(self, *values: Any) -> None:
+        """Write other summaries than scalars."""
+        self._write(step=0, summary=self._summary(value=values))
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Write values by their tags; TensorBoard keeps them in fp32."""

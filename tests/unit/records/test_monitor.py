@@ -11,15 +11,22 @@ import subprocess
 import sys
 import time
 import warnings
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import plugin_data_pb2
 
+from qsr_engine.cli.main import main
 from qsr_engine.config.strict import ConfigError
 from qsr_engine.records.monitor import Monitor
 from qsr_engine.records.records import TAGS, Record, WorkersRecord
+from qsr_engine.records.tensorboard import COUNTERS, About, TensorBoard
+from tests.support.recipes import small_recipe
 
 RECORD = Record(
     step=10,
@@ -30,15 +37,35 @@ RECORD = Record(
     loss=0.532,
     averagings=2,
     bytes_sent=2.0**24 + 1,  # the first whole number that float32, TensorBoard's type, cannot hold
+    averagings_percent=20.0,
     communication_percent=20.0,
+    bytes_percent=35.6,
     seconds_compute=4.0,
     seconds_averaging=None,
     seconds_data=0.1,
     images_per_second=1234.4,
     data_percent=1.25,
 )
+FIRST = dataclasses.replace(RECORD, step=0, loss=None, images_per_second=None, eval_accuracy=10.0)
 EVALUATED = dataclasses.replace(
-    RECORD, step=20, bytes_sent=2.0**40 + 3, relative_distance=1e-3, eval_accuracy=91.24, eval_loss=0.31, sharpness=12.5
+    RECORD,
+    step=20,
+    bytes_sent=2.0**40 + 3,
+    relative_distance=1e-3,
+    eval_accuracy=91.24,
+    eval_top5_accuracy=99.5,
+    eval_loss=0.31,
+    best_accuracy=91.24,
+    best_step=20,
+    sharpness=12.5,
+    train_accuracy=70.5,
+    loss_scale=1024.0,
+    gradient_norm=0.5,
+    parameter_norm=30.0,
+    exp_avg_norm=1e-2,
+    exp_avg_sq_norm=1e-6,
+    momentum_buffer_norm=2.0,
+    skipped_samples=2,
 )
 
 
@@ -64,15 +91,29 @@ def test_tensorboard_holds_the_values_of_the_jsonl(tmp_path: Path) -> None:
     events = events_of(tmp_path)
     written = rows(tmp_path)
     assert [row["step"] for row in written] == [10, 20]
-    # Every field but the x axis has a tag, and tags without any value don't exist.
-    assert {*TAGS.values(), "step"} == {field.name for field in dataclasses.fields(Record)} == set(written[0])
-    assert set(events.Tags()["scalars"]) == set(TAGS) - {"time/averaging_seconds"}
+    # Every field but the x axis and an old name has a tag, and tags without any value don't exist.
+    assert (
+        {*TAGS.values(), "step", "communication_percent"}
+        == {field.name for field in dataclasses.fields(Record)}
+        == set(written[0])
+    )
+    nothing = {tag for tag in COUNTERS if not any(row[TAGS[tag]] for row in written)}
+    assert nothing == COUNTERS - {"data/skipped_samples"}, "what went never wrong has no card"
+    assert set(events.Tags()["scalars"]) == set(TAGS) - {"time/averaging_seconds"} - nothing
     for tag in events.Tags()["scalars"]:
-        expected = [(row["step"], row[TAGS[tag]]) for row in written if row[TAGS[tag]] is not None]
+        known = [(row["step"], row[TAGS[tag]]) for row in written if row[TAGS[tag]] is not None]
+        expected = [(step, value) for step, value in known if value or tag not in COUNTERS]
         found = [(event.step, event.value) for event in events.Scalars(tag)]
         assert [step for step, _ in found] == [step for step, _ in expected], tag
         assert [value for _, value in found] == pytest.approx([value for _, value in expected], rel=2**-24), tag
     assert len(events.Scalars("eval/accuracy")) == 1
+
+
+def test_every_name_is_documented() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "records.md").read_text()
+    rows = [row.split("|") for row in page.partition("## Names")[2].splitlines() if row.startswith("| `")]
+    listed = {(tag, name) for row in rows for tag, name in zip(row[1].split(","), row[2].split(","), strict=True)}
+    assert {(tag.strip(" `"), name.strip(" `")) for tag, name in listed} == set(TAGS.items())
 
 
 def test_jsonl_is_exact_and_complete_after_every_record(tmp_path: Path) -> None:
@@ -85,7 +126,7 @@ def test_jsonl_is_exact_and_complete_after_every_record(tmp_path: Path) -> None:
 
 
 def test_what_workers_told_is_in_tensorboard_one_by_one_and_as_a_range(tmp_path: Path) -> None:
-    record = WorkersRecord(8, [4.0, 5.0], [0.5, 0.25], [1.0, 0.0], [0.5, 2.0], [0, 3])
+    record = WorkersRecord(8, [4.0, 5.0], [0.5, 0.25], [1.0, 0.0], [0.5, 2.0], [0, 3], [60.0, 70.0])
     many = WorkersRecord(16, [4.0] * 40, [float(worker) for worker in range(40)], [0.0] * 40, None, [0] * 40)
     with Monitor(tmp_path, 660, stream=io.StringIO()) as monitor:
         monitor.log_workers(record)
@@ -96,10 +137,42 @@ def test_what_workers_told_is_in_tensorboard_one_by_one_and_as_a_range(tmp_path:
     found = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     assert found["workers/loss_min"] == [(8, 0.25), (16, 0.0)]
     assert found["workers/loss_max"] == [(8, 0.5), (16, 39.0)]
+    assert found["workers/accuracy_mean"] == [(8, 65.0)]
     assert found["workers/data_percent_max"] == [(8, 25.0), (16, 0.0)]
     assert found["workers/waiting_percent_min"] == [(8, 12.5)]
-    assert found["workers_waiting_percent/1"] == [(8, 40.0)]
-    assert found["workers_loss/0"] == [(8, 0.5)], "of 40 workers, a curve each would be too many"
+    assert sum(tag.startswith("worker") for tag in found) == 12, "no card a worker"
+    each = [events_of(tmp_path / "tensorboard" / f"worker-{worker}") for worker in range(2)]
+    assert [event.value for event in each[1].Scalars("worker/accuracy")] == [70.0]
+    assert [event.value for event in each[1].Scalars("worker/waiting_percent")] == [40.0]
+    assert [(e.step, e.value) for e in each[0].Scalars("worker/loss")] == [(8, 0.5)], "of 40, too many curves"
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+
+
+def test_tensorboard_has_a_layout_the_recipe_and_what_it_leads_to(tmp_path: Path) -> None:
+    about = About({"qsr": {"h_base": 4, "strategy": "qsr"}, "seed": 0, "b": True}, "qsr:\n  h_base: 4", [(1, 4, 0.5)])
+    log(tmp_path, RECORD, about=about)
+    log(tmp_path, EVALUATED, about=about, from_step=10)
+    events = events_of(tmp_path)
+    (layout,) = [
+        layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+        for event in events.Tensors("custom_scalars__config__")
+    ]
+    titles = [category.title for category in layout.category]
+    assert titles[:5] == ["train", "eval", "H and learning rate", "communication", "time"]
+    drawn = {tag for category in layout.category for chart in category.chart for tag in chart.multiline.tag}
+    assert {tag.strip("^$") for tag in drawn} <= set(TAGS)
+    margins = [series for chart in layout.category[-1].chart for series in chart.margin.series]
+    told = WorkersRecord(8, [4.0], [0.5], [1.0], [0.5], [0], [60.0]).scalars()
+    assert {tag for series in margins for tag in (series.value, series.lower, series.upper)} == set(told)
+    (text,) = events.Tensors("recipe/text_summary")
+    assert text.tensor_proto.string_val[0] == b"\tqsr:\n\t  h_base: 4\n"
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    start = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info
+    keys = {key: getattr(value, value.WhichOneof("kind")) for key, value in start.hparams.items()}
+    assert keys == {"qsr.h_base": 4, "qsr.strategy": "qsr", "seed": 0, "b": True}
+    predicted = events_of(tmp_path / "tensorboard" / "predicted")
+    assert [(event.step, event.value) for event in predicted.Scalars("local_steps/period")] == [(1, 4)]
+    assert [(event.step, event.value) for event in predicted.Scalars("train/lr")] == [(1, 0.5)]
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
@@ -151,10 +224,41 @@ def test_metrics_of_two_runs_never_mix(tmp_path: Path) -> None:
         log(tmp_path, RECORD, tensorboard=False)
 
 
-def test_plain_lines_where_no_terminal_is(tmp_path: Path) -> None:
-    assert log(tmp_path, RECORD, EVALUATED, tensorboard=False).splitlines() == [
-        "step 10/660  round 2  H 4  lr 0.0021  loss 0.532  1234 images/s",
-        "step 20/660  round 2  H 4  lr 0.0021  loss 0.532  1234 images/s  accuracy 91.2 %",
+def test_plain_lines_where_no_terminal_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what takes time beside training, and how long the rest will at the pace so far."""
+    stream = io.StringIO()
+    now = [100.0]
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "monotonic", lambda: now[0])
+        with Monitor(tmp_path, 660, tensorboard=False, stream=stream) as monitor:
+            for seconds, record in ((0, FIRST), (20, RECORD), (40, EVALUATED)):
+                now[0] += seconds
+                monitor.log(record)
+            with monitor.phase("saving", 25):
+                pass
+            monitor.log(dataclasses.replace(RECORD, step=660))
+    assert stream.getvalue().splitlines() == [
+        "step 0/660  round 2  H 4  lr 0.0021  accuracy 10.0 %",
+        "step 10/660  round 2  H 4  lr 0.0021  loss 0.532  1234 images/s  21.7 min left",
+        "step 20/660  round 2  H 4  lr 0.0021  loss 0.532  1234 images/s  accuracy 91.2 %  32 min left",
+        "saving after step 25",
+        "step 660/660  round 2  H 4  lr 0.0021  loss 0.532  1234 images/s",
+    ]
+
+
+def test_a_run_ends_with_what_came_of_it(tmp_path: Path) -> None:
+    known = {"steps": 660, "seconds_training": 192.0, "eval_accuracy": 91.24, "best_accuracy": 91.5, "best_step": 600}
+    known |= {"averagings": 42, "averagings_percent": 6.36, "bytes_sent": 12_300_000}
+    (tmp_path / "model.safetensors").touch()
+    stream = io.StringIO()
+    with Monitor(tmp_path, 660, tensorboard=False, stream=stream) as monitor:
+        monitor.summary(**known, partial=False, eval_top5_accuracy=None)
+    assert stream.getvalue().splitlines() == [
+        "done after 660 steps and 3.2 min of training",
+        "accuracy 91.24 %, best 91.50 % at step 600",
+        "42 averagings, 6.4 % of the steps; 12.3 MB have left each worker",
+        f"model: {tmp_path}/model.safetensors",
+        f"pictures: qsr report {tmp_path}",
     ]
 
 
@@ -168,15 +272,71 @@ def test_progress_bar_on_a_terminal(tmp_path: Path, columns: int) -> None:
     termios.tcsetwinsize(writer, (24, columns))
     with open(writer, "w") as terminal, open(reader, "rb", buffering=0) as screen:
         with Monitor(tmp_path, 660, tensorboard=False, stream=terminal) as monitor:
+            if columns:
+                monitor.log(FIRST)
+                with monitor.phase("evaluating", 330):
+                    pass
             monitor.log(dataclasses.replace(EVALUATED, step=330))
         shown = screen.read(65536).decode()
     if columns:
         last = shown.strip().split("\r")[-1].strip()
         assert last.startswith("50%|")
         assert " 330/660 [" in last
+        assert ", lr 0.0021  H 4  accuracy 10.0 %]" in shown
+        assert ", evaluating]" in shown
         assert last.endswith(", loss 0.532  lr 0.0021  H 4  accuracy 91.2 %]")
     else:
-        assert shown == "step 330/660  round 2  H 4  lr 0.0021  loss 0.532  1234 images/s  accuracy 91.2 %\r\n"
+        assert shown.startswith("step 330/660  round 2  H 4  lr 0.0021  loss 0.532  1234 images/s  accuracy 91.2 %  ")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_service_gets_the_same_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """Accelerate's own tracker, and a stand-in for the package of the service, which one run does not reach."""
+    found: list[Any] = []
+
+    def say(values: dict[str, float], step: int) -> None:
+        if fails:
+            raise ConnectionError("no way to the service")
+        found.append((step, values))
+
+    run = SimpleNamespace(log=say, finish=lambda: found.append("finished"))
+    config = SimpleNamespace(update=lambda values, **_: found.append(values))
+
+    def init(**options: Any) -> Any:
+        found.append(options)
+        return run
+
+    service: Any = ModuleType("wandb")
+    service.__spec__, service.init, service.config = ModuleSpec("wandb", None), init, config
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    about = About({"qsr": {"h_base": 4, "averaging": {}}, "seed": 0})
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        log(tmp_path, RECORD, EVALUATED, tensorboard=False, services=["wandb"], about=about)
+    assert found[:2] == [
+        {"project": "qsr_engine", "name": tmp_path.name, "dir": str(tmp_path)},
+        {"qsr.h_base": 4, "qsr.averaging": "{}", "seed": 0},
+    ]
+    assert len(rows(tmp_path)) == 2
+    told = [str(warning.message) for warning in said if "wandb" in str(warning.message)]
+    if fails:
+        assert told == ["wandb failed (no way to the service); training goes on without it"]
+    else:
+        assert found[2:] == [(10, RECORD.scalars()), (20, EVALUATED.scalars()), "finished"]
+
+
+def test_services_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = small_recipe(tmp_path, tmp_path / "none")
+    for trackers, words in (
+        ("[dvclive]", "logging.trackers holds 'dvclive', and not installed is dvclive; write `pip install dvclive`"),
+        ("[wandbb]", "logging.trackers"),
+        ("[tensorboard]", "trackers holds 'tensorboard', and tensorboard is false"),
+    ):
+        sets = ["--set", f"logging.trackers={trackers}", "--set", "logging.tensorboard=false"]
+        assert main(["train", str(recipe), "--dry-run", *sets]) == 1
+        assert words in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"clearml cannot begin: .*or leave it out"):
+        Monitor(tmp_path, 660, tensorboard=False, services=["clearml"], stream=io.StringIO())
 
 
 def test_importing_monitor_and_report_leaves_torch_out() -> None:
@@ -214,7 +374,9 @@ class FullDisk:
 def test_records_wait_while_the_disk_is_full(tmp_path: Path, room: int, frozen: bool) -> None:
     """At no time is there a part of a record, unless the file cannot be shortened; then it goes before the next one."""
     monitor = Monitor(tmp_path, 660, stream=io.StringIO())
-    writers: list[Any] = [monitor._metrics, monitor._workers, *monitor._trackers]
+    (board,) = monitor._trackers
+    assert isinstance(board, TensorBoard)
+    writers: list[Any] = [monitor._metrics, monitor._workers, board._main]
     files = [writer._file for writer in writers]
     told = WorkersRecord(8, [4.0, 5.0], [0.5, 0.25], [1.0, 0.0], None, [0, 3])
     disks = [FullDisk(file._file, room, frozen) for file in files]

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 from qsr_engine.config.strict import ConfigError
-from qsr_engine.records.run_folder import check_run_folder, open_run_folder
+from qsr_engine.records.run_folder import (
+    check_run_folder,
+    check_unfinished,
+    is_finished,
+    leave_unfinished_run,
+    open_run_folder,
+)
 
 
 def test_a_new_folder_gets_the_recipe(tmp_path: Path) -> None:
@@ -50,6 +56,58 @@ def test_a_place_without_permission_is_refused(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root, who runs CI, may write anywhere
     with pytest.raises(ConfigError, match="no permission"):
         open_run_folder(tmp_path / "run", "")
+
+
+@pytest.mark.parametrize(
+    ("summary", "finished_for", "words"),
+    [
+        (None, [], None),
+        ('{"steps": 8, "partial": true}', [5, 8], "stopped at step 8, and stop_at_step is 8; to go on, write a later"),
+        ('{"steps": 8, "partial": false}', [5, 8, 9], "is finished"),
+        ('{"steps": 8}', [5, 8, 9], "is finished"),  # of an older version
+        ("{", [5, 8, 9], "is finished"),
+    ],
+)
+def test_a_run_that_has_stopped_goes_on_to_a_later_step(
+    tmp_path: Path, summary: str | None, finished_for: list[int], words: str | None
+) -> None:
+    if summary is not None:
+        (tmp_path / "summary.json").write_text(summary)
+    assert [step for step in (5, 8, 9) if is_finished(tmp_path, step)] == finished_for
+    check_unfinished(tmp_path, 9) if 9 not in finished_for else None
+    if words is not None:
+        with pytest.raises(ConfigError, match=words):
+            check_unfinished(tmp_path, 8)
+
+
+def test_what_an_attempt_without_a_checkpoint_recorded_is_kept_aside(tmp_path: Path) -> None:
+    """Twice in a second too; what says nothing is deleted, and what is nobody's refused."""
+    for attempt in range(2):
+        open_run_folder(tmp_path, f"seed: {attempt}\n")
+        for name in ("metrics.jsonl", "events.out.tfevents.1.host", "model.tmp", ".lock"):
+            (tmp_path / name).write_text(f"{name} {attempt}")
+        (tmp_path / "workers.jsonl").touch()
+        (tmp_path / "checkpoints" / ".step-4.tmp").mkdir(parents=True)
+        with pytest.warns(UserWarning, match="no checkpoint to go on from, .* had recorded is in .*/before-"):
+            leave_unfinished_run(tmp_path)
+    kept = sorted(tmp_path.iterdir())
+    assert len(kept) == 2
+    for attempt, folder in enumerate(kept):
+        assert sorted(path.name for path in folder.iterdir()) == [
+            "events.out.tfevents.1.host",
+            "metrics.jsonl",
+            "recipe.yaml",
+            "workers.jsonl",
+        ]
+        assert (folder / "metrics.jsonl").read_text() == f"metrics.jsonl {attempt}"
+        assert (folder / "recipe.yaml").read_text() == f"seed: {attempt}\n"
+    open_run_folder(tmp_path, "seed: 2\n")
+    (tmp_path / "metrics.jsonl").touch()
+    leave_unfinished_run(tmp_path)
+    assert sorted(tmp_path.iterdir()) == kept, "nothing was recorded"
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ConfigError, match=r"holds notes\.txt, which no run writes"):
+        leave_unfinished_run(tmp_path)
 
 
 def test_of_two_runs_at_once_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,89 @@
+"""`qsr train RECIPE --dry-run`: everything that can be checked without training, and the plan."""
+
+from __future__ import annotations
+
+import os
+
+from qsr_engine.config.batch import check_world_size
+from qsr_engine.config.deepspeed import check_supported, split_deepspeed_config
+from qsr_engine.config.fsdp import load_fsdp_config
+from qsr_engine.config.recipe import Recipe
+from qsr_engine.config.units import counted
+from qsr_engine.data import Index
+from qsr_engine.planning.plan import plan_of
+from qsr_engine.records.run_folder import CHECKPOINTS
+
+
+def dry_run(path: str, recipe: Recipe, index: Index, ranks: int | None, *, resume: bool) -> None:
+    """Print what a run would be, a line for each thing that was checked; nothing is written.
+
+    Args:
+        path: of the recipe, as it is called in what is printed.
+        recipe: as resolve_recipe() gives it, with a folder that this run may have.
+        index: of its shards, which have been checked.
+        ranks: None for one a GPU; where there is no GPU the batch is not checked.
+        resume: the run goes on from its newest checkpoint, which may be of other ranks.
+    Raises:
+        ConfigError: the model, the batch or the engine's configuration cannot be.
+    """
+    train, evaluated = index.split(recipe.data.train), index.split(recipe.data.eval)
+    lines = {
+        "data": f"{recipe.data.shards}: {train.samples} training samples in {counted(len(train.shards), 'shard')}, "
+        f"{evaluated.samples} to evaluate",
+        "model": _model(recipe, index),
+        "ranks": _ranks(recipe, ranks, resume),
+        "folder": f"{recipe.run_dir} ({_state(recipe) if resume else 'new'})",
+    }
+    print("\n".join(f"{name + ':':<8}{text}" for name, text in lines.items()), end="\n\n")
+    print(plan_of(path, recipe, train.samples // recipe.batch.train_batch_size).text())
+    print("\nAll that can be checked without training is right. Nothing was started.", flush=True)
+
+
+def _model(recipe: Recipe, index: Index) -> str:
+    """Made without memory for its parameters: on the meta device."""
+    import torch
+
+    from qsr_engine.averaging.fragments import check_fragments
+    from qsr_engine.training.loop import make_model
+
+    with torch.device("meta"):
+        model, _ = make_model(recipe, index)
+    check_fragments(recipe.qsr.averaging.fragments, sum(one.requires_grad for one in model.parameters()))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return f"{recipe.model.name}: {parameters / 1e6:.4g} million parameters"
+
+
+def _state(recipe: Recipe) -> str:
+    from qsr_engine.checkpoint.find import find_alone
+    from qsr_engine.checkpoint.manifest import CheckpointError
+    from qsr_engine.training.resuming import check_same_recipe
+
+    check_same_recipe(recipe)
+    try:
+        return f"goes on from {find_alone(recipe.run_dir / CHECKPOINTS)[0].name}"
+    except CheckpointError:
+        return "begins anew: there is no whole checkpoint"
+
+
+def _ranks(recipe: Recipe, ranks: int | None, resume: bool) -> str:
+    import torch
+
+    from qsr_engine.training.from_recipe import deepspeed_config, fsdp_config
+    from qsr_engine.training.resuming import batch_for
+
+    on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available()
+    found = ranks or (0 if on_cpu else torch.cuda.device_count())
+    if not found:
+        return "not checked, since there is no GPU here; write --ranks N, as for training"
+    check_world_size(found, recipe.qsr.worker_size)
+    batch = batch_for(recipe, found, resume=resume)
+    if recipe.engine == "fsdp":
+        load_fsdp_config(fsdp_config(recipe, batch))
+    else:
+        check_supported(*split_deepspeed_config(deepspeed_config(recipe, batch)))
+    workers = counted(found // recipe.qsr.worker_size, "worker")
+    return (
+        f"{found}, {workers} of {recipe.qsr.worker_size}, engine {recipe.engine}, "
+        f"{'CPU' if on_cpu else torch.cuda.get_device_name()}; {batch.micro} samples a rank, "
+        f"{batch.accumulation} times a step, {batch.train} in all"
+    )
