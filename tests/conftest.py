@@ -30,19 +30,30 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test marked `fast_cells(count)` so many cells stay in the fast part, the first and the last among them."""
+    """Of a test marked `fast_cells(count)` so many cells stay in the fast part, the first and the last among them, and
+    there are two more in the slow part, or with `of=number` as many as make so many in all."""
     cells: dict[str, list[pytest.Item]] = {}
     for item in items:
         if item.get_closest_marker("fast_cells"):
             cells.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    left_out: set[str] = set()
     for of_one_test in cells.values():
         mark = of_one_test[0].get_closest_marker("fast_cells")
         assert mark is not None
-        count, last = mark.args[0], len(of_one_test) - 1
-        fast = {round(cell * last / max(1, count - 1)) for cell in range(count)}
-        for number, item in enumerate(of_one_test):
-            if number not in fast:
+        kept = _spread(of_one_test, mark.kwargs.get("of", mark.args[0] + 2))
+        left_out |= {item.nodeid for item in of_one_test} - {item.nodeid for item in kept}
+        fast = {item.nodeid for item in _spread(kept, mark.args[0])}
+        for item in kept:
+            if item.nodeid not in fast:
                 item.add_marker(pytest.mark.slow)
+    items[:] = [item for item in items if item.nodeid not in left_out]
+
+
+def _spread(items: list[pytest.Item], count: int) -> list[pytest.Item]:
+    """So many of them, evenly spread, the first and the last among them."""
+    last = len(items) - 1
+    chosen = {round(cell * last / max(1, count - 1)) for cell in range(min(count, len(items)))}
+    return [item for number, item in enumerate(items) if number in chosen]
 
 
 @pytest.fixture(scope="session")

@@ -111,9 +111,10 @@ logging: {{dir: "{tmp_path / "runs"}", every: 2, eval_every: 6}}
     return path
 
 
+@pytest.mark.slow
 def test_deepspeed_trains_across_two_hosts(state: Path, recipe: Path, processes: Processes) -> None:
-    """The README's command; the bytes on the wire are those that the run says, and the model is that of two local
-    ranks, bit for bit: so both hosts trained and were averaged."""
+    """The command of docs/clusters.md; the bytes on the wire are those that the run says, and the model is that of two
+    local ranks, bit for bit: so both hosts trained and were averaged."""
     up = cluster(state, "up", "2", "200mbit")
     assert up.returncode == 0, up.stderr
     assert (state / "hosts").read_text() == "".join(f"{host} slots=1\n" for host in HOSTS)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from safetensors.torch import load_file
 
 from qsr_engine.data import write_digits
 from tests.support.launch import LAUNCH, bin_folder, launch, start_script
@@ -32,34 +31,6 @@ def test_a_real_deepspeed_launch(recipe: Path, tmp_path: Path) -> None:
     assert "qsr H>=2 alpha=0.006" in report.stdout
 
 
-def test_qsr_train_starts_torchrun_for_fsdp(recipe: Path, tmp_path: Path) -> None:
-    """Two workers of two ranks, with checkpoints; the report reads the run, and `qsr export` the checkpoint."""
-    command = [str(bin_folder() / "qsr"), "train", str(recipe), "--engine", "fsdp", "--ranks", "4"]
-    done = launch(*command, "--set", "qsr.worker_size=2", "--set", "logging.checkpoint_every=2", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    run = tmp_path / "runs" / "small"
-    summary = json.loads((run / "summary.json").read_text())
-    assert (summary["ranks"], summary["worker_size"], summary["engine"]) == (4, 2, "fsdp")
-    report = launch(str(bin_folder() / "qsr"), "report", str(run), cwd=tmp_path)
-    assert "qsr H>=2 alpha=0.006" in report.stdout, report.stderr
-    out = tmp_path / "out.safetensors"
-    export = launch(str(bin_folder() / "qsr"), "export", str(run / "checkpoints"), str(out), cwd=tmp_path)
-    assert export.returncode == 0, export.stderr
-    assert set(load_file(out)) == set(load_file(run / "model.safetensors"))
-
-
-@pytest.mark.slow
-def test_torchrun_on_two_hosts(recipe: Path) -> None:
-    """Two agents that meet by c10d rendezvous, here both on this host; two workers of one rank each."""
-    several = {"HOSTS": "2", "RENDEZVOUS": f"127.0.0.1:{free_port()}"}
-    words = [str(LAUNCH / "torchrun.sh"), "1", str(recipe), "--engine", "fsdp"]
-    agents = [start_script(*words, **several) for _ in range(2)]
-    said = [agent.communicate(timeout=120)[0] for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0], said
-    summary = json.loads((recipe.parent / "runs" / "small" / "summary.json").read_text())
-    assert (summary["ranks"], summary["engine"]) == (2, "fsdp")
-
-
 @pytest.fixture
 def slurm(tmp_path: Path) -> dict[str, str]:
     """The environment of a job on two nodes. Its programs are stand-ins, as there is no SLURM here: srun starts the
@@ -75,18 +46,6 @@ def slurm(tmp_path: Path) -> dict[str, str]:
     job = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "RANKS_PER_NODE": "1"}
     path = os.pathsep.join([str(stand_ins), str(bin_folder()), os.environ["PATH"]])
     return job | {"PORT": str(free_port()), "PATH": path}
-
-
-@pytest.mark.slow
-def test_slurm(recipe: Path, slurm: dict[str, str]) -> None:
-    words = [str(LAUNCH / "slurm.sh"), str(recipe), "--engine", "fsdp", "--set", "logging.checkpoint_every=4"]
-    process = start_script(*words, **slurm)
-    said = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, said
-    run = recipe.parent / "runs" / "small"
-    assert json.loads((run / "summary.json").read_text())["ranks"] == 2
-    assert list((run / "checkpoints").glob("step-*")), "so that a requeued job goes on"
-    assert not (recipe.parent / "requeued").exists()
 
 
 @pytest.mark.slow
@@ -114,25 +73,25 @@ def test_a_preempted_slurm_job_is_requeued(recipe: Path, slurm: dict[str, str]) 
 
 @pytest.mark.slow
 def test_qsr_train_starts_the_launcher_and_passes_on_its_exit_code(recipe: Path, tmp_path: Path) -> None:
-    """A sample without a label, on whichever rank reads it: the run ends with the shard and the key, and not 0."""
+    """A sample whose image is another file, on whichever rank reads it: the run ends with the shard, and not 0."""
     write_digits(tmp_path / "data")
     _spoil(tmp_path / "data")
     command = [str(bin_folder() / "qsr"), "train", str(recipe), "--ranks", "2"]
     done = launch(*command, "--set", f"data.shards={tmp_path / 'data'}", cwd=tmp_path)
-    assert done.returncode == 2
+    assert done.returncode == 1
     assert "train-000002.tar" in done.stderr
-    assert "has no label" in done.stderr
+    assert "it is damaged or was replaced" in done.stderr
     assert f"step {STEPS}/" not in done.stdout
     assert "Traceback" not in done.stderr
 
 
 def _spoil(folder: Path) -> None:
-    """Rename one .cls member of one shard in place, so that its size and the index stay right."""
+    """Rename one image of one shard in place, so that its size stays right."""
     shard = folder / "train-000002.tar"
     data = shard.read_bytes()
-    at = data.index(b".cls\0")
+    at = data.index(b".png\0")
     header = bytearray(data[at - at % 512 : at - at % 512 + 512])
-    place = header.index(b".cls")
+    place = header.index(b".png")
     header[place : place + 4] = b".txt"
     header[148:156] = b" " * 8  # the checksum counts its own field as blanks
     header[148:156] = f"{sum(header):06o}\0 ".encode()

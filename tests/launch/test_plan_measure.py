@@ -16,6 +16,7 @@ model: {name: timm/vit_tiny_patch16_224, kwargs: {img_size: 8, patch_size: 4, em
 data: {shards: nowhere, image_size: 8, train_samples: 1437}
 batch: {train_batch_size: 32}
 optimizer: {type: AdamW, gradient_clipping: 1.0}
+engine: fsdp
 qsr:
   strategy: qsr
   h_base: 2
@@ -37,31 +38,20 @@ def recipe(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_real_launch(recipe: Path, tmp_path: Path) -> None:
-    command = [str(bin_folder() / "qsr"), "plan", str(recipe), "--measure", "--ranks", "2", "--step-cv", "0.25"]
-    done = launch(*command, "--save", "measured.json", "--json", cwd=tmp_path)
+    command = [str(bin_folder() / "qsr"), "plan", str(recipe), "--measure", "--ranks", "2", "--json"]
+    done = launch(*command, "--averaging-seconds", "0.25", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     costs = found["costs"]
-    saved = json.loads((tmp_path / "measured.json").read_text())
-    assert saved == costs
-    assert costs["step_cv"] == 0.25, "the command line goes before what was measured"
+    assert costs["averaging_seconds"] == 0.25, "the command line goes before what was measured"
     assert costs["step_seconds"] > 0
-    assert (costs["workers"], costs["workers_per_host"], costs["bandwidth"]) == (2, 2, None)
-    assert costs["measured"]["averaging"] == "SharedMemory"
-    assert len(costs["measured"]["step_seconds_by_rank"]) == 2
-    assert costs["step_seconds"] == pytest.approx(sum(costs["measured"]["step_seconds_by_rank"]) / 2)
-    # The plan's averaging is the one that was measured: 2 workers send the payload once, after two messages.
-    averaging = 4 * costs["parameters"] / costs["local_bandwidth"] + 2 * costs["local_latency"]
-    # Buckets are padded, and what a small all-reduce takes counts for half of an averaging at most.
-    assert averaging == pytest.approx(costs["measured"]["averaging_seconds"], rel=0.05)
+    assert found["workers"] == 2
     (own,) = [row for row in found["strategies"] if row["own"]]
     assert own["hours_compute"] == pytest.approx(found["total_steps"] * costs["step_seconds"] / 3600)
-
-    again = launch(str(bin_folder() / "qsr"), "plan", str(recipe), "--costs", "measured.json", "--json", cwd=tmp_path)
-    assert json.loads(again.stdout)["strategies"] == found["strategies"]
+    assert own["hours_communication"] == pytest.approx(found["rounds"] * 0.25 / 3600)
 
 
 def test_batches_that_do_not_divide(recipe: Path, tmp_path: Path) -> None:
     done = launch(str(bin_folder() / "qsr"), "plan", str(recipe), "--measure", "--ranks", "5", cwd=tmp_path)
-    assert done.returncode == 2
+    assert done.returncode == 1
     assert "train_batch_size is 32" in done.stderr

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from qsr_engine.data.writing.processes import usable_cores
+
 LAUNCH = Path(__file__).parents[2] / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 
@@ -88,6 +90,29 @@ def test_torchrun_is_told_of_restarts_and_hosts(tmp_path: Path, variables: dict[
     done = subprocess.run(words, env=known, capture_output=True, text=True, check=True)
     expected = expected.replace("MEET", "--rdzv_backend c10d --rdzv_endpoint first:1")
     assert done.stdout == f"1 {expected.replace('RECIPE', '--module qsr_engine train RECIPE')}\n"
+
+
+@pytest.mark.parametrize(
+    ("script", "variables", "expected"),
+    [
+        ("single_host.sh", {}, "--num_gpus 2 "),
+        ("single_host.sh", {"CUDA_VISIBLE_DEVICES": "2,3,5"}, "--include localhost:2,3 "),
+        ("single_host.sh", {"CUDA_VISIBLE_DEVICES": "2,3,5", "DS_ACCELERATOR": "cpu"}, "--num_gpus 2 "),
+        ("torchrun.sh", {}, f"threads {max(1, usable_cores() // 2)} "),
+        ("torchrun.sh", {"OMP_NUM_THREADS": "7"}, "threads 7 "),
+    ],
+)
+def test_scripts_leave_a_users_gpus_and_threads_alone(
+    tmp_path: Path, script: str, variables: dict[str, str], expected: str
+) -> None:
+    for program in ("deepspeed", "torchrun"):
+        (tmp_path / program).write_text('#!/usr/bin/env bash\necho "threads ${OMP_NUM_THREADS:-} $*"\n')
+        (tmp_path / program).chmod(0o755)
+    left_out = ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "OMP_NUM_THREADS", "HOSTS", "RESTARTS")
+    known = {name: value for name, value in os.environ.items() if name not in left_out}
+    known = {**known, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", **variables}
+    done = subprocess.run([str(LAUNCH / script), "2", "RECIPE"], env=known, capture_output=True, text=True, check=True)
+    assert expected in done.stdout
 
 
 @pytest.mark.parametrize(("stops", "code", "requeued"), [(True, 0, "7\n"), (False, 3, "")])

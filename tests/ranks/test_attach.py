@@ -6,45 +6,31 @@ stand in for that question alone; everything after it is theirs.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from tests.support import training
-from tests.support.attached import BF16_STAGE_1, OWN_SCHEDULE, Recorder, check, dataset, plain_loop, warm_up_and_decay
-from tests.support.pool import Processes
+from tests.support.attached import (
+    BF16_STAGE_1,
+    OWN_SCHEDULE,
+    Recorder,
+    accelerate_without_gpu,
+    check,
+    dataset,
+    plain_loop,
+    warm_up_and_decay,
+)
+from tests.support.pool import JobError, Processes
 from tests.support.training import QSR
 
 # --------------------------------------------------------------------------------------------------- Accelerate
-
-
-@contextlib.contextmanager
-def accelerate_without_gpu() -> Iterator[None]:
-    """Accelerate as on a host with GPUs, whose backend would be gloo; all that it sets in the process is undone.
-
-    Without the stand-in it takes a DeepSpeed run on CPUs for one of a single process (`num_processes` is 1).
-    """
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-    from accelerate.utils import DistributedType
-
-    def gloo(*args: Any, **kwargs: Any) -> tuple[str, Any]:
-        return "gloo", DistributedType.MULTI_CPU
-
-    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"), mock.patch.object(PartialState, "_prepare_backend", gloo):
-        try:
-            yield
-        finally:
-            AcceleratorState._reset_state(reset_partial_state=True)
-            GradientState._reset_state()
 
 
 def prepare(
@@ -86,7 +72,15 @@ def prepare(
     return accelerator, model, optimizer, loader, own[0] if own else None
 
 
-def accelerate_loop(recorder: Recorder, accelerator: Any, model: Any, optimizer: Any, loader: Any, own: Any) -> None:
+def accelerate_loop(
+    recorder: Recorder,
+    accelerator: Any,
+    model: Any,
+    optimizer: Any,
+    loader: Any,
+    own: Any,
+    after: Callable[[int], None] = lambda step: None,
+) -> None:
     """The loop of Accelerate's documentation."""
     for inputs, targets in loader:
         recorder.begin(model, inputs, targets)
@@ -100,6 +94,8 @@ def accelerate_loop(recorder: Recorder, accelerator: Any, model: Any, optimizer:
                 own.step()
             optimizer.zero_grad()
         recorder.end(model)
+        after(model.local_steps.step)
+        recorder.counted()
 
 
 def accelerate_job(
@@ -147,38 +143,66 @@ def test_a_scheduler_beside_an_lr_block_is_an_error_in_accelerate(processes: Pro
         assert "a scheduler perhaps; leave that out, or qsr.lr" in said
 
 
-def save_state_job(folder: str) -> dict[str, Any]:
-    with accelerate_without_gpu():
-        accelerator, model, optimizer, loader, _ = prepare(QSR)
-        said, after_load, saved_at = "", None, None
-        for inputs, targets in loader:
-            accelerator.backward(training.loss(model(inputs), targets))
-            optimizer.step()
-            if not model.local_steps.on_boundary:
-                try:
-                    accelerator.save_state(f"{folder}/inside")
-                except RuntimeError as error:
-                    said = str(error)
-            elif saved_at is None:
-                saved_at = model.local_steps.step
-                saved = training.flat(model.module.parameters()).clone()
-                accelerator.save_state(f"{folder}/boundary")
-        accelerator.load_state(f"{folder}/boundary")
-        after_load = training.flat(model.module.parameters())
-        return {"said": said, "same": torch.equal(saved, after_load), "steps": (saved_at, model.local_steps.step)}
+def any_step_job(folder: str) -> dict[str, Any]:
+    """A loop that is left alone; one that saves, evaluates and asks for the model inside rounds; one that resumes."""
+    found: dict[str, Any] = {}
+    batch, _ = training.batch(7, 7, dtype=torch.float32)
+
+    def run(after: Callable[[Any, Any, int], None] = lambda accelerator, model, step: None, begin: int = 0) -> Any:
+        recorder = Recorder()
+        with accelerate_without_gpu():
+            accelerator, model, optimizer, loader, own = prepare(QSR)
+            if begin:
+                accelerator.load_state(f"{folder}/{begin}")
+                loader = accelerator.skip_first_batches(loader, begin)
+            noted = partial(after, accelerator, model)
+            accelerate_loop(recorder, accelerator, model, optimizer, loader, own, noted)
+        return recorder.steps
+
+    def look(accelerator: Any, model: Any, step: int) -> None:
+        if step == 3:
+            accelerator.save_state(f"{folder}/3")
+        if step == 5:
+            found["own"] = [parameter.detach().clone() for parameter in model.module.parameters()]
+            model.eval()
+            with torch.no_grad():
+                found["seen"] = model(batch)
+            found["evaluated"] = list(accelerator.get_state_dict(model).values())
+            accelerator.save_state(f"{folder}/5")
+            model.train()
+            found["state"] = list(accelerator.get_state_dict(model).values())
+            with model.averaged():
+                model.eval()
+            model.train()
+
+    traces = [run(), run(look), run(begin=3), run(begin=5)]
+    with pytest.raises(RuntimeError, match=r"backward\(\) inside .* in an evaluation, after train\(\) of the model"):
+        run(lambda accelerator, model, step: model.train(step < 6), begin=5)
+    return {**found, "traces": traces}
 
 
-def test_accelerates_save_state_works_on_boundaries_only(processes: Processes, tmp_path: Path) -> None:
-    for result in processes.run(save_state_job, folder=str(tmp_path)):
-        assert "is inside a round of" in result["said"]
-        assert result["same"]
-        assert result["steps"] == (2, 2)
+def test_accelerate_saves_and_evaluates_inside_rounds(processes: Processes, tmp_path: Path) -> None:
+    results = processes.run(any_step_job, folder=str(tmp_path))
+    average = [torch.stack(values).mean(0) for values in zip(*(result["own"] for result in results), strict=True)]
+    model = training.make_model(torch.float32)
+    for parameter, value in zip(model.parameters(), average, strict=True):
+        parameter.data = value
+    for result in results:
+        alone, *others = [{entry["step"]: entry["parameters"] for entry in trace} for trace in result["traces"]]
+        assert [list(other) for other in others] == [list(range(begin, 13)) for begin in (1, 4, 6)]
+        for other in others:
+            for step, parameters in other.items():
+                assert torch.equal(parameters, alone[step])
+        torch.testing.assert_close(result["seen"], model(training.batch(7, 7, dtype=torch.float32)[0]).detach())
+        assert torch.equal(result["seen"], results[0]["seen"]), "one model on all ranks"
+        for state in (result["evaluated"], result["state"]):
+            assert all(torch.equal(found, value) for found, value in zip(state, average, strict=True))
 
 
 # -------------------------------------------------------------------------------------------- the call itself
 
 
-def call_job(block: Any, config: Any, call: bool) -> str:
+def call_job(block: Any, config: Any, call: bool, trains: bool = True) -> str:
     """deepspeed.initialize as a loop would call it; afterwards it must be DeepSpeed's own again."""
     import deepspeed
 
@@ -190,7 +214,7 @@ def call_job(block: Any, config: Any, call: bool) -> str:
             assert deepspeed.initialize is not original
             if call:
                 model = training.make_model(torch.float32)
-                sgd = partial(training.make_optimizer, "sgd")
+                sgd = partial(training.make_optimizer, "sgd") if trains else None
                 engine = deepspeed.initialize(model=model, optimizer=sgd, config_params=config)[0]
                 return type(engine).__name__
     except qsr_engine.ConfigError as error:
@@ -225,3 +249,57 @@ def test_attach_reads_a_configuration_file(processes: Processes, tmp_path: Path)
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(BARE))
     assert processes.run(call_job, block=QSR, config=str(path), call=True) == ["LocalStepEngine"] * 2
+
+
+def test_an_engine_that_only_evaluates_is_deepspeeds_own(processes: Processes) -> None:
+    """Lightning makes one for validate() and test(), and leaves the block "qsr" out of its configuration."""
+    found = processes.run(call_job, block=None, config={"train_batch_size": 8}, call=True, trains=False)
+    assert found == ["DeepSpeedEngine"] * 2
+
+
+def destroyed_job() -> None:
+    import deepspeed
+
+    import qsr_engine
+
+    with qsr_engine.attach(QSR):
+        model = training.make_model(torch.float32)
+        sgd = partial(training.make_optimizer, "sgd")
+        engine = deepspeed.initialize(model=model, optimizer=sgd, config={"train_batch_size": 16})[0]
+        inputs, targets = training.batch(0, 0, dtype=torch.float32)
+        engine.backward(training.loss(engine(inputs), targets))
+        engine.step()
+        engine.destroy()
+
+
+def test_a_round_that_cannot_be_ended_is_an_error(processes: Processes) -> None:
+    with pytest.raises(JobError, match=r"after step 1, inside a round of 2 steps, .* call engine.end_round.. before"):
+        processes.run(destroyed_job)
+
+
+def zero_init_job() -> tuple[str, bool, bool]:
+    """As transformers' from_pretrained and Lightning's configure_model partition a model, before it is known."""
+    import deepspeed
+
+    import qsr_engine
+
+    config: dict[str, Any] = {
+        "train_batch_size": "auto",
+        "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"},
+        "zero_allow_untested_optimizer": True,
+    }
+    original = deepspeed.zero.Init
+    with qsr_engine.attach(QSR):
+        with deepspeed.zero.Init(config_dict_or_path=config):
+            model = training.make_model(torch.float32)
+        filled = {**config, "train_batch_size": 16, "zero_optimization": {"stage": 3}}
+        sgd = partial(training.make_optimizer, "sgd")
+        engine = deepspeed.initialize(model=model, optimizer=sgd, config=filled)[0]
+        inputs, _ = training.batch(0, 0, dtype=torch.float32)
+        engine.eval()
+        same = torch.equal(engine(inputs), training.make_model(torch.float32)(inputs))
+    return type(engine).__name__, same, deepspeed.zero.Init is original
+
+
+def test_a_model_that_a_library_partitions_is_partitioned_over_a_worker(processes: Processes) -> None:
+    assert processes.run(zero_init_job) == [("LocalStepEngine", True, True)] * 2

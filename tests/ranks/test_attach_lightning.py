@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,7 +15,6 @@ from torch.utils.data import DataLoader
 from tests.support import training
 from tests.support.attached import (
     BF16_STAGE_1,
-    ENDS,
     OWN_SCHEDULE,
     Recorder,
     check,
@@ -24,22 +22,33 @@ from tests.support.attached import (
     plain_loop,
     warm_up_and_decay,
 )
+from tests.support.heard import messages_of_this_job
 from tests.support.pool import JobError, Processes
 from tests.support.training import QSR
 
 
 def lightning_without_gpu(**options: Any) -> Any:
-    """Lightning's strategy, which refuses every accelerator but CUDA in setup_environment()."""
+    """Lightning's strategy, which refuses every accelerator but CUDA in setup_environment().
+
+    On a GPU its teardown moves the model to the CPU, out of the averager's buckets: all must be averaged by then.
+    """
     from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 
     class LightningWithoutGPU(DeepSpeedStrategy):  # type: ignore[misc]  # lightning's types are not read
         def setup_environment(self) -> None:
             DDPStrategy.setup_environment(self)
 
+        def teardown(self) -> None:
+            local_steps = getattr(self.model, "local_steps", None)
+            assert local_steps is None or local_steps.on_boundary
+            super().teardown()
+
     return LightningWithoutGPU(**options, parallel_devices=[torch.device("cpu", rank) for rank in range(2)])
 
 
-def lightning_module(recorder: Recorder, scheduler: Any = None, at_end: Callable[[Any], None] | None = None) -> Any:
+def lightning_module(
+    recorder: Recorder, scheduler: Any = None, by_step: bool = False, metrics: list[float] | None = None
+) -> Any:
     import lightning.pytorch as pl
 
     class Module(pl.LightningModule):  # type: ignore[misc]  # lightning's types are not read
@@ -47,11 +56,22 @@ def lightning_module(recorder: Recorder, scheduler: Any = None, at_end: Callable
             super().__init__()
             self.net = training.make_model(torch.float32)
 
-        def training_step(self, batch: list[torch.Tensor], number: int) -> torch.Tensor:
+        def training_step(self, batch: Sequence[torch.Tensor], number: int) -> torch.Tensor:
+            if by_step:
+                batch = training.batch(self.global_rank, self.global_step, dtype=torch.float32)
             recorder.begin(self.trainer.strategy.deepspeed_engine, *batch)
             loss = training.loss(self.net(batch[0]), batch[1])
             self.log("loss", loss, on_step=True, on_epoch=True)
             return loss
+
+        def validation_step(self, batch: list[torch.Tensor], number: int) -> None:
+            inputs, targets = training.batch(7, 7, dtype=torch.float32)
+            self.log("val", training.loss(self.net(inputs), targets))
+
+        def on_validation_end(self) -> None:
+            recorder.counted()
+            if metrics is not None:
+                metrics.append(self.trainer.callback_metrics["val"].item())
 
         def configure_optimizers(self) -> Any:
             optimizer = training.make_optimizer("sgd", self.parameters())
@@ -64,8 +84,6 @@ def lightning_module(recorder: Recorder, scheduler: Any = None, at_end: Callable
 
         def on_train_batch_end(self, outputs: Any, batch: list[torch.Tensor], number: int) -> None:
             recorder.end(self.trainer.strategy.deepspeed_engine)
-            if at_end is not None:
-                at_end(self.trainer)
 
     return Module()
 
@@ -100,7 +118,10 @@ def fit(
         with qsr_engine.attach(qsr):
             assert _TrainingEpochLoop._broadcast_sigterm_tensor is not asks
             loader = DataLoader(dataset(accumulation=accumulation), batch_size=training.BATCH)
-            run.fit(module, loader, ckpt_path=ckpt_path)
+            validated = (
+                DataLoader(dataset(steps=1), batch_size=training.BATCH) if "val_check_interval" in trainer else None
+            )
+            run.fit(module, loader, validated, ckpt_path=ckpt_path)
         assert _TrainingEpochLoop._broadcast_sigterm_tensor is asks
     return run
 
@@ -123,6 +144,7 @@ def lightning_job(
     return recorder.steps, plain_loop(recorder, qsr, accumulation, config, scheduler, loss_scale=1 / accumulation)
 
 
+@pytest.mark.fast_cells(1)
 @pytest.mark.parametrize(
     ("accumulation", "config"),
     [(1, {}), (2, {}), (1, BF16_STAGE_1)],
@@ -137,69 +159,50 @@ def test_lightning_with_a_scheduler_of_its_own(processes: Processes) -> None:
     check(processes.run(lightning_job, accumulation=1, config={}, own=True), ends=[2, 4, 6, 11, 12])
 
 
-def lightning_saves_job(folder: str, way: str) -> str:
-    """Lightning's own checkpoints inside a round, on boundaries, and a run that ends inside a round."""
+def any_step_job(folder: str) -> dict[str, Any]:
+    """A fit that is left alone; one that saves and validates inside rounds, and ends in one; one that resumes."""
     from lightning.pytorch.callbacks import ModelCheckpoint
 
-    def save_on_boundary(trainer: Any) -> None:
-        if trainer.strategy.deepspeed_engine.local_steps.on_boundary:
-            trainer.save_checkpoint(f"{folder}/step-{trainer.global_step}")
+    said = messages_of_this_job()
+    metrics: list[float] = []
 
-    module = lightning_module(Recorder(), at_end=save_on_boundary if way == "boundary" else None)
-    callback = ModelCheckpoint(dirpath=folder, every_n_train_steps=3)
-    options: dict[str, dict[str, Any]] = {
-        "inside": {"enable_checkpointing": True, "callbacks": [callback]},
-        "early": {"max_steps": 9},
-    }
-    try:
-        fit(module, {"zero_optimization": {"stage": 0}, "qsr": QSR}, **options.get(way, {}))
-    except RuntimeError as error:
-        return str(error)
-    return "it went on"
+    def run(**trainer: Any) -> Any:
+        recorder = Recorder()
+        config = {"zero_optimization": {"stage": 1}, "qsr": QSR, "zero_allow_untested_optimizer": True}
+        # Resumed inside an epoch, Lightning begins the loader anew, so batches are a function of the step here.
+        module = lightning_module(recorder, by_step=True, metrics=metrics)
+        engine = fit(module, config, **trainer).strategy.deepspeed_engine
+        return recorder.steps, training.flat(engine.module.parameters()).clone()
 
-
-def test_lightning_saves_on_boundaries_only(processes: Processes, tmp_path: Path) -> None:
-    for said in processes.run(lightning_saves_job, folder=str(tmp_path / "inside"), way="inside"):
-        assert "step 3 is inside a round of 2 steps" in said
-    processes.run(lightning_saves_job, folder=str(tmp_path / "boundary"), way="boundary")
-    assert sorted(path.name for path in (tmp_path / "boundary").iterdir()) == sorted(f"step-{end}" for end in ENDS)
+    callback = ModelCheckpoint(dirpath=folder, every_n_train_steps=3, save_top_k=-1, filename="{step}")
+    alone = run()
+    saved = run(max_steps=9, val_check_interval=5, enable_checkpointing=True, callbacks=[callback])
+    resumed = run(ckpt_path=f"{folder}/step=3.ckpt")
+    return {"runs": [alone, saved, resumed], "metrics": metrics, "said": said}
 
 
-def lightning_resumes_job(folder: str) -> dict[str, Any]:
-    """What Lightning's ckpt_path brings back from a checkpoint that its own loop saved on a boundary."""
-    config = {"zero_optimization": {"stage": 1}, "qsr": QSR, "zero_allow_untested_optimizer": True}
-    saved: list[torch.Tensor] = []
-    began: list[tuple[int, torch.Tensor]] = []
-
-    def save(trainer: Any) -> None:
-        if trainer.global_step == 4:
-            trainer.save_checkpoint(f"{folder}/step-4")
-            saved.append(training.flat(trainer.model.parameters()).clone())
-
-    def look(trainer: Any) -> None:
-        engine = trainer.strategy.deepspeed_engine
-        began.append((engine.local_steps.step, training.flat(trainer.model.parameters()).clone()))
-
-    fit(lightning_module(Recorder(), at_end=save), copy.deepcopy(config))  # Lightning writes into it
-    module = lightning_module(Recorder(), at_end=look)
-    module.on_train_start = lambda: look(module.trainer)
-    run = fit(module, copy.deepcopy(config), ckpt_path=f"{folder}/step-4")
-    return {"saved": saved[0], "began": began, "end": run.strategy.deepspeed_engine.local_steps.step}
-
-
-def test_lightning_resumes(processes: Processes, tmp_path: Path) -> None:
-    for result in processes.run(lightning_resumes_job, folder=str(tmp_path)):
-        step, parameters = result["began"][0]
-        assert step == 4
-        assert torch.equal(parameters, result["saved"])
-        assert [number for number, _ in result["began"][1:]] == list(range(5, 13))
-        assert result["end"] == 12
-
-
-def test_a_loop_that_ends_inside_a_round_is_an_error(processes: Processes, tmp_path: Path) -> None:
-    for said in processes.run(lightning_saves_job, folder=str(tmp_path), way="early"):
-        assert "the loop ended at step 9" in said
-        assert "inside a round; end it at qsr.total_steps, 12 (Lightning: max_steps=12)" in said
+def test_lightning_saves_and_validates_inside_rounds(processes: Processes, tmp_path: Path) -> None:
+    results = processes.run(any_step_job, folder=str(tmp_path))
+    inputs, targets = training.batch(7, 7, dtype=torch.float32)
+    expected = []
+    for step in (0, 5):
+        model = training.make_model(torch.float32)
+        if step:
+            held = [result["runs"][0][0][step - 1]["parameters"] for result in results]
+            torch.nn.utils.vector_to_parameters(torch.stack(held).mean(0), model.parameters())
+        expected.append(training.loss(model(inputs), targets).item())
+    for result in results:
+        alone, *others = [{entry["step"]: entry["parameters"] for entry in steps} for steps, _ in result["runs"]]
+        assert [list(other) for other in others] == [list(range(1, 10)), list(range(4, 13))]
+        for other in others:
+            for step, parameters in other.items():
+                assert torch.equal(parameters, alone[step]), step
+        assert result["metrics"] == results[0]["metrics"], "one model on all ranks"
+        assert result["metrics"] == pytest.approx(expected, rel=1e-6)
+        (_, end), (_, of_all) = result["runs"][1], results[0]["runs"][1]
+        assert torch.equal(end, of_all)
+        assert not torch.equal(end, others[0][9])
+    assert [line for line in results[0]["said"] if "stands after step 9, inside a round of 4 steps" in line]
 
 
 def lightning_schedules_job() -> None:

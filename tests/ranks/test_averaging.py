@@ -15,7 +15,7 @@ from qsr_engine.averaging import Averager, CollectiveError, average_packed, flat
 from qsr_engine.averaging.allreduce import AllReduce
 from qsr_engine.averaging.buckets import packed_pieces
 from qsr_engine.config.qsr import AveragingConfig
-from qsr_engine.local_steps.header import Header, exchange_headers
+from qsr_engine.local_steps.header import Header, Met, are_alike, exchange_headers
 from qsr_engine.membership.facts import check_agreement
 from tests.support import training
 from tests.support.absent_ranks import give_up, soon_given_up, stay_away
@@ -31,7 +31,8 @@ def tensors_of(rank: int) -> list[torch.Tensor]:
     made = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     made[5] = made[5].to(memory_format=torch.channels_last)
     made += [torch.randn(9, generator=generator).float(), torch.nn.Parameter(made[0].clone(), requires_grad=False)]
-    return [*made, made[4], made[4].t()]
+    large = torch.randn(301, 300, generator=generator, dtype=torch.float64).t()  # more than a chunk, not contiguous
+    return [*made, large, made[4], made[4].t()]
 
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -56,6 +57,7 @@ def average_job(way: str) -> list[torch.Tensor]:
     return [tensor.detach().clone() for tensor in tensors]
 
 
+@pytest.mark.fast_cells(5, of=5)
 @pytest.mark.parametrize("way", ["gloo", "packed", "shared_memory"])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_every_tensor_is_averaged_exactly_once(processes: Processes, way: str, ranks: int) -> None:
@@ -249,14 +251,42 @@ def header(**changes: Any) -> Header:
     return Header(**{"step": 12, "period": 4, "lr": 0.1, "digest": 2**62 + 1, "sum_of_squares": 3.5, **changes})
 
 
-def header_job(per_rank: list[dict[str, Any]]) -> list[Header]:
+def header_job(per_rank: list[dict[str, Any]]) -> Met:
     dist.init_process_group("gloo")
     return exchange_headers(header(**per_rank[dist.get_rank()]), CPU)
 
 
 def test_headers_that_agree(processes: Processes) -> None:
-    sent: list[dict[str, Any]] = [{"sum_of_squares": 1.0}, {"sum_of_squares": 2.0}]
-    assert processes.run(header_job, per_rank=sent) == [[header(**one) for one in sent]] * 2
+    """Also where rates differ in their last bit: rank 0's holds."""
+    close = math.nextafter(0.1, 1.0)
+    sent: list[dict[str, Any]] = [{"sum_of_squares": 1.0, "skipped": 3}, {"sum_of_squares": 2.0, "stop": 1}]
+    met = Met(lr=0.1, squares=3.0, ranks=2, skipped=3, stop=True, left_out=[])
+    assert processes.run(header_job, per_rank=sent) == [met, met]
+    sent[1]["lr"] = close
+    assert processes.run(header_job, per_rank=sent) == [met, met]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": 13},
+        {"period": 5},
+        {"lr": math.nextafter(0.1, 1.0)},
+        {"digest": 2**62},
+        {"purpose": 1},
+        {"buffers": 1},
+    ],
+    ids=str,
+)
+def test_a_bit_that_differs_is_seen_in_the_sums(change: dict[str, Any]) -> None:
+    one, other = header().alike(), header(**change).alike()
+    for ranks in (2, 3, 10_000):
+        for number in (1, ranks // 2):  # of ranks with the other
+            x = one * (ranks - number) + other * number
+            squares = one.square() * (ranks - number) + other.square() * number
+            assert not are_alike([*x.tolist(), *squares.tolist()], ranks)
+        assert are_alike([*(one * ranks).tolist(), *(one.square() * ranks).tolist()], ranks)
+    assert all(0 <= number < 2**16 for number in [*one, *other])
 
 
 @pytest.mark.parametrize(
@@ -264,7 +294,7 @@ def test_headers_that_agree(processes: Processes) -> None:
     [
         ({"step": 13}, "step: 12 on ranks 0, 2; 13 on rank 1"),
         ({"period": 5}, "period H: 4 on ranks 0, 2; 5 on rank 1"),
-        ({"lr": math.nextafter(0.1, 1)}, "learning rate: 0.1 on ranks 0, 2; 0.10000000000000002 on rank 1"),
+        ({"lr": 0.1000000001}, "learning rate: 0.1 on ranks 0, 2; 0.1000000001 on rank 1"),
         ({"lr": math.nan}, "learning rate: 0.1 on ranks 0, 2; nan on rank 1"),
         ({"digest": 5}, "digest of the configuration: 4611686018427387905 on ranks 0, 2; 5 on rank 1"),
         ({"sum_of_squares": math.nan}, "after step 12 the parameters are not finite (NaN or infinity) on rank 1"),

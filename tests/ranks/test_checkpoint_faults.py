@@ -176,7 +176,6 @@ def refused_job(folder: str) -> list[str]:
         except Exception as error:
             messages.append(f"{type(error).__name__}: {error}")
 
-    attempt(partial(engine.save_checkpoint, folder))
     attempt(partial(engine.load_checkpoint, folder))
     attempt(partial(engine.load_checkpoint, folder, tag="nope"))
     for _ in range(3):
@@ -187,23 +186,19 @@ def refused_job(folder: str) -> list[str]:
     attempt(partial(engine.save_checkpoint, folder, tag=f"rank{os.environ['RANK']}"))
     attempt(partial(engine.save_checkpoint, folder, client_state=[1]))
     attempt(partial(engine.load_checkpoint, folder, load_module_only=True))
-    take_step(engine, PLAIN)
-    attempt(partial(engine.save_16bit_model, folder))
-    attempt(engine.averaged_state_dict)
+    attempt(partial(engine.save_checkpoint, f"{folder}/rank{os.environ['RANK']}"))
     return messages
 
 
 def test_what_is_refused(processes: Processes, tmp_path: Path) -> None:
     for messages in processes.run(refused_job, folder=str(tmp_path)):
-        assert messages[0].startswith("RuntimeError: step 1 is inside a round of 4 steps")
-        assert "there is no checkpoint here that qsr_engine wrote" in messages[1]
-        assert "there is no checkpoint with the tag 'nope' here" in messages[2]
-        assert "the tag is '../up'" in messages[3]
-        assert "objects that cannot be loaded again without running code, under ['object']" in messages[4]
-        assert "the tag is 'latest'" in messages[5]
-        assert "the ranks save under different tags, ['rank0', 'rank1']" in messages[6]
-        assert "client_state is a list; give a dict" in messages[7]
-        assert "load_module_only begins a run with the parameters of another, and this one is at step 4" in messages[8]
-        assert messages[9].startswith("RuntimeError: step 5 is inside a round of 4 steps")
-        assert messages[10].startswith("RuntimeError: step 5 is inside a round of 4 steps")
+        assert "there is no checkpoint here that qsr_engine wrote" in messages[0]
+        assert "there is no checkpoint with the tag 'nope' here" in messages[1]
+        assert "the tag is '../up'" in messages[2]
+        assert "objects that cannot be loaded again without running code, under ['object']" in messages[3]
+        assert "the tag is 'latest'" in messages[4]
+        assert "the ranks save under different tags, ['rank0', 'rank1']" in messages[5]
+        assert "client_state is a list; give a dict" in messages[6]
+        assert "load_module_only begins a run with the parameters of another, and this one is at step 4" in messages[7]
+        assert f"rank 0 saves in {tmp_path}/rank0 and rank 1, on the same host, in {tmp_path}/rank1" in messages[8]
     assert not any(tmp_path.iterdir())

@@ -18,6 +18,7 @@ from torch import nn
 from tests.support import training
 from tests.support.checkpointed import PLAIN, a_file, flip, same, train_job, truncate
 from tests.support.pool import JobError, Processes
+from tests.support.pretended_hosts import files_of_its_own
 from tests.support.training import QSR
 
 
@@ -65,7 +66,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
-@pytest.mark.fast_cells(3)
+@pytest.mark.fast_cells(3, of=9)
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     processes: Processes, saved: Path, tmp_path: Path, damage: str
@@ -111,6 +112,7 @@ def test_a_save_that_died_between_two_renames_is_found(processes: Processes, sav
 
 def apart_job(folder: str, load: bool) -> dict[str, Any]:
     """Every rank has a directory of its own, as on hosts that share none."""
+    files_of_its_own()
     mine = f"{folder}/host-{os.environ['RANK']}"
     qsr = {**QSR, "worker_size": 1}
     return train_job(PLAIN, mine, qsr, [] if load else [4], load)

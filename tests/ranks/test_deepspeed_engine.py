@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from tests.support import training
+from tests.support.counting import collectives_across_workers
 from tests.support.deepspeed_engine import STAGE_1, count_job, start, step
 from tests.support.pool import JobError, Processes
 from tests.support.training import QSR
@@ -22,7 +23,7 @@ from tests.support.training import QSR
 # -------------------------------------------------------------------- invariant 1: silence between boundaries
 
 
-@pytest.mark.fast_cells(4)
+@pytest.mark.fast_cells(3)
 @pytest.mark.parametrize(("clip", "shared"), [(0.0, True), (1.0, False)])
 @pytest.mark.parametrize(("worker_size", "ranks"), [(1, 2), (2, 4)])
 @pytest.mark.parametrize("config", [{}, STAGE_1], ids=["stage0-fp32", "stage1-bf16"])
@@ -81,6 +82,14 @@ def test_ranks_started_differently_are_told_so(
         assert words in error[1]
 
 
+FOLLOWING = {"warmup_steps": 0, **{key: value for key, value in QSR.items() if key != "lr"}}
+PLATEAU, ADAMW = torch.optim.lr_scheduler.ReduceLROnPlateau, torch.optim.AdamW
+
+
+def half_frozen() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 3).bfloat16().requires_grad_(False), nn.Linear(3, 3))
+
+
 def refused_job(arguments: dict[str, Any]) -> str:
     import qsr_engine
 
@@ -103,6 +112,32 @@ def refused_job(arguments: dict[str, Any]) -> str:
         ({"config": {"qsr": QSR, "train_batch_size": 8}, "mpu": 3}, "initialize(mpu=...)"),
         ({"config": {"qsr": QSR, "train_batch_size": 8}, "lr_scheduler": 3}, "both qsr.lr and lr_scheduler"),
         ({"config": {"qsr": QSR, "train_batch_size": 8, "fp16": {"enabled": True}}}, "fp16 is enabled"),
+        (
+            {"config": {"qsr": FOLLOWING, "train_batch_size": 8}, "lr_scheduler": PLATEAU},
+            "ReduceLROnPlateau needs a metric at every step",
+        ),
+        (
+            {
+                "config": {
+                    "qsr": FOLLOWING,
+                    "train_batch_size": 8,
+                    "scheduler": {"type": "ReduceLROnPlateau", "params": {}},
+                }
+            },
+            "ReduceLROnPlateau needs a metric at every step",
+        ),
+        (
+            {
+                "config": {"qsr": QSR, "train_batch_size": 8},
+                "model": nn.Embedding(3, 4, sparse=True),
+                "optimizer": ADAMW,
+            },
+            "the model has sparse gradients, which AdamW does not take",
+        ),
+        (
+            {"config": {"qsr": QSR, "train_batch_size": 8}, "model": half_frozen()},
+            "frozen parameters in bfloat16, which take no part in averages; give initialize() those that are trained",
+        ),
     ],
 )
 def test_wrong_arguments(processes: Processes, arguments: dict[str, Any], words: str) -> None:
@@ -214,6 +249,80 @@ def test_engines_in_one_process_do_not_disturb_one_another(processes: Processes,
     for one, other in zip([*apart, *together], [*together, *apart[::-1]], strict=True):
         for a, b in zip(one, other, strict=True):
             assert torch.equal(a, b)
+
+
+def adversaries(local: bool) -> list[Any]:
+    """A generator and its discriminator, an engine each."""
+    import deepspeed
+
+    zero: dict[str, Any] = {"zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
+    qsr = {**QSR, "lr": {"schedule": "constant", "peak": 0.05}, "strategy": "constant", "alpha": None}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        models = [training.make_model(torch.float32), nn.Linear(training.OUTPUTS, 1)]
+    if local:
+        return [start(qsr, model, **zero) for model in models]
+    config = {"train_micro_batch_size_per_gpu": training.BATCH, "gradient_clipping": 1.0, **zero}
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3) for model in models]
+    pairs = zip(models, optimizers, strict=True)
+    return [deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0] for model, optimizer in pairs]
+
+
+def adversaries_job(kinds: list[bool]) -> list[dict[str, Any]]:
+    """They train in turns; the generator's loss goes through the discriminator."""
+    import torch.distributed as dist
+
+    found = []
+    for local in kinds:
+        generator, discriminator = adversaries(local)
+        crossed = []
+        for number in range(4):
+            before = collectives_across_workers(worker_size=1)
+            inputs, real = training.batch(dist.get_rank(), number, dtype=torch.float32)
+            judged = discriminator(torch.cat([real, generator(inputs).detach()]))
+            truth = torch.arange(2.0).repeat_interleave(training.BATCH)[:, None]
+            discriminator.backward((judged - truth).square().mean())
+            discriminator.step()
+            discriminator.module.requires_grad_(False)
+            generator.backward(discriminator.module(generator(inputs)).square().mean())
+            discriminator.module.requires_grad_(True)
+            if not generator.step():
+                crossed.append(collectives_across_workers(worker_size=1) - before)
+        ends = [training.flat(engine.module.parameters()) for engine in (generator, discriminator)]
+        found.append({"ends": ends, "crossed": crossed})
+    return found
+
+
+def test_two_engines_that_train_each_other(processes: Processes) -> None:
+    """One worker alone gives DeepSpeed's own bits; two are silent between boundaries, and equal on them."""
+    ((own, plain),) = processes.run(adversaries_job, ranks=1, kinds=[True, False])
+    (first,), (second,) = processes.run(adversaries_job, kinds=[True])
+    for one, other in ((own, plain), (first, second)):
+        assert all(torch.equal(a, b) for a, b in zip(one["ends"], other["ends"], strict=True))
+    assert first["crossed"] == second["crossed"] == [0, 0]
+
+
+def offload_job() -> tuple[str, list[torch.Tensor]]:
+    from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
+
+    engines = [start(QSR, zero_optimization={"stage": 1}, zero_allow_untested_optimizer=True) for _ in range(2)]
+    with pytest.raises(RuntimeError) as caught:
+        engines[0].offload_states()
+    for engine in engines:
+        while not engine.local_steps.finished:
+            if engine is engines[0]:
+                engine.offload_states(include=[OffloadStateTypeEnum.optim_states], pin_memory=False)
+                engine.reload_states()
+            step(engine)
+    return str(caught.value), [training.flat(engine.module.parameters()) for engine in engines]
+
+
+def test_parameters_stay_where_boundaries_average_them(processes: Processes) -> None:
+    """The optimizer's states may be moved out of the way and back."""
+    for said, (moved, stayed) in processes.run(offload_job):
+        assert "would move hp_params and lp_params" in said
+        assert "write include=[OffloadStateTypeEnum.optim_states, " in said
+        assert torch.equal(moved, stayed)
 
 
 # ------------------------------------------------------------------------------------------- learning rates

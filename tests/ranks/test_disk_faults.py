@@ -30,6 +30,7 @@ from tests.support import fsdp_engine
 from tests.support.combinations import Combination, start, take_step
 from tests.support.full_disks import files_of_at_most
 from tests.support.pool import Processes
+from tests.support.pretended_hosts import files_of_its_own
 from tests.support.training import QSR
 
 # ------------------------------------------------------------------------------------ a fault at the n-th operation
@@ -152,7 +153,7 @@ def every_position_job(kind: str, folder: str, bad_rank: int, number: int, for_g
         said.append(error)
 
 
-@pytest.mark.fast_cells(2)
+@pytest.mark.fast_cells(0, of=3)
 @pytest.mark.parametrize(
     ("kind", "bad_rank", "number", "for_good"),
     [
@@ -222,6 +223,8 @@ def quota_job(folder: str, apart: bool) -> list[list[str]]:
     """Checkpoints of 5 boundaries with keep=2; what there is after each. `apart`: a directory for every rank."""
     engine, step = engine_of("fsdp")
     mine = Path(folder) / f"host-{dist.get_rank()}" if apart else Path(folder)
+    if apart:
+        files_of_its_own()
     mine.mkdir(exist_ok=True)
     if apart or dist.get_rank() == 0:
         for name in ("torn/worker-00000", "foreign", ".dead.removed-by-qsr/worker-00000"):
@@ -254,6 +257,7 @@ def test_so_many_whole_ones_are_kept(processes: Processes, tmp_path: Path, apart
 
 def apart_job(folder: str) -> tuple[str, float, float]:
     """A directory for every rank, as on two hosts; on the second the new checkpoint cannot get its name."""
+    files_of_its_own()
     mine = Path(folder) / f"host-{dist.get_rank() if dist.is_initialized() else os.environ['RANK']}"
     engine = saved_engine("fsdp", str(mine))
     before, rename = find(mine, "same")[1].saved_at, os.rename

@@ -338,6 +338,7 @@ def test_a_block_that_the_last_micro_batch_skips_is_an_error(processes: Processe
 # ------------------------------------------------------------------------------------------------------ errors
 
 
+@pytest.mark.slow
 def test_it_needs_no_deepspeed() -> None:
     """Training in a process where deepspeed cannot be imported."""
     code = """

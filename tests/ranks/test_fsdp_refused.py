@@ -13,6 +13,7 @@ from torch import nn
 from tests.support import training
 from tests.support.fsdp_engine import (
     BF16,
+    Adapted,
     config_of,
     mlp,
     start,
@@ -25,6 +26,7 @@ from tests.support.training import QSR
 def refused_job(model: str, given: dict[str, Any], config: dict[str, Any]) -> None:
     models: dict[str, Any] = {
         "mlp": mlp,
+        "adapted": WithItsOptimizer,
         "bf16": lambda: mlp().bfloat16(),
         "frozen": lambda: mlp().requires_grad_(False),
         "scalar": lambda: nn.ParameterDict({"a": nn.Parameter(torch.tensor(1.0))}),
@@ -39,6 +41,20 @@ def refused_job(model: str, given: dict[str, Any], config: dict[str, Any]) -> No
 
     arguments = {"optimizer": partial(training.make_optimizer, "sgd"), "config": {**config_of(QSR), **config}, **given}
     qsr_engine.initialize_fsdp(model=models[model](), **arguments)
+
+
+class WithItsOptimizer(Adapted):
+    """of_all() finds it."""
+
+    made: list[nn.Module] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made[:] = [self]
+
+
+def of_all(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(WithItsOptimizer.made[0].parameters(), lr=0.1)
 
 
 def not_an_optimizer(parameters: Any) -> str:
@@ -115,7 +131,8 @@ def of_another_model(parameters: Any) -> torch.optim.Optimizer:
         ("mlp", {"lr_scheduler": of_another_model}, {}, "both qsr.lr and lr_scheduler"),
         ("mlp", {"wrap": [nn.Conv2d]}, {}, "wrap chooses no module of the Sequential"),
         ("mlp", {}, {"qsr": {**QSR, "averaging": {"state": ["exp_avg"]}}}, "SGD as configured keeps"),
-        ("bf16", {}, {}, "the parameters are bfloat16; give a model in float32"),
+        ("bf16", {}, {}, "the trained parameters are bfloat16; give them in float32"),
+        ("adapted", {"optimizer": of_all}, {}, "the optimizer has got 2 frozen parameters that are not float32"),
         ("frozen", {}, {}, "has no parameter to train"),
         ("scalar", {}, {}, "the parameter 'a' has the shape []"),
         ("meta", {}, {}, "a ParameterDict holds tensors and has no reset_parameters()"),

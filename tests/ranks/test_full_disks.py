@@ -118,7 +118,7 @@ def failing_run_job(argv: list[str], until: int) -> tuple[int, str, str, list[st
     return *result, [str(warning.message) for warning in said if "checkpoint" in str(warning.message)]
 
 
-@pytest.mark.fast_cells(1)
+@pytest.mark.fast_cells(0, of=2)
 @pytest.mark.parametrize("engine", ["deepspeed", "fsdp"])
 def test_a_run_goes_on_when_checkpoints_fail(processes: Processes, recipe: Path, engine: str) -> None:
     """To the same model as without any checkpoint; only rank 1 finds no room, twice, and then there is some."""
@@ -179,7 +179,7 @@ def test_a_run_whose_last_files_find_no_room_is_resumed(processes: Processes, re
     ]
     code, _, err = processes.run(full_at_the_end_job, argv=argv, file=file)[0]
     run = recipe.parent / "runs" / "full"
-    assert code == 2
+    assert code == 1
     for words in (f"{run / file}: cannot be written: ", "make room on this disk", "`--resume`", "checkpoints"):
         assert words in err
     assert not [path.name for path in run.iterdir() if path.name.endswith(".tmp") or path.name == file]

@@ -9,7 +9,7 @@ import pytest
 from tests.support import golden
 
 
-@pytest.mark.slow
+@pytest.mark.fast_cells(0, of=16)
 @pytest.mark.parametrize("name", golden.SETTINGS)
 def test_the_trace_is_as_it_was(processes: golden.Pool, tmp_path: Path, name: str) -> None:
     """Bit for bit on the machine that wrote the file, and roughly elsewhere, where torch adds in another order."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from qsr_engine.averaging import Averager, LeftOut, average_packed, flat_buckets
 from qsr_engine.averaging.cuda_graph import Captured
 from qsr_engine.config.qsr import AveragingConfig, OuterConfig
-from qsr_engine.local_steps.header import Header, not_finite
+from qsr_engine.local_steps.header import Header, exchange_headers, not_finite
 from tests.support import training
 from tests.support.pool import Processes
 from tests.support.pretended_hosts import TWO_OF_TWO, on_hosts
@@ -39,7 +39,7 @@ def values(rank: int, round_: int, dtype: torch.dtype = torch.float64) -> list[T
     return [torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in SIZES]
 
 
-def header_of(squares: float) -> Header:
+def header_of(squares: float | Tensor) -> Header:
     return Header(1, 1, 0.1, 1, squares)
 
 
@@ -57,10 +57,8 @@ def way_job(way: str, bad: int) -> float:
             tensor.copy_(value)
         if rank in left_out:
             tensors[0][17], tensors[-2][5] = math.nan, -math.inf
-        told: list[Any] = [None] * ranks
-        dist.all_gather_object(told, averager.sum_of_squares())
-        headers = [header_of(squares) for squares in told]
-        assert not_finite(headers, 1) == left_out
+        met = exchange_headers(header_of(averager.sum_of_squares()), torch.device("cpu"), leave_out=True)
+        assert met.left_out == left_out
         averager.average(averager.left_out(left_out))
         good = [other for other in range(ranks) if other not in left_out]
         for dtype, part in ((torch.float64, tensors[: len(SIZES)]), (torch.float32, tensors[len(SIZES) :])):
@@ -72,8 +70,7 @@ def way_job(way: str, bad: int) -> float:
         everybody = torch.stack([training.flat([*values(w, round_), *values(w, round_, torch.float32)]) for w in good])
         mean = everybody.mean(0)
         expected = ((everybody - mean).square().sum(1).mean().sqrt() / mean.norm()).item()
-        squares = [header.sum_of_squares for header in headers]
-        distance = averager.relative_distance(squares, averager.left_out(left_out))
+        distance = averager.relative_distance(met.squares, met.ranks, averager.left_out(left_out))
         assert distance is not None
         assert distance.item() == pytest.approx(expected, rel=1e-6)  # of fp32 values, a part of it
         alike = torch.cat([tensor.double() for tensor in tensors])
@@ -97,10 +94,10 @@ def shards_job() -> tuple[float, float]:
     rank, everybody = dist.get_rank(), [values(worker, 1)[0] for worker in range(3)]
     bucket = everybody[rank].clone()
     averager = Averager([bucket], None, AveragingConfig(shared_memory=False), shard_group=dist.group.WORLD)
-    of_workers = [math.nan, *(worker.square().sum().item() for worker in everybody[1:])]
+    of_workers = [worker.square().sum().item() for worker in everybody[1:]]
     left_out = averager.left_out([0])
     averager.average(left_out)
-    distance = averager.relative_distance([squares for squares in of_workers for _ in range(3)], left_out)
+    distance = averager.relative_distance(sum(squares for squares in of_workers for _ in range(3)), 6, left_out)
     assert distance is not None
     mean = torch.stack(everybody[1:]).mean(0)
     spread = torch.stack([(worker - mean).square().sum() for worker in everybody[1:]]).mean().sqrt()

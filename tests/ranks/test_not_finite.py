@@ -49,12 +49,13 @@ class _Boundary:
         self._measure = engine.local_steps.averager.sum_of_squares
         engine.local_steps.averager.sum_of_squares = self._look
 
-    def _look(self) -> float:
+    def _look(self, fragments: Any) -> Tensor:
         if self._engine.local_steps.step == AT:
             self._go_bad()
             self.masters = training.flat(self._engine.local_steps.averager.buckets).clone()
             self.state = state_of(self._engine)
-        return float(self._measure())
+        measured: Tensor = self._measure(fragments)
+        return measured
 
 
 def state_of(engine: Any) -> dict[str, Tensor]:
@@ -76,13 +77,13 @@ def make_engine(kind: str, qsr: dict[str, Any]) -> tuple[Any, torch.dtype]:
 
 def engine_job(kind: str, qsr: dict[str, Any], bad: list[int], how: str) -> dict[str, Any]:
     """Train to the end, with ranks that go bad at step AT: by a NaN in a batch, or by one in a parameter."""
-    from qsr_engine.local_steps import boundary as at_boundary
+    from qsr_engine.local_steps import meeting
 
     engine, dtype = make_engine(kind, {**QSR, **LEAVE_OUT, **qsr})
     state, rank, warned = engine.local_steps, dist.get_rank(), []
     handler = logging.Handler()
     handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
-    at_boundary.log.addHandler(handler)
+    meeting.log.addHandler(handler)
 
     def go_bad() -> None:
         if rank in bad and how != "batch":
@@ -108,7 +109,7 @@ def engine_job(kind: str, qsr: dict[str, Any], bad: list[int], how: str) -> dict
             found["state"] = state_of(engine)
             with torch.no_grad():
                 found["outputs"] = engine.module(training.batch(0, 0, dtype=dtype)[0]).clone()
-    at_boundary.log.removeHandler(handler)
+    meeting.log.removeHandler(handler)
     found |= {"before": boundary.masters, "state_before": boundary.state, "losses": losses}
     found |= {"left_out": state.costs.left_out, "figure": state.figures()["left_out"]}
     return {**found, "end": training.flat(state.averager.buckets).clone(), "finite_state": all_finite(engine)}
@@ -139,7 +140,7 @@ ENGINES: list[tuple[str, dict[str, Any], list[int], str]] = [
 ]
 
 
-@pytest.mark.fast_cells(3)
+@pytest.mark.fast_cells(3, of=13)
 @pytest.mark.parametrize(("kind", "qsr", "bad", "how"), ENGINES, ids=lambda value: str(value))
 def test_an_engine_goes_on(processes: Processes, kind: str, qsr: dict[str, Any], bad: list[int], how: str) -> None:
     size = qsr.get("worker_size", 1)

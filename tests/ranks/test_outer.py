@@ -21,6 +21,7 @@ OUTERS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.fast_cells(4)
 @pytest.mark.parametrize("strategy", ["qsr", "post_local", "swap"])
 @pytest.mark.parametrize("name", OUTERS)
 def test_it_is_torchs_sgd_on_the_mean_movement(processes: Processes, strategy: str, name: str) -> None:

@@ -55,6 +55,7 @@ def overflow_job(
     }
 
 
+@pytest.mark.fast_cells(3, of=4)
 @pytest.mark.parametrize("worker_size", [1, 2])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_an_overflow_on_one_worker(processes: Processes, stage: int, worker_size: int) -> None:
@@ -79,7 +80,7 @@ def test_an_overflow_on_one_worker(processes: Processes, stage: int, worker_size
 def test_an_overflow_does_not_stop_the_scheduler(processes: Processes) -> None:
     """DeepSpeed leaves its scheduler's step out as well; then the workers' learning rates would part."""
     qsr = {key: value for key, value in QSR.items() if key != "lr"}
-    qsr = {**qsr, "strategy": "constant", "alpha": None, "warmup_steps": 4, "worker_size": 1}
+    qsr = {**qsr, "strategy": "constant", "alpha": None, "worker_size": 1}
     params = {"warmup_min_lr": 0.0, "warmup_max_lr": 0.04, "warmup_num_steps": 9, "warmup_type": "linear"}
     results = processes.run(
         overflow_job,

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
+import weakref
 from types import FunctionType
+from typing import Any
 
 import pytest
 import torch
 
+from qsr_engine.membership.watchdog import Watchdog
 from tests.support.combinations import Combination, start, take_step
-from tests.support.pool import JobError, Processes
+from tests.support.pool import JobError, Processes, _show_threads
 from tests.support.training import QSR
 
 
@@ -45,6 +49,39 @@ def fp16_job() -> bool:
 def test_fp16_is_pretended_for_one_job(processes: Processes) -> None:
     processes.run(stage_3_job)
     assert processes.run(fp16_job) == [True, True], "DeepSpeed's own, and no mock"
+
+
+def proxy_job() -> None:
+    class Gone:
+        pass
+
+    kept.append(weakref.proxy(Gone()))
+    kept.append(Watchdog(None, 0, 1, None, lambda: kept.append("closed")))
+
+
+def closed_job() -> bool:
+    return type(kept[-1]) is str  # not "in", which would ask the proxy too
+
+
+kept: list[Any] = []
+
+
+def test_what_a_job_left_open_is_closed_whatever_else_it_left(processes: Processes) -> None:
+    """To ask a proxy of an object that is gone for its class is an error; threads of every later job lived on once."""
+    processes.run(proxy_job, ranks=1)
+    assert processes.run(closed_job, ranks=1) == [True]
+
+
+def test_a_job_that_hangs_shows_where_every_thread_is(capsys: pytest.CaptureFixture[str]) -> None:
+    over = threading.Event()
+    thread = threading.Thread(target=over.wait, name="the thread that waits")
+    thread.start()
+    _show_threads("1")
+    over.set()
+    thread.join()
+    said = capsys.readouterr().err
+    assert "the thread that waits of rank 1:\n" in said
+    assert "in test_a_job_that_hangs_shows_where_every_thread_is" in said, "this one too"
 
 
 def dying_job(rank: int, code: int) -> None:

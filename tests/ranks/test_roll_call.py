@@ -284,3 +284,32 @@ def test_versions_are_compared_where_others_made_the_process_group(processes: Pr
         assert error[0] == "AgreementError"
         assert "  versions.torch: " in error[1]
         assert "'0.0' on rank 1\n" in error[1]
+
+
+def wrong_on_rank_1_job(engine: str) -> None:
+    import torch
+
+    import qsr_engine
+
+    h_base = 2 if os.environ["RANK"] == "0" else -2
+    rates = {"schedule": "constant", "peak": 0.1}
+    config = {"train_batch_size": 8, "qsr": {"strategy": "constant", "h_base": h_base, "total_steps": 4, "lr": rates}}
+    model, adam = torch.nn.Linear(2, 1), torch.optim.Adam
+    if engine == "fsdp":
+        qsr_engine.initialize_fsdp(model=model, optimizer=adam, config=config)
+    else:
+        qsr_engine.initialize(model=model, optimizer=adam(model.parameters()), config=config)
+
+
+@pytest.mark.parametrize("engine", ["deepspeed", "fsdp"])
+def test_a_configuration_that_is_wrong_on_one_rank_ends_all(processes: Processes, engine: str) -> None:
+    """At once: the others do not wait for a rank that has ended."""
+    with pytest.raises(JobError) as caught:
+        processes.run(wrong_on_rank_1_job, seconds=30, engine=engine)
+    first, second = caught.value.by_rank
+    assert first is not None
+    assert second is not None
+    assert first[0] == "HostError"
+    assert "rank 1" in first[1]
+    assert "qsr.h_base" in first[1]
+    assert second[0] == "ConfigError"

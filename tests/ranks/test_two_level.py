@@ -95,9 +95,9 @@ def random_job(seed: int, layout: list[int], options: dict[str, Any]) -> str:
     for round_ in (1, 2):
         for tensor, value in zip(tensors, values(rank, round_), strict=True):
             tensor.copy_(value)
-        headers = exchange_headers(Header(1, 1, 0.1, 1, averager.sum_of_squares()), torch.device("cpu"))
+        met = exchange_headers(Header(1, 1, 0.1, 1, averager.sum_of_squares()), torch.device("cpu"))
         averager.average()
-        distance = averager.relative_distance([header.sum_of_squares for header in headers])
+        distance = averager.relative_distance(met.squares, met.ranks)
         everybody = [values(r, round_) for r in range(ranks)]
         for index, tensor in enumerate(tensors):
             of_workers = [worker[index] for worker in everybody]
@@ -116,7 +116,7 @@ def random_job(seed: int, layout: list[int], options: dict[str, Any]) -> str:
     return averager.way
 
 
-@pytest.mark.fast_cells(1)
+@pytest.mark.fast_cells(1, of=3)
 @pytest.mark.parametrize(
     "hosts",
     [pytest.param(TWO_OF_TWO, marks=pytest.mark.slow, id="host by host"), pytest.param(APART, id="by turns")],

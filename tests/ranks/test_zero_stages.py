@@ -31,7 +31,7 @@ LR = QSR["lr"]
 # ------------------------------------------------------------------------------------------------ strategies
 
 
-@pytest.mark.fast_cells(5)
+@pytest.mark.fast_cells(3, of=8)
 @pytest.mark.parametrize(
     ("combination", "worker_size"),
     [
@@ -70,7 +70,31 @@ def test_post_local_changes_to_local_steps_and_keeps_the_state(
     torch.testing.assert_close(results[0]["masters"], oracle, rtol=0, atol=12 * 0.05 * bits)
 
 
-@pytest.mark.fast_cells(2)
+@pytest.mark.fast_cells(1)
+@pytest.mark.parametrize(
+    ("combination", "worker_size", "config"),
+    [
+        (Combination(1, "bf16", "AdamW"), 1, {"zero_optimization": {"stage": 1, "parameter_alignment": True}}),
+        (Combination(2, "bf16", "AdamW"), 2, {"zero_optimization": {"stage": 2, "parameter_alignment": True}}),
+        (Combination(3, "bf16", "AdamW"), 2, {"zero_optimization": {"stage": 3, "stage3_allgather_sequential": True}}),
+        (Combination(0, "fp32", "AdamW"), 2, {"prescale_gradients": True, "gradient_predivide_factor": 2.0}),
+        (
+            Combination(1, "bf16, fp32 accumulation", "AdamW"),
+            2,
+            {"bf16": {"enabled": True, "immediate_grad_update": True}},
+        ),
+    ],
+    ids=str,
+)
+def test_keys_that_move_masters_or_gradients_change_no_bit(
+    processes: Processes, combination: Combination, worker_size: int, config: dict[str, Any]
+) -> None:
+    qsr = {**QSR, "worker_size": worker_size}
+    results = processes.run(train_job, ranks=2 * worker_size, combination=combination, qsr=qsr, config=config)
+    assert_like_reference(combination, results, expected(combination, qsr, workers=2))
+
+
+@pytest.mark.fast_cells(2, of=5)
 @pytest.mark.parametrize("combination", [*LOW_PRECISION[1:], Combination(2, "fp32", "offloaded SGD")], ids=str)
 def test_parallel_is_deepspeeds_own(processes: Processes, combination: Combination) -> None:
     """The same bits as a plain engine of deepspeed.initialize."""
@@ -119,7 +143,7 @@ def plain_job(combination: Combination) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------- averaged state
 
 
-@pytest.mark.fast_cells(4)
+@pytest.mark.fast_cells(3, of=10)
 @pytest.mark.parametrize(
     ("optimizer", "state", "overlap"),
     [
@@ -201,7 +225,7 @@ def accumulate_job(combination: Combination, qsr: dict[str, Any]) -> torch.Tenso
     return whole_masters(engine)
 
 
-@pytest.mark.fast_cells(3)
+@pytest.mark.fast_cells(3, of=7)
 @pytest.mark.parametrize("optimizer", ["SGD", "offloaded SGD"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("strategy", ["qsr", "post_local"])

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.utils.data import TensorDataset
@@ -18,6 +22,31 @@ OWN_SCHEDULE = {**{key: value for key, value in QSR.items() if key != "lr"}, "wa
 
 
 BF16_STAGE_1 = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
+
+
+@contextlib.contextmanager
+def accelerate_without_gpu() -> Iterator[None]:
+    """Accelerate as on a host with GPUs, whose backend would be gloo; all that it sets in the process is undone.
+
+    Without the stand-in it takes a DeepSpeed run on CPUs for one of a single process (`num_processes` is 1). Trainer's
+    arguments start the process group, before attach() can say that DeepSpeed need not compile for it.
+    """
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+    from accelerate.utils import DistributedType
+
+    from qsr_engine.engines.deepspeed.internals import leave_out_shared_memory_collective
+
+    leave_out_shared_memory_collective()
+
+    def gloo(*args: Any, **kwargs: Any) -> tuple[str, Any]:
+        return "gloo", DistributedType.MULTI_CPU
+
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"), mock.patch.object(PartialState, "_prepare_backend", gloo):
+        try:
+            yield
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
 
 
 class Recorder:

@@ -14,9 +14,10 @@ PLAIN = Combination(0, "fp32", "AdamW")
 
 
 def finish(engine: Any, combination: Combination, folder: str = "", save_at: list[int] | None = None) -> dict[str, Any]:
-    """Train to the end, saving on the boundaries save_at; what the run leaves behind."""
+    """Train to the end, saving after the steps save_at; what the run leaves behind."""
     while not engine.local_steps.finished:
-        if take_step(engine, combination) and engine.local_steps.step in (save_at or []):
+        take_step(engine, combination)
+        if engine.local_steps.step in (save_at or []):
             engine.save_checkpoint(folder)
     counts = {key: value for key, value in engine.local_steps.state_dict().items() if key != "seconds_averaging"}
     return {"parameters": whole_parameters(engine), "masters": whole_masters(engine), "counts": counts}
@@ -50,7 +51,8 @@ def same(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
 
 
 RESUMED = [
-    *(Combination(stage, precision, "AdamW") for stage in (1, 2, 3) for precision in ("fp32", "bf16", "fp16")),
+    *(Combination(stage, precision, "AdamW") for stage in (1, 3) for precision in ("fp32", "bf16", "fp16")),
+    Combination(2, "bf16", "AdamW"),  # a class of DeepSpeed with stage 1
     PLAIN,
     Combination(0, "bf16", "SGD"),
     Combination(1, "bf16, fp32 accumulation", "AdamW"),

@@ -17,8 +17,6 @@ COSTS = [
     "0.7",
     "--bandwidth",
     "25gbit",
-    "--latency",
-    "50us",
     "--workers",
     "16",
     "--parameters",
@@ -35,5 +33,5 @@ def figures(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    assert main(["plan", *argv]) == 2
+    assert main(["plan", *argv]) in (1, 2)
     return capsys.readouterr().err

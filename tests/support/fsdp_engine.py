@@ -39,7 +39,42 @@ def resnet() -> nn.Module:
     return model
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"mlp": mlp, "vit": vit, "resnet": resnet}
+class OneRow(nn.Module):
+    """A single parameter of one row, of which the second rank of a worker holds nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.weight = nn.Parameter(torch.randn(1, training.FEATURES))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = nn.functional.linear(inputs, self.weight) * torch.ones(training.OUTPUTS)
+        return outputs
+
+
+class Adapted(nn.Module):
+    """A frozen base in bf16 with an adapter in fp32, as LoRA makes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.base = nn.Linear(training.FEATURES, training.OUTPUTS, dtype=torch.bfloat16).requires_grad_(False)
+        self.down = nn.Linear(training.FEATURES, 2, bias=False)
+        self.up = nn.Linear(2, training.OUTPUTS)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        adapted: torch.Tensor = self.up(self.down(inputs.to(self.down.weight.dtype)))
+        base: torch.Tensor = self.base(inputs.to(self.base.weight.dtype))
+        return adapted + base.to(adapted.dtype)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "mlp": mlp,
+    "vit": vit,
+    "resnet": resnet,
+    "one row": OneRow,
+    "adapted": Adapted,
+}
 
 
 def image_batch(rank: int, step: int, micro: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,7 +84,7 @@ def image_batch(rank: int, step: int, micro: int = 0) -> tuple[torch.Tensor, tor
 
 
 def batch_of(model: str, rank: int, step: int, micro: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    if model == "mlp":
+    if model not in ("vit", "resnet"):
         return training.batch(rank, step, micro, dtype=torch.float32)
     return image_batch(rank, step, micro)
 
@@ -63,21 +98,18 @@ def start(
 ) -> Any:
     import qsr_engine
 
-    return qsr_engine.initialize_fsdp(
-        model=mlp() if model is None else model,
-        optimizer=partial(training.make_optimizer, optimizer),
-        config=config_of(qsr, **config),
-        **(given or {}),
-    )
+    arguments = {"optimizer": partial(training.make_optimizer, optimizer), **(given or {})}
+    made = mlp() if model is None else model
+    return qsr_engine.initialize_fsdp(model=made, config=config_of(qsr, **config), **arguments)
 
 
-def start_deepspeed(qsr: dict[str, Any], model: nn.Module, optimizer: str, stage: int) -> Any:
+def start_deepspeed(qsr: dict[str, Any], model: nn.Module, optimizer: str, stage: int, **config: Any) -> Any:
     import qsr_engine
 
     return qsr_engine.initialize(
         model=model,
         optimizer=partial(training.make_optimizer, optimizer),
-        config=config_of(qsr, zero_optimization={"stage": stage}, zero_allow_untested_optimizer=True),
+        config=config_of(qsr, zero_optimization={"stage": stage}, zero_allow_untested_optimizer=True, **config),
     )[0]
 
 
@@ -86,7 +118,8 @@ def take_step(engine: Any, model: str = "mlp") -> bool:
 
     boundary = False
     for micro in range(engine.gradient_accumulation_steps()):
-        inputs, targets = batch_of(model, dist.get_rank(), engine.local_steps.step, micro)
+        batch = batch_of(model, dist.get_rank(), engine.local_steps.step, micro)
+        inputs, targets = (tensor.to(engine.device) for tensor in batch)
         engine.backward(training.loss(engine(inputs).float(), targets))
         boundary = engine.step()
     return bool(boundary)

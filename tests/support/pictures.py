@@ -36,7 +36,9 @@ def ramp(height: int, width: int) -> Image.Image:
 
 def show(decoder: Decoder, image: Image.Image | Sample, seed: int = 0) -> Pixels:
     out = np.full((decoder.size, decoder.size, 3), 77, np.uint8)
-    decoder.decode(image if isinstance(image, Sample) else encode(image), random.Random(seed), out)
+    sample = image if isinstance(image, Sample) else encode(image)
+    for error in decoder.decode([sample], random.Random(seed), out[None]).values():
+        raise error
     return out
 
 

@@ -1,4 +1,4 @@
-"""A pool of processes that tests share, since importing torch and deepspeed costs seconds in each.
+"""A pool of processes that tests share: starting one costs time, and its first engine does.
 
 A job is a function of a test module; it runs on the first `ranks` processes of the pool, each with the environment
 that a launcher gives (RANK, WORLD_SIZE, ...), and its results come back in the order of the ranks. A process group
@@ -8,12 +8,15 @@ the pool is started anew.
 
 from __future__ import annotations
 
-import faulthandler
 import functools
 import gc
+import itertools
 import multiprocessing as mp
 import os
+import random
 import socket
+import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -22,7 +25,11 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 JOB_SECONDS = 120.0
-MOST_THREADS = 1000  # stage 3 leaves some behind with every engine; above this the pool is started anew
+CONTEXT = mp.get_context("forkserver")  # importing torch and deepspeed takes seconds: once, not in every process
+CONTEXT.set_forkserver_preload(["tests.support.preloaded"])
+# Engines leave gloo's threads behind, each of which wakes up a hundred times a second: with 700 of them in a process,
+# 40 % of two cores went to that. Above this the pool is started anew, which takes a second.
+MOST_THREADS = 150
 
 
 class JobError(AssertionError):
@@ -57,7 +64,7 @@ class Processes:
         port = free_port()
         for rank, (_, pipe) in enumerate(self._children[:ranks]):
             with suppress(BrokenPipeError):  # a child that has died is seen below
-                pipe.send((job, kwargs, rank_environment(rank, ranks, port)))
+                pipe.send((job, kwargs, rank_environment(rank, ranks, port), seconds))
         try:
             outcomes = self._collected(ranks, seconds)
         except BaseException:
@@ -74,7 +81,9 @@ class Processes:
             missing = {rank: self._children[rank] for rank in range(ranks) if rank not in found}
             watched = [watched for process, pipe in missing.values() for watched in (pipe, process.sentinel)]
             if not wait(watched, max(0.0, deadline - time.monotonic())):
-                raise JobError(f"ranks {[*missing]} gave no result within {seconds} s", [None] * ranks)
+                errors = [f"\nrank {rank}: {value[2]}" for rank, ((kind, value), _) in found.items() if kind == "error"]
+                text = f"ranks {[*missing]} gave no result within {seconds} s; the others gave {[*found.values()]}"
+                raise JobError(text + "".join(errors), [None] * ranks)
             for rank, (process, pipe) in missing.items():
                 if pipe.poll():
                     try:
@@ -87,7 +96,7 @@ class Processes:
 
     def _start(self) -> None:
         here, there = mp.Pipe()
-        process = mp.get_context("spawn").Process(target=_serve, args=(there,))
+        process = CONTEXT.Process(target=_serve, args=(there,))
         process.start()
         there.close()
         self._children.append((process, here))
@@ -112,10 +121,21 @@ def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
     }
 
 
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])  # pytest-xdist's process, each with its own thousand
+_ports = itertools.cycle(random.sample(range(12_000 + 1000 * _WORKER, 13_000 + 1000 * _WORKER), 1000))
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody else takes before rank 0 listens there.
+
+    Linux gives ports from 32768 on to connections, and to listeners that name none: a port from there, free now, may be
+    another job's by the time that rank 0 wants it, and the other ranks then wait for whoever has it.
+    """
+    for port in _ports:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("the ports have no end")
 
 
 undo = ExitStack()  # of this process: what a job has changed for itself alone; closed after it
@@ -123,6 +143,8 @@ undo = ExitStack()  # of this process: what a job has changed for itself alone; 
 
 def _serve(pipe: Connection) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
+    random.seed()  # else every process would draw as the one that it was forked from
+    mp.set_start_method("fork", force=True)  # as a rank has it that a launcher started
     import cpuinfo  # deepspeed's; every CPUAdam asks it, and it starts a process for its answer
     import torch
 
@@ -131,17 +153,21 @@ def _serve(pipe: Connection) -> None:
     first = True
     while True:
         try:
-            job, kwargs, environment = pipe.recv()
+            job, kwargs, environment, seconds = pipe.recv()
         except EOFError:
             return
         os.environ.update(environment)
         torch.set_num_threads(1)  # a job of one rank may have taken all cores, and sums then round otherwise
-        faulthandler.dump_traceback_later(JOB_SECONDS - 10)  # of a job that hangs, while there is somebody to read it
+        hangs = threading.Timer(
+            seconds - min(10, seconds / 2), _show_threads, [environment["RANK"]]
+        )  # while there is somebody to read it
+        hangs.daemon = True
+        hangs.start()
         try:
             outcome: tuple[str, Any] = ("result", job(**kwargs))
         except BaseException as error:  # everything goes back to the test
             outcome = ("error", (type(error).__name__, str(error), traceback.format_exc()))
-        faulthandler.cancel_dump_traceback_later()
+        hangs.cancel()
         undo.close()
         with suppress(Exception):
             _destroy_engines()
@@ -155,6 +181,15 @@ def _serve(pipe: Connection) -> None:
         pipe.send((outcome, len(os.listdir("/proc/self/task")) if os.path.exists("/proc/self/task") else 0))
 
 
+def _show_threads(rank: str) -> None:
+    """Where every thread is, of a job that hangs. Not faulthandler's dump after a while: it reads the frames of threads
+    that go on meanwhile, and has ended a process by that."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    for ident, frame in sys._current_frames().items():
+        where = "".join(traceback.format_stack(frame))
+        print(f"{names.get(ident, 'a thread')} of rank {rank}:\n{where}", file=sys.stderr)
+
+
 def _destroy_engines() -> None:
     """An engine that nobody destroyed lives for ever, by hooks in autograd, and with it its process groups' threads.
 
@@ -164,11 +199,14 @@ def _destroy_engines() -> None:
 
     from qsr_engine.membership.watchdog import Watchdog
 
-    for found in [found for found in gc.get_objects() if isinstance(found, (DeepSpeedEngine, Watchdog))]:
+    # By type: isinstance asks a weak proxy for the class of an object that is gone, which is an error, and nothing of
+    # this job or of any after it would be closed.
+    for found in [found for found in gc.get_objects() if issubclass(type(found), (DeepSpeedEngine, Watchdog))]:
         if isinstance(found, Watchdog):
             found.close()
             continue
-        found.destroy()
+        with suppress(Exception):  # one that was not made to its end
+            found.destroy()
         for name in list(vars(found)):
             delattr(found, name)
 
@@ -184,10 +222,21 @@ def _leave_process_group() -> None:
         else:
             dist.destroy_process_group()
     deepspeed.comm.comm.cdb = None
+    _forget_meshes()
     # Stage 3 numbers parameters and modules through all engines of a process, and compares the numbers between ranks;
     # the processes here differ in the jobs that they have done.
     deepspeed.zero.Init.param_id = 0
     DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+
+
+def _forget_meshes() -> None:
+    """DTensor (torch 2.14) keeps what it has worked out for a mesh, with the names of its groups, and takes the mesh of
+    the next job, which has other groups, for the same one."""
+    import torch
+    from torch.distributed.tensor import DTensor
+
+    DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache_clear()  # type: ignore[no-untyped-call]
+    getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", lambda: None)()
 
 
 def _restore_linear() -> None:

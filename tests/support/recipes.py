@@ -53,7 +53,7 @@ qsr:
   total_steps: 20
   lr: {{schedule: constant, peak: 1e-3}}
   faults: {{timeout_seconds: {seconds}}}
-logging: {{dir: "{tmp_path / "runs"}", name: run, every: 1, checkpoint_every: 1, tensorboard: false}}
+logging: {{dir: "{tmp_path / "runs"}", name: run, every: 1, checkpoint_every: 4, tensorboard: false}}
 """)
     return path
 

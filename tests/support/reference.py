@@ -78,9 +78,11 @@ def _cos_pi(x: Decimal) -> Decimal:
 
 
 def quadratic_period(qsr: dict[str, Any], step: int, lr: Decimal) -> int:
-    """max(h_base, floor((alpha / lr)^power)), not yet cut to the end of the run; exact decimal arithmetic."""
+    """max(h_base, floor((alpha / lr)^power)), not yet cut to h_max and the end of the run; exact decimal arithmetic."""
     h_base, alpha = qsr.get("h_base", 1), qsr.get("alpha") or 0.0
-    if alpha == 0 or step < qsr.get("lr", {}).get("warmup_steps", qsr.get("warmup_steps") or 0):
+    if step < qsr.get("lr", {}).get("warmup_steps", qsr.get("warmup_steps") or 0):
+        return int(qsr.get("h_warmup") or h_base)
+    if alpha == 0:
         return int(h_base)
     if lr < Decimal(10) ** -50:  # what 60 digits leave of 0
         return int(qsr["total_steps"])
@@ -106,7 +108,7 @@ def boundaries(qsr: dict[str, Any]) -> list[tuple[int, str]]:
                 period = total
         since += 1
         swap_begins = qsr["strategy"] == "swap" and step + 1 == switch
-        if since >= period or step + 1 == total or swap_begins:
+        if since >= min(period, qsr.get("h_max") or total) or step + 1 == total or swap_begins:
             found.append((step + 1, "parallel" if parallel else "local"))
             since = 0
     return found
@@ -131,6 +133,8 @@ def simulate(
     average_buffers: bool = False,
     gradient_dtype: torch.dtype | None = None,
     outer: dict[str, Any] | None = None,
+    fragment_of: Tensor | None = None,
+    mixing: float = 0.0,
 ) -> tuple[list[nn.Module], list[float]]:
     """Train K workers in one process.
 
@@ -152,9 +156,13 @@ def simulate(
             over all ranks at a boundary of local steps; the models returned hold those of each worker's first rank.
         gradient_dtype: type to which a rank's gradient goes before it is averaged, and in which it stays.
         outer: arguments of torch.optim.SGD, which at each boundary of local steps takes (what the round began with -
-            the average) for the gradient of what the round began with.
+            the average) for the gradient of what the round began with; one optimizer a fragment.
         delay: steps from a boundary until its average takes effect, as x += average - x at the boundary; at the latest
             at the next boundary, and at once at the last one.
+        fragment_of: the fragment of every element, in the order of the parameters: a whole number from 0. Number p of P
+            is averaged after floor((p + 1) H / P) steps of a round, but not before its first; all of them at the end.
+        mixing: what a worker keeps of its own parameters at a boundary, but for the end: x = mixing x + (1 - mixing)
+            average.
     Returns:
         The K models after the last boundary, and the relative distance of the workers just before each averaging.
     """
@@ -170,10 +178,13 @@ def simulate(
     ends = dict(boundaries(qsr))
     first_local = next((step for step, mode in ends.items() if mode == "local"), total + 1)
     distances = []
-    global_parameters = [p.data.clone() for p in models[0].parameters()]  # that the round began with
-    outer_optimizer = torch.optim.SGD(global_parameters, **outer) if outer else None
-    differences: list[list[Tensor]] = []  # average - x at the boundary, of every worker, while they are delayed
-    apply_at = 0
+    if fragment_of is None:
+        fragment_of = torch.zeros_like(_flat(models[0]), dtype=torch.int64)
+    fragments = int(fragment_of.max()) + 1
+    began = [_flat(models[0])[fragment_of == p] for p in range(fragments)]  # what each fragment's round began with
+    outer_optimizers = [torch.optim.SGD([x], **outer) for x in began] if outer else []
+    differences: list[Tensor] = []  # average - x at the boundary, of every worker, while they are delayed
+    apply_at = round_start = 0
     for step in range(total):
         for worker, model in enumerate(models):
             ranks = range(worker * worker_size, (worker + 1) * worker_size)
@@ -203,15 +214,32 @@ def simulate(
             if not skipped(worker, step):
                 optimizer.step()
         if parallel:
-            for x, parameter in zip(global_parameters, models[0].parameters(), strict=True):
-                x.copy_(parameter.data)
-        if differences and (step + 1 == apply_at or step + 1 in ends):
+            for p, x in enumerate(began):
+                x.copy_(_flat(models[0])[fragment_of == p])
+        due = [] if parallel else _due(ends, round_start, step + 1, fragments)
+        if differences and (step + 1 == apply_at or due):
             for model, difference in zip(models, differences, strict=True):
-                for parameter, change in zip(model.parameters(), difference, strict=True):
-                    parameter.data += change
+                _set_flat(model, _flat(model) + difference)
             differences = []
+        if due:
+            here = torch.isin(fragment_of, torch.tensor(due))
+            own = [_flat(model) for model in models]
+            distances.append(relative_distance([x[here] for x in own]))
+            mean = sum(own[1:], start=own[0].clone()) / workers
+            share = 0.0 if step + 1 == total else mixing
+            if delay and step + 1 < total:
+                apply_at = step + 1 + delay
+                differences = [torch.where(here, (1 - share) * (mean - x), 0.0) for x in own]
+            else:
+                for p in due if outer else []:
+                    began[p].grad = began[p] - mean[fragment_of == p]
+                    outer_optimizers[p].step()
+                    mean[fragment_of == p] = began[p]
+                for model, x in zip(models, own, strict=True):
+                    _set_flat(model, torch.where(here, share * x + (1 - share) * mean, x))
+        if step + 1 in ends:
+            round_start = step + 1
         if step + 1 in ends and not parallel:
-            distances.append(relative_distance(models))
             for name in state:
                 _average(
                     [
@@ -219,24 +247,6 @@ def simulate(
                         for model, optimizer in zip(models, optimizers, strict=True)
                     ]
                 )
-            averaged = copy.deepcopy(models)
-            _average([[p.data for p in model.parameters()] for model in averaged])
-            if delay and step + 1 < total:
-                apply_at = step + 1 + delay
-                differences = [
-                    [a.data - p.data for a, p in zip(average.parameters(), model.parameters(), strict=True)]
-                    for average, model in zip(averaged, models, strict=True)
-                ]
-            else:
-                if outer_optimizer is not None:
-                    for x, mean in zip(global_parameters, averaged[0].parameters(), strict=True):
-                        x.grad = x - mean.data
-                    outer_optimizer.step()
-                for average, model in zip(averaged, models, strict=True):
-                    if outer_optimizer is not None:
-                        for parameter, x in zip(average.parameters(), global_parameters, strict=True):
-                            parameter.data.copy_(x)
-                    model.load_state_dict(average.state_dict())
             if average_buffers:
                 _average([[b for b in own if b.is_floating_point()] for own in buffers])
     for worker, model in enumerate(models):
@@ -282,9 +292,27 @@ def _average(tensors_of_workers: list[list[Any]], dtype: torch.dtype | None = No
 
 
 @torch.no_grad()
-def relative_distance(models: list[nn.Module]) -> float:
+def relative_distance(workers: list[Tensor]) -> float:
     """sqrt(mean over workers of |x_k - x|^2) / |x|, from the definition."""
-    flat = [torch.cat([p.reshape(-1).double() for p in model.parameters()]) for model in models]
-    mean = torch.stack(flat).mean(0)
-    spread = torch.stack([(x - mean).square().sum() for x in flat]).mean().sqrt()
+    exact = [x.double() for x in workers]
+    mean = torch.stack(exact).mean(0)
+    spread = torch.stack([(x - mean).square().sum() for x in exact]).mean().sqrt()
     return float(spread / mean.norm())
+
+
+def _due(ends: dict[int, str], start: int, done: int, fragments: int) -> list[int]:
+    """The fragments to average after so many steps of the run, in the round that began at `start`."""
+    end = min(end for end in ends if end > start)
+    if done == max(ends):
+        return list(range(fragments))
+    return [p for p in range(fragments) if start + max(1, math.floor((p + 1) * (end - start) / fragments)) == done]
+
+
+def _flat(model: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])
+
+
+def _set_flat(model: nn.Module, values: Tensor) -> None:
+    parts = torch.split(values, [parameter.numel() for parameter in model.parameters()])
+    for parameter, part in zip(model.parameters(), parts, strict=True):
+        parameter.data.copy_(part.view(parameter.shape))

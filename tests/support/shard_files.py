@@ -67,7 +67,7 @@ def shards_of(folder: Path, sizes: list[int]) -> tuple[Path, Index]:
     shards, first = [], 0
     for shard, size in enumerate(sizes):
         samples = [(f"{n:08d}", "png", noise(n), n) for n in range(first, first + size)]
-        shards.append(write_shard(folder / f"all-{shard:06d}.tar", samples))
+        shards.append(write_shard(folder / f"all-{shard:06d}.tar", samples).shard)
         first += size
     return folder, Index(classes=None, splits={"all": Split(samples=first, shards=shards)})
 

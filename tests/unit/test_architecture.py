@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "qsr_engine"
+TESTS = Path(__file__).parents[1]
 # A file imports from its own package and from those on earlier lines; those on one line don't know one another.
 FLOORS = [
     ["config"],
@@ -82,6 +83,13 @@ def test_no_two_files_import_one_another() -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_names_of_files_say_what_is_in_them(path: Path) -> None:
     assert path.stem not in SAY_NOTHING
+
+
+def test_no_test_imports_another() -> None:
+    """What two of them need is in tests/support."""
+    for path in TESTS.rglob("test_*.py"):
+        for name in imports(path):
+            assert not name.rpartition(".")[2].startswith("test_"), f"{path.name} imports {name}"
 
 
 @pytest.mark.parametrize("module", ["qsr_engine", "qsr_engine.cli.main", "qsr_engine.config.recipe_file"])

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from qsr_engine.config.qsr import LearningRateConfig, QSRConfig
 from qsr_engine.config.strict import validate
-from qsr_engine.schedule import Round, communication_percent, learning_rate, mode, period, rounds
+from qsr_engine.local_steps.rounds import Rounds
+from qsr_engine.schedule import Round, averagings_percent, due_fragments, learning_rate, mode, period, rounds
 from tests.support import reference
 
 
@@ -92,7 +93,44 @@ def test_the_papers_vit() -> None:
     assert found[-1].start // 312 == 273
     assert all(r.length == 4 for r in found if r.start < 10_000)
     # Table 2 of the paper gives 10.4 % for QSR with h_base 4.
-    assert communication_percent(found) == pytest.approx(10.4, abs=0.05)
+    assert averagings_percent(found) == pytest.approx(10.4, abs=0.05)
+
+
+def test_the_papers_vit_with_a_limit() -> None:
+    """A run that must survive failures: no round longer than an epoch, and fewer averagings during the warm-up."""
+    found = list(rounds(qsr_config(**VIT_B, h_warmup=8, h_max=312)))
+    assert all(r.length == 8 for r in found if r.start < 10_000)
+    assert {r.length for r in found if r.start // 312 == 183} == {29, 30}
+    assert [r.length for r in found[-26:-1]] == [312] * 25
+
+
+@pytest.mark.parametrize(
+    ("rates", "expected"),
+    [
+        # A scheduler that starts at 0, and nobody said for how long it warms up.
+        ([0.0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4, 0.2, 0.2], [3, 3, 3, 1, 2]),
+        ([0.4] * 6 + [0.2] * 6, [1, 1, 1, 1, 1, 1, 4, 2]),  # none: the rule from the first step on
+        ([0.4] * 4 + [0.0] * 8, [1, 1, 1, 1, 8]),  # 0 at the end is no warm-up
+        ([0.4, 0.4, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8, 0.4, 0.4, 0.4, 0.4], [1, 1, 3, 1, 1, 1, 1, 1, 1, 1]),  # restarted
+    ],
+)
+def test_while_the_rate_is_seen_to_rise_h_is_h_warmup(rates: list[float], expected: list[int]) -> None:
+    """rounds() in advance, and Rounds, which counts steps; also where it is written down and read at every step."""
+    qsr = qsr_config(strategy="qsr", alpha=0.4, h_warmup=3, total_steps=12, warmup_steps=0)
+    assert [r.length for r in rounds(qsr, rates.__getitem__)] == expected
+    position = Rounds(qsr, lambda: rates[0])
+    found = []
+    while True:
+        resumed = Rounds(qsr, lambda: rates[min(position.step, 11)])  # noqa: B023
+        resumed.load_state_dict(position.state_dict())
+        position = resumed
+        position.step += 1
+        if position.at_end:
+            found.append(position.period)
+            if position.finished:
+                break
+            position.begin_next()
+    assert found == expected
 
 
 def test_strategies_by_hand() -> None:
@@ -113,18 +151,20 @@ def test_strategies_by_hand() -> None:
         Round(2, 3, "local"),
         Round(5, 1, "local"),
     ]
-    assert list(rounds(qsr_config(strategy="swap", h_base=3, switch_step=4, total_steps=12, lr=lr))) == [
+    swap = {"strategy": "swap", "h_base": 3, "switch_step": 4, "total_steps": 12, "lr": lr}
+    assert list(rounds(qsr_config(**swap))) == [
         Round(0, 3, "local"),
         Round(3, 1, "local"),
         Round(4, 8, "local"),
     ]
+    assert [r.length for r in rounds(qsr_config(**swap, h_max=5))] == [3, 1, 5, 3]
 
 
-def test_communication_percent() -> None:
+def test_averagings_percent() -> None:
     lr = constant_lr(0.1)
-    assert communication_percent(rounds(qsr_config(strategy="parallel", lr=lr))) == 100
-    assert communication_percent(rounds(qsr_config(strategy="constant", h_base=4, lr=lr))) == 25
-    assert communication_percent(rounds(qsr_config(strategy="post_local", h_base=5, switch_step=50, lr=lr))) == 60
+    assert averagings_percent(rounds(qsr_config(strategy="parallel", lr=lr))) == 100
+    assert averagings_percent(rounds(qsr_config(strategy="constant", h_base=4, lr=lr))) == 25
+    assert averagings_percent(rounds(qsr_config(strategy="post_local", h_base=5, switch_step=50, lr=lr))) == 60
 
 
 def test_one_step_is_one_round() -> None:
@@ -162,9 +202,11 @@ def blocks(draw: st.DrawFn) -> dict[str, Any]:
     if lr["schedule"] == "step":
         lr["decay_steps"] = sorted(draw(st.sets(st.integers(1, 400), max_size=4)))
         lr["factor"] = draw(st.sampled_from([0.1, 0.5, 1.0]))
+    if lr["schedule"] in ("step", "constant") and not lr["warmup_steps"]:
+        lr["min"] = 0.0
     block: dict[str, Any] = {
         "strategy": draw(st.sampled_from(["qsr", "constant", "parallel", "post_local", "swap"])),
-        "h_base": draw(st.integers(1, 600)),
+        "h_base": draw(st.integers(1, 40) | st.integers(1, 600)),
         "alpha": draw(st.just(0.0) | decimals),
         "power": draw(st.sampled_from([1.0, 2.0, 3.0])),
         "total_steps": total,
@@ -172,6 +214,10 @@ def blocks(draw: st.DrawFn) -> dict[str, Any]:
     }
     if block["strategy"] in ("post_local", "swap"):
         block["switch_step"] = draw(st.integers(0, total))
+    if block["strategy"] == "qsr":
+        block["h_warmup"] = draw(st.none() | st.integers(1, 40))
+    if block["strategy"] != "parallel":
+        block["h_max"] = draw(st.none() | st.integers(max(block["h_base"], block.get("h_warmup") or 1), 700))
     return block
 
 
@@ -222,13 +268,19 @@ def test_the_period_never_falls_while_the_learning_rate_falls(block: dict[str, A
 
 
 @given(blocks())
-def test_warm_up_takes_h_base(block: dict[str, Any]) -> None:
+def test_warm_up_takes_h_warmup(block: dict[str, Any]) -> None:
     block = {**block, "strategy": "qsr"}
     block.pop("switch_step", None)
     qsr = qsr_config(**block)
     for r in rounds(qsr):
         if r.start < qsr.period_warmup_steps:
-            assert r.length == min(qsr.h_base, qsr.total_steps - r.start)
+            assert r.length == min(qsr.h_warmup or qsr.h_base, qsr.total_steps - r.start)
+
+
+@given(blocks())
+def test_no_round_is_longer_than_h_max(block: dict[str, Any]) -> None:
+    qsr = qsr_config(**block)
+    assert max(r.length for r in rounds(qsr)) <= (qsr.h_max or qsr.total_steps)
 
 
 @given(blocks(), st.integers(0, 399))
@@ -236,3 +288,58 @@ def test_mode_is_the_rounds_mode(block: dict[str, Any], step: int) -> None:
     qsr = qsr_config(**block)
     step = min(step, qsr.total_steps - 1)
     assert [r.mode for r in rounds(qsr) if r.start <= step < r.start + r.length] == [mode(qsr, step)]
+
+
+# ------------------------------------------------------------------------------------------------------- fragments
+
+
+@pytest.mark.parametrize(
+    ("length", "fragments", "expected"),
+    [
+        (6, 2, {3: (0,), 6: (1,)}),  # torchft's golden histories
+        (4, 3, {1: (0,), 2: (1,), 4: (2,)}),
+        (2, 4, {1: (0, 1, 2), 2: (3,)}),  # floor(2 / 4) is 0: not before the first step
+        (1, 3, {1: (0, 1, 2)}),
+        (5, 1, {5: (0,)}),
+    ],
+)
+def test_when_a_fragment_is_due(length: int, fragments: int, expected: dict[int, tuple[int, ...]]) -> None:
+    found = {taken: due_fragments(length, taken, fragments) for taken in range(1, length + 1)}
+    assert {taken: due for taken, due in found.items() if due} == expected
+
+
+@given(st.integers(1, 300), st.integers(1, 40))
+def test_every_fragment_is_due_once_a_round_and_the_last_at_its_end(length: int, fragments: int) -> None:
+    due = [p for taken in range(1, length + 1) for p in due_fragments(length, taken, fragments)]
+    assert due == [*range(fragments)]
+    assert fragments - 1 in due_fragments(length, length, fragments)
+
+
+def test_everything_is_due_where_the_run_ends_or_a_round_is_cut() -> None:
+    lr = {"schedule": "constant", "peak": 0.1}
+    mine = Rounds(qsr_config(strategy="constant", h_base=4, total_steps=10, lr=lr, averaging={"fragments": 3}), float)
+    seen = []
+    while not mine.finished:
+        mine.step += 1
+        if mine.step == 6:
+            mine.cut()
+        seen.append((mine.step, mine.due, mine.ends_whole))
+        if mine.at_end and not mine.finished:
+            mine.begin_next()
+    everything = (0, 1, 2)
+    assert seen == [
+        *[(1, (0,), False), (2, (1,), False), (3, (), False), (4, (2,), False)],
+        *[(5, (0,), False), (6, everything, True)],  # of H 4
+        *[(7, (0,), False), (8, (1,), False), (9, (), False), (10, everything, True)],
+    ]
+
+
+def test_steps_that_average_gradients_have_no_fragments() -> None:
+    lr = {"schedule": "constant", "peak": 0.1}
+    block = {"strategy": "post_local", "h_base": 2, "switch_step": 1, "total_steps": 5, "lr": lr}
+    mine = Rounds(qsr_config(**block, averaging={"fragments": 2}), float)
+    mine.step, due = 1, []
+    due.append(mine.due)
+    mine.begin_next()
+    mine.step = 2
+    assert [*due, mine.due] == [(), (0,)]

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from benchmarks.scale.__main__ import main
+from benchmarks.scale.closed_form import CostModel, Network
 from benchmarks.scale.measured import read_measured, simulate_measured
 from benchmarks.scale.simulation import NO_FAILURES, FailureQueue, Failures, Outcome, Simulation
 from benchmarks.scale.step_times import KNOTS, Sampler, Steps, Sums
 from benchmarks.scale.study import Options, save_every
 from qsr_engine.config.qsr import QSRConfig
 from qsr_engine.config.strict import ConfigError, validate
-from qsr_engine.planning.cost import CostModel, Network
 from qsr_engine.schedule import Round, rounds
 
 LR = {"schedule": "cosine", "peak": 0.008, "min": 1e-6, "warmup_steps": 100}
@@ -78,13 +78,6 @@ def test_without_variance_and_failures_it_is_the_closed_form(
     assert found.bytes == pytest.approx(cost.bytes, rel=1e-12)
     assert found.waiting == pytest.approx(0, abs=1e-9)
     assert (found.lost, found.saving, found.failures, found.finished) == (0, 0, 0, True)
-
-
-def test_what_is_hidden_behind_the_next_forward_is_not_so_at_the_end() -> None:
-    steps, plan = Steps(0.3), schedule("constant", 100)
-    closed = model(steps, 4, forward_share=1 / 3, boundary_seconds=0.01)
-    found = Simulation(plan, closed, Sampler(steps, 4, None, True), NO_FAILURES, [0]).run()
-    assert found.communication == pytest.approx(closed.run(plan).communication, rel=1e-12)
 
 
 @pytest.mark.parametrize("one_by_one", [True, False])

@@ -65,14 +65,14 @@ def test_hosts_that_are_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_a_host_that_does_not_answer_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], host: str, words: str
 ) -> None:
-    assert ask(tmp_path, "good1", host) == 2
+    assert ask(tmp_path, "good1", host) == 1
     said = capsys.readouterr().err
     assert f"\n  {host}: {words}" in said
     assert "\n  good1: " not in said
 
 
 def test_other_versions_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert ask(tmp_path, "good1", "older") == 2
+    assert ask(tmp_path, "good1", "older") == 1
     said = capsys.readouterr().err
     here = f"this host ({socket.gethostname()})"
     assert f"\n  torch: {versions()['torch']} on {here}, good1; 2.0.0 on older\n" in said

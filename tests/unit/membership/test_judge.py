@@ -87,6 +87,47 @@ def test_who_is_stalled(changes: dict[str, Any], lost: bool) -> None:
     assert not lost or found[2].startswith("no progress for 10.5 s")
 
 
+@pytest.mark.parametrize("state", ["starting", "finished"])
+@pytest.mark.parametrize(
+    ("waiter", "mine", "lost"),
+    [
+        ({"waiting": True, "begun": 1}, {}, True),
+        ({"waiting": True}, {}, False),  # it does not train yet: perhaps for data that this rank makes
+        ({"begun": 1}, {}, False),  # nobody waits
+        ({"waiting": True, "begun": 1}, {"waiting": True}, False),
+        ({"waiting": True, "begun": 1}, {"busy": True}, False),
+    ],
+)
+def test_before_the_first_step_and_after_the_last_only_who_is_waited_for_is_stalled(
+    state: str, waiter: dict[str, Any], mine: dict[str, Any], lost: bool
+) -> None:
+    judge = Judge(10.0, 0.5)
+    for half_seconds in range(24):
+        numbers = {"number": half_seconds}
+        seen = beats(
+            rank_0={**numbers, **waiter},
+            rank_1={**numbers, "waiting": True},
+            rank_2={**numbers, **mine, "state": state},
+        )
+        found = judge.lost(seen, now=half_seconds / 2)
+        assert not found or half_seconds > 20
+    assert (2 in found) is lost
+    assert not lost or found[2].startswith("no progress for 11.5 s")
+
+
+def test_a_disk_may_be_slow_and_not_hang() -> None:
+    judge = Judge(10.0, 0.5)
+    lost_at = [
+        second
+        for second in range(70)
+        if judge.lost(
+            beats(**{f"rank_{rank}": {"number": second, "busy": rank == 2, "waiting": rank != 2} for rank in range(3)}),
+            now=float(second),
+        )
+    ]
+    assert lost_at == list(range(61, 70))
+
+
 def test_who_dies_in_a_long_step_is_silent() -> None:
     """Its step is over the limit before its silence is, and is not what is wrong."""
     judge = Judge(10.0, 0.5)

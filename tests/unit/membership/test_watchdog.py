@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # there at run time
 
 from qsr_engine.membership.beats import Beat, News, Progress, Talk, Word
@@ -64,6 +66,46 @@ def test_threads_end_with_the_watchdog(rank: int) -> None:
     del watchdog
     until(lambda: not set(threading.enumerate()) - before)
     assert Beat.decode(store.get(f"beat {rank}")).state == "closed"
+
+
+def test_a_step_of_another_engine_is_progress() -> None:
+    """Else the ranks of a GAN would be lost as soon as one of its engines trains for longer than the limit."""
+    one, other = (Watchdog(HashStore(), 1, 2, 60.0) for _ in range(2))
+    alone = Watchdog(None, 0, 1, None)
+    one.done(1, 0)
+    before = other._progress.beat(1, heard=False).moves
+    one.done(2, 1)
+    for watchdog in (one, other):
+        beat = watchdog._progress.beat(2, heard=False)
+        assert (beat.moves, beat.where) == (before + 1, "in round 1, after step 2 of engine 1 of 2")
+    assert other._progress.beat(3, heard=False).step == 0, "each has its own"
+    one.close()
+    other.done(7, 3)
+    assert other._progress.where == "in round 3, after step 7"
+    alone.done(9, 9)
+    assert other._progress.where == "in round 3, after step 7"
+    with other.busy(), other.busy():
+        assert other._progress.beat(4, heard=False).busy
+    last = other._progress.beat(5, heard=False)
+    assert (last.busy, last.moves) == (False, before + 7)
+    other.close()
+
+
+@pytest.mark.parametrize(
+    ("source", "waits"),
+    [
+        ("distributed_c10d.py", True),
+        ("elastic/multiprocessing/api.py", False),  # a notebook's ranks are forks inside it
+        ("launcher/api.py", False),
+        ("checkpoint/filesystem.py", False),  # writes
+        ("algorithms/_checkpoint/checkpoint_wrapper.py", False),  # computes
+    ],
+)
+def test_who_waits_for_others(source: str, waits: bool) -> None:
+    space: dict[str, Callable[..., tuple[bool, str]]] = {}
+    path = str(Path(dist.__file__).parent / source)
+    exec(compile("def run(inside): return inside()", path, "exec"), space)
+    assert space["run"](Progress(0).main_thread)[0] is waits
 
 
 def test_the_words_of_rank_0_come_as_they_were_said() -> None:

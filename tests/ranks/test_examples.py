@@ -1,4 +1,4 @@
-"""The README's example runs as it stands there."""
+"""The examples of docs/ run as they stand there. tests/unit/test_docs.py has what is read and not run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from pathlib import Path
 
 from tests.support.pool import Processes
 
-README = Path(__file__).parents[2] / "README.md"
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def example(page: str) -> str:
+    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
+    return str(code)
 
 
 def example_job(code: str) -> str:
@@ -19,9 +24,8 @@ def example_job(code: str) -> str:
     return out.getvalue()
 
 
-def test_the_readmes_example_takes_local_steps(processes: Processes) -> None:
-    code, _, _ = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    first, second = processes.run(example_job, code=code)
+def test_the_example_on_deepspeed_takes_local_steps(processes: Processes) -> None:
+    first, second = processes.run(example_job, code=example("deepspeed.md"))
     assert second == ""
     lines = first.splitlines()
     assert lines[0].startswith("step 4, averaged 1 times, loss ")
@@ -31,8 +35,7 @@ def test_the_readmes_example_takes_local_steps(processes: Processes) -> None:
 
 
 def test_the_example_on_fsdp_takes_local_steps(processes: Processes) -> None:
-    _, code, _ = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    for said in processes.run(example_job, code=code):
+    for said in processes.run(example_job, code=example("fsdp.md")):
         averaged = re.fullmatch(r"averaged (\d+) times in 12 steps\n", said)
         assert averaged
         assert 1 < int(averaged[1]) < 6
