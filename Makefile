@@ -1,7 +1,9 @@
 # make demo        install what is needed, train on two CPU workers with three strategies, compare them
-# make test        install what is needed, test every promise of the README (under 10 minutes on two cores)
+# make test        install what is needed, test every promise of README.md and docs/ (under 10 minutes on two cores)
 # make test-slow   the other tests: more combinations, more ways to die, operators that are compiled first
 # make lint        ruff and mypy
+# make docs        the pages as a site, in build/site; a broken link is an error
+# make test-gpu    what needs a GPU, on a machine with one, in ten minutes; WHEELS=FOLDER has the packages that it lacks
 #
 # TEST_PROCESSES=4 runs the suite on more cores; each process takes up to 8 GB, with the ranks that it starts.
 # Everything goes into .venv. PYTHON names the interpreter that makes it (3.11 to 3.13).
@@ -9,9 +11,11 @@
 PYTHON ?= $(firstword $(foreach name,python3.13 python3.12 python3.11 python3,$(if $(shell $(name) -c 'import sys; print(1 if (3, 11) <= sys.version_info < (3, 14) else "")' 2>/dev/null),$(name))))
 BIN := .venv/bin
 TEST_PROCESSES ?= 2
+# pip compiles every module on one core; here those that are imported are compiled then, once.
+unexport PYTHONDONTWRITEBYTECODE
 RECIPES := parallel constant qsr
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow test-gpu lint docs clean
 
 demo: .venv/installed
 	rm -rf demo
@@ -31,22 +35,40 @@ test: .venv/installed-dev
 test-slow: .venv/installed-dev
 	$(PYTEST) -m slow
 
+# With the Python whose torch sees the GPU, not .venv's; nothing is fetched.
+GPU_PYTHON ?= python3
+WHEELS ?=
+OUT ?= gpu-report
+
+test-gpu:
+	@if [ -n "$(WHEELS)" ]; then \
+	  $(GPU_PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target .wheels $(WHEELS)/*.whl; \
+	fi
+	PYTHONPATH="$(CURDIR):$(CURDIR)/.wheels:$$PYTHONPATH" $(GPU_PYTHON) -m benchmarks.gpu --out $(OUT)
+
 lint: .venv/installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+docs: .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "no Python from 3.11 to 3.13 was found; name one: make PYTHON=/path/to/python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv
 
 .venv/installed: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable .
 	@touch $@
 
 .venv/installed-dev: pyproject.toml | .venv/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[dev]'
+	@touch $@
+
+.venv/installed-docs: pyproject.toml | .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[docs]'
 	@touch $@
 
 clean:
-	rm -rf .venv demo runs
+	rm -rf .venv .wheels gpu-report demo runs

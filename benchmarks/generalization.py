@@ -16,7 +16,7 @@ images in batches of the same size.
 The rates are factors of the model's own, and every strategy is tuned by the same procedure. QSR's
 alpha follows the rate: alpha / peak stays the same, so the periods do too.
 
-Results: a table with mean and standard deviation over the seeds, the share of communication, and the sharpness of the
+Results: a table with mean and standard deviation over the seeds, the share of averagings, and the sharpness of the
 averaged model (largest eigenvalue of the Hessian of the training loss). `qsr report` draws the final runs.
 """
 
@@ -42,7 +42,7 @@ from benchmarks.ranks import ENVIRONMENT, main_module
 from benchmarks.report import Report, parser
 from qsr_engine.data.index import Index, Shard, Split, read_index
 from qsr_engine.data.writing.folder import write_index
-from qsr_engine.data.writing.verifying import scan_shard
+from qsr_engine.data.writing.scanning import scan_shard
 
 WORKERS = 4
 BATCH = 256
@@ -286,7 +286,7 @@ def rows_of(
                 "tuning": tuned,
                 "accuracy": [entry["eval_accuracy"] for entry in found],
                 "loss": [entry["eval_loss"] for entry in found],
-                "communication": found[0]["communication_percent"],
+                "averagings_percent": found[0]["averagings_percent"],
                 "averagings": found[0]["averagings"],
                 "seconds": [entry["seconds_training"] for entry in found],
                 "sharpness": [sharpness(run, shards, folder / "runs") for run in runs],
@@ -307,9 +307,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         peak = MODELS[row["model"]]["peak"] * row["rate"]
         edge = "" if min(row["tuning"]) < row["rate"] < max(row["tuning"]) else " (edge)"
         figures = [with_deviation(row[key], digits) for key, digits in (("accuracy", 2), ("loss", 3), ("sharpness", 1))]
-        rest = [f"{row['communication']:.1f}", str(row["averagings"])]
+        rest = [f"{row['averagings_percent']:.1f}", str(row["averagings"])]
         lines.append([row["model"], row["strategy"], f"{peak:g}{edge}", *figures, *rest])
-    return report.table([*columns, "communication %", "averagings"], lines)
+    return report.table([*columns, "averagings %", "averagings"], lines)
 
 
 def heading(budget: Budget, tuning: Budget, seeds: int) -> str:

@@ -4,26 +4,25 @@
 
 The paper's abstract (Gu et al., arXiv 2310.14423) has two pairs of hours for ViT-B: with AdamW and gradients averaged
 at every step, and with QSR. Each pair gives compute and averaging by the fit of its Appendix F, which `qsr plan --fit`
-uses too. Then the fit of one pair foretells what the other should be, and all other recipes of configs/imagenet.
+uses too. Then the fit of one pair foretells what the other should be, and all other runs of configs/imagenet.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from benchmarks.report import Report, parser, table
-from qsr_engine.planning.cost import CostModel, Fit, Network, Observed, StepTime, fit_two_runs, tally
-from qsr_engine.planning.plan import Plan, make_plan
+from configs.imagenet.table import RUNS
+from configs.imagenet.table import plan as plan_run
+from qsr_engine.local_steps.traffic import averaging_bytes
+from qsr_engine.planning.cost import Costs, Observed, count, fit_two_runs
+from qsr_engine.planning.plan import Plan
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "imagenet"
 HOUR = 3600.0
 PORT = 25e9 / 8  # bytes/s between hosts, as in the paper's experiments
-PER_HOST = 8  # GPUs; so that 16 are two hosts and 64 are eight
+PER_HOST = 8  # GPUs, in one ring host after host, so that a port carries what a GPU sends; 16 are two hosts, 64 eight
 # The authors' code keeps parameters, and so gradients, in fp32 under automatic mixed precision.
-PARAMETERS = 86_415_592  # of qsr/vit_base_patch16_sincos with 1000 classes
-PAYLOAD = 4.0 * PARAMETERS
+PARAMETERS = 86_381_800  # of qsr/simple_vit_b16 with 1000 classes
 
 # Hours in the paper's abstract: GPUs -> (parallel, QSR). It says h_base only for 16 GPUs (Figure 5 of the paper: 4).
 PAPER = {16: (26.7, 20.2), 64: (8.6, 5.5)}
@@ -31,33 +30,32 @@ BASE = {16: "vit-b", 64: "vit-b-b16384"}
 
 
 def plan(gpus: int, strategy: str = "") -> Plan:
-    return make_plan(CONFIGS / f"{BASE[gpus]}{strategy and '-'}{strategy}.yaml")
+    return plan_run(f"{BASE[gpus]}{strategy and '-'}{strategy}")
 
 
 def observed(made: Plan, hours: float) -> Observed:
     return Observed(made.qsr.total_steps, len(made.rounds), hours * HOUR)
 
 
-def fit(gpus: int, qsr: str = "qsr-h4") -> Fit:
+def fit(gpus: int, qsr: str = "qsr-h4") -> Costs:
     parallel, with_qsr = PAPER[gpus]
     return fit_two_runs(observed(plan(gpus), parallel), observed(plan(gpus, qsr), with_qsr))
 
 
-def hours(costs: Fit, made: Plan) -> float:
-    return costs.run(tally(made.rounds)).total / HOUR
+def hours(costs: Costs, made: Plan) -> float:
+    return costs.of(count(made.qsr.strategy, made.rounds)).total / HOUR
 
 
-def network(gpus: int) -> CostModel:
-    """The cost model's own account of the links, without a fit; the step time does not matter here."""
-    ring = Network(PORT, workers_per_host=PER_HOST)
-    return CostModel(StepTime(1.0), ring, gpus, PAYLOAD, PAYLOAD, backward_share=0.0)
+def ring(gpus: int) -> float:
+    """Seconds of an averaging by its bytes over the port's bandwidth, without a fit."""
+    return averaging_bytes({"fp32": PARAMETERS}, gpus) / PORT
 
 
 def fits() -> list[dict[str, Any]]:
     rows = []
     for gpus, qsr in ((16, "qsr-h4"), (64, "qsr-h4"), (64, "qsr-h8")):
         found = fit(gpus, qsr)
-        cost = found.run(tally(plan(gpus).rounds))
+        cost = found.of(count("parallel", plan(gpus).rounds))
         rows.append(
             {
                 "pair of the paper": f"{gpus} GPUs, {PAPER[gpus][0]} h and {PAPER[gpus][1]} h ({qsr})",
@@ -65,7 +63,7 @@ def fits() -> list[dict[str, Any]]:
                 "an averaging, s": found.averaging_seconds,
                 "compute, h": cost.compute / HOUR,
                 "parallel's averaging, h": cost.communication / HOUR,
-                "a ring alone, s": network(gpus).averaging_seconds(),
+                "a ring alone, s": ring(gpus),
             }
         )
     return rows
@@ -76,8 +74,9 @@ def carried_over() -> list[dict[str, Any]]:
     rows = []
     for source, target in ((16, 64), (64, 16)):
         found = fit(source)
-        scale = network(target).averaging_seconds() / network(source).averaging_seconds()
-        carried = replace(found, averaging_seconds=found.averaging_seconds * scale)
+        scale = ring(target) / ring(source)
+        averaging = found.averaging_seconds * scale
+        carried = Costs(found.step_seconds, averaging, averaging)
         for strategy, paper in zip(("", "qsr-h4"), PAPER[target], strict=True):
             foretold = hours(carried, plan(target, strategy))
             rows.append(
@@ -98,18 +97,18 @@ def others() -> list[dict[str, Any]]:
     for gpus in PAPER:
         found = fit(gpus)
         known = dict(zip(("", "qsr-h4"), PAPER[gpus], strict=True))
-        names = sorted(path.stem.removeprefix(BASE[gpus]).lstrip("-") for path in CONFIGS.glob(f"{BASE[gpus]}*.yaml"))
+        names = sorted(name.removeprefix(BASE[gpus]).lstrip("-") for name in RUNS if name.startswith(BASE[gpus]))
         for name in names:
             if gpus == 16 and (name.startswith("b16384") or "linear" in name or "step" in name):
                 continue
             made = plan(gpus, name)
-            cost = found.run(tally(made.rounds))
+            cost = found.of(count(made.qsr.strategy, made.rounds))
             rows.append(
                 {
                     "recipe": f"{gpus} GPUs, {name or 'parallel'}",
                     "averagings": len(made.rounds),
                     "foretold, h": cost.total / HOUR,
-                    "of it averaging, %": 100 * cost.communication_share,
+                    "of it averaging, %": 100 * cost.communication / cost.total,
                     "paper, h": f"{known[name]} (fitted)" if name in known else "",
                 }
             )
@@ -131,7 +130,7 @@ def main() -> None:
     first, second = fit(16), fit(64)
     apart = 100 * abs(second.step_seconds / first.step_seconds - 1)
     longer = second.averaging_seconds / first.averaging_seconds
-    grown = 100 * (network(64).averaging_seconds() / network(16).averaging_seconds() - 1)
+    grown = 100 * (ring(64) / ring(16) - 1)
     found = {"fits": fits(), "carried_over": carried_over(), "others": others()}
     report.add(
         f"""Nothing was trained or timed here. The paper's hours are those of its abstract (arXiv 2310.14423): ViT-B on

@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import os
 import pickle
+import random
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -50,7 +52,7 @@ def run(
     known = {
         **os.environ,
         **ENVIRONMENT,
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "WORLD_SIZE": str(len(hosts) * on_each),
         "MASTER_ADDR": master,
         "MASTER_PORT": str(free_port()),
@@ -74,9 +76,11 @@ def run(
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Below the ports that Linux gives to connections by itself: nobody takes it before rank 0 listens there."""
+    while True:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", random.randrange(10_000, 32_768)))
+            return int(probe.getsockname()[1])
 
 
 def main_module() -> str:

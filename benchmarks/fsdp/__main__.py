@@ -18,7 +18,7 @@ holds all variants:
 In each repetition every variant takes one block of whole rounds, in an order drawn anew each time and the same on every
 process; barriers, outside of the clock, precede and follow it. A block's value is the slowest process' seconds divided
 by its steps. Bytes are read from the counters of the host's port around the same blocks. Computed bytes are what the
-engine counts (local_steps.bytes_sent), and for HSDP 2 (K - 1) / K times the gradient shards, of all ranks of a host.
+engine counts (local_steps.bytes_sent, of all ranks of a host), and for HSDP 2 (K - 1) / K times the gradients.
 *limit* is the time of *no exchange* plus computed bytes / rate of the link: what a variant takes that hides nothing
 behind compute.
 

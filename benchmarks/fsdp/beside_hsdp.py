@@ -33,7 +33,7 @@ class Variant:
 
     step: Step
     block: int
-    computed: Callable[[], int]  # bytes that this rank should have sent to other workers so far
+    computed: Callable[[], int]  # this rank's part of the bytes that should have left its worker so far
 
 
 def hsdp_variant(model: nn.Module, worker_size: int, arguments: argparse.Namespace) -> Variant:
@@ -52,7 +52,8 @@ def hsdp_variant(model: nn.Module, worker_size: int, arguments: argparse.Namespa
 
 def engine_variant(model: nn.Module, worker_size: int, arguments: argparse.Namespace, block: int, qsr: Row) -> Variant:
     engine = make_engine(model, arguments, {"worker_size": worker_size, **qsr})
-    return Variant(engine_step(engine, *make_data(arguments.batch)), block, lambda: int(engine.local_steps.bytes_sent))
+    step = engine_step(engine, *make_data(arguments.batch))
+    return Variant(step, block, lambda: int(engine.local_steps.bytes_sent) // worker_size)
 
 
 def network_variants(worker_size: int, arguments: argparse.Namespace) -> dict[str, Variant]:
