@@ -61,7 +61,7 @@ def test_an_interrupted_qsr_train_ends_at_once(recipe: Path) -> None:
     ("engine", "victim"),
     [
         pytest.param("deepspeed", "qsr", marks=pytest.mark.slow),
-        pytest.param("fsdp", "torch.distributed.run", marks=pytest.mark.slow),
+        pytest.param("fsdp", "qsr_engine.cli.torchrun", marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_process_ends_the_run_with_an_error(recipe: Path, engine: str, victim: str) -> None:

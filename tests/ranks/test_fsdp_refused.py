@@ -97,6 +97,7 @@ def of_another_model(parameters: Any) -> torch.optim.Optimizer:
     [
         ("mlp", {}, {"zero_optimization": {"stage": 3}}, "zero_optimization: the FSDP engine does not read it"),
         ("mlp", {}, {"fp16": {"enabled": True}}, "fp16: the FSDP engine does not read it; there is no loss scaling"),
+        ("mlp", {}, {"csv_monitor": {"enabled": True}}, "csv_monitor: the FSDP engine does not read it; write tensor"),
         ("mlp", {}, {"optimizer": {"type": "AdamW"}}, "optimizer: the FSDP engine does not read it; give initialize"),
         ("mlp", {}, {"gradient_cliping": 1.0}, "gradient_cliping: unknown key; did you mean 'gradient_clipping'"),
         ("mlp", {}, {"fsdp": {"reshard": True}}, "fsdp.reshard: unknown key; did you mean 'reshard_after_forward'"),

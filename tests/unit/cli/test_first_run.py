@@ -158,7 +158,7 @@ def test_the_doctor_finds_what_is_wrong(
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth99")
     assert main(["doctor"]) == 1
     said = capsys.readouterr().out
-    assert "warning  _jpeg is not built, so JPEGs are decoded whole, which takes longer: there is no C compiler" in said
+    assert "warning  _jpeg is not built, so pictures are decoded and augmented by Pillow, which takes longer: there is" in said
     assert "start a container with --shm-size=8g" in said
     assert re.search(r"warning  \d+ open files .*write `ulimit -n ", said)
     assert "error    GLOO_SOCKET_IFNAME is 'eth99', and there is no interface 'eth99'" in said
