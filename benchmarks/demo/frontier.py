@@ -20,7 +20,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.demo.ranks import RANKS, in_ranks
+from benchmarks.demo.ranks import RANKS, in_ranks, meet_again
 from qsr_engine import initialize_fsdp
 
 BATCH, EVAL = 64, 900  # samples of a step over both ranks; images for evaluation
@@ -72,6 +72,7 @@ def _train_all(settings: Sequence[Setting], seeds: Sequence[int], results: Path,
     rank, data = torch.distributed.get_rank(), Digits(split)
     found = []
     for seed in seeds:
+        meet_again(f"seed {seed}")
         for setting in settings:
             found.append(_train(setting, seed, rank, data))
         if rank == 0:

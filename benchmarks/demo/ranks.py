@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import warnings
@@ -10,9 +11,11 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
 from torch.multiprocessing.spawn import spawn
 
 RANKS = 2
+TIMEOUT = timedelta(seconds=60)
 
 
 def in_ranks(work: Callable[[], object]) -> None:
@@ -28,6 +31,17 @@ def _rank(rank: int, port: int, work: Callable[[], object]) -> None:
     os.environ.update({key: str(value) for key, value in place.items()}, MASTER_ADDR="127.0.0.1")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=TIMEOUT)
     work()
     dist.destroy_process_group()
+
+
+def meet_again(name: str) -> None:
+    """Both ranks begin a new process group. The groups of earlier engines keep their threads until then, each of which
+    wakes up a hundred times a second."""
+    rank, store = dist.get_rank(), dist.distributed_c10d._get_default_store()
+    gc.collect()
+    dist.destroy_process_group()
+    gc.collect()
+    store = PrefixStore(name, store)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=TIMEOUT)

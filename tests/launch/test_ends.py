@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,3 +74,18 @@ def test_a_killed_process_ends_the_run_with_an_error(recipe: Path, engine: str, 
         assert process.wait(timeout=60) != 0
         _, alive = psutil.wait_procs(below, timeout=10)
         assert alive == []
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        pytest.param("echo 'qsr: error: why' >&2; exit 3", "qsr: error: why\n", marks=pytest.mark.slow),
+        ("kill -9 $$", "qsr: error: rank 1 was ended by SIGKILL\n"),
+    ],
+)
+def test_torchrun_adds_nothing_to_what_a_rank_says(script: str, said: str) -> None:
+    """And tells of one that could say nothing. Its agent is the real one, and the ranks are shells."""
+    words = ["--standalone", "--nproc-per-node", "2", "--no-python", "bash", "-c", f'[ "$RANK" = 0 ] || {script}']
+    command = [sys.executable, "-m", "qsr_engine.cli.torchrun", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (1, said)

@@ -104,7 +104,7 @@ def write_digits(
     """
     if not 0 < eval_samples < DIGITS:
         raise DataError(f"eval_samples is {eval_samples} of {DIGITS} digits; write a number from 1 to {DIGITS - 1}")
-    check_extra("demo", "sklearn", "`qsr shards digits`")
+    check_extra("demo", "scikit-learn", "`qsr shards digits`", module="sklearn")
     import numpy as np
     from sklearn.datasets import load_digits  # takes a second to import, and only this function reads it
 
