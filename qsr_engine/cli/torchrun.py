@@ -22,10 +22,10 @@ def run(words: list[str]) -> int:
     try:
         main(words)
     except ChildFailedError as error:
-        for failure in error.failures.values():
+        for rank, failure in error.failures.items():
             if failure.exitcode < 0 and failure.exitcode != -ENDED_BY_THE_AGENT:
                 name = signal.Signals(-failure.exitcode).name
-                print(f"qsr: error: rank {failure.global_rank()} was ended by {name}", file=sys.stderr, flush=True)
+                print(f"qsr: error: rank {rank} was ended by {name}", file=sys.stderr, flush=True)
         return 1
     return 0
 

@@ -146,9 +146,8 @@ def _members_over_steps(runs: Sequence[Run]) -> Figure:
     known = [run for run in runs if run.events]
     figure, panels = _panels(runs, ["members", *(f"{run.name}: who took part" for run in known)])
     for index, run in enumerate(runs):
-        panels[0].plot(
-            *zip(*(_counts(run) or [(0, math.nan)]), strict=True), drawstyle="steps-post", **_curve(index, runs)
-        )
+        points: list[tuple[float, float]] = [*counts(run.events, run.records[-1]["step"])] or [(0, math.nan)]
+        panels[0].plot(*zip(*points, strict=True), drawstyle="steps-post", **_curve(index, runs))
     panels[0].set_ylim(bottom=0)
     panels[0].yaxis.get_major_locator().set_params(integer=True)
     for run, panel in zip(known, panels[1:], strict=True):
@@ -166,10 +165,6 @@ def _members_over_steps(runs: Sequence[Run]) -> Figure:
             panel.set_title(f"the first {_NAMED} of {len(taken)}", fontsize="small")
     figure.legend(handles=panels[0].lines, loc="outside lower center", frameon=False)
     return figure
-
-
-def _counts(run: Run) -> list[tuple[int, int]]:
-    return counts(run.events, run.records[-1]["step"])
 
 
 def _accuracy_over_communication(runs: Sequence[Run]) -> Figure:
