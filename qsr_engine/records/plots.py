@@ -144,22 +144,26 @@ _NAMED = 32  # members that have a line of their own
 def _members_over_steps(runs: Sequence[Run]) -> Figure:
     """How many members there were, and below, for each run that knows it, who was there; other events are dots."""
     known = [run for run in runs if run.events]
-    figure, panels = _panels(runs, ["members", *(f"{run.name}: who took part" for run in known)])
-    for index, run in enumerate(runs):
-        points: list[tuple[float, float]] = [*counts(run.events, run.records[-1]["step"])] or [(0, math.nan)]
-        panels[0].plot(*zip(*points, strict=True), drawstyle="steps-post", **_curve(index, runs))
+    figure, panels = _panels(known, ["members", *(f"{run.name}: who took part" for run in known)])
+    for index, run in enumerate(known):
+        points = counts(run.events, run.records[-1]["step"])
+        panels[0].plot(*(zip(*points, strict=True) if points else ()), drawstyle="steps-post", **_curve(index, known))
     panels[0].set_ylim(bottom=0)
     panels[0].yaxis.get_major_locator().set_params(integer=True)
-    for run, panel in zip(known, panels[1:], strict=True):
-        taken, colour = spans(run.events, run.records[-1]["step"]), _COLOURS[runs.index(run) % len(_COLOURS)]
+    for index, (run, panel) in enumerate(zip(known, panels[1:], strict=True)):
+        taken = spans(run.events, run.records[-1]["step"])
         shown = dict(list(taken.items())[:_NAMED])
         for line, own in enumerate(shown.values()):
-            panel.broken_barh([(start, end - start) for start, end in own], (line - 0.35, 0.7), color=colour, alpha=0.8)
+            panel.broken_barh(
+                [(start, end - start) for start, end in own], (line - 0.35, 0.7), color=_COLOURS[index % len(_COLOURS)]
+            )
         panel.set_yticks(range(len(shown)), labels=shown)
+        panel.set_axisbelow(True)
         others = [event for event in run.events if event.event not in ("join", "leave")]
         for event in others:
             line = list(shown).index(event.member) if event.member in shown else -1
             panel.plot(event.step, line, "ko", markersize=4)
+            panel.annotate(event.event, (event.step, line), (6, 0), textcoords="offset points", va="center", fontsize=8)
         panel.set_ylim(len(shown) - 0.4, -1.6 if others else -0.6)
         if len(taken) > _NAMED:
             panel.set_title(f"the first {_NAMED} of {len(taken)}", fontsize="small")
