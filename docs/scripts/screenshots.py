@@ -79,8 +79,11 @@ def site(folder: Path) -> None:
     port = free_port()
     with served([sys.executable, "-m", "http.server", str(port), "--directory", str(SITE)], port) as url:
         shoot(url, folder / "readme.png", 1280, 2400)
+        shoot(url, folder / "readme-dark.png", 1280, 1400, DARK)
         shoot(f"{url}docs/choosing-h/", folder / "site.png", 1280, 1400)
         shoot(f"{url}docs/records/", folder / "site-dark.png", 1280, 1400, DARK)
+
+        shoot_phone(url, folder / "readme-phone.png", 1400)
 
 
 def report(folder: Path) -> None:
