@@ -19,7 +19,7 @@ from typing import Any
 import torch.distributed as dist
 
 from benchmarks.demo.frontier import Setting, run_all
-from benchmarks.demo.ranks import in_ranks, meet_again
+from benchmarks.demo.ranks import in_ranks
 from benchmarks.report import ROOT, Report, parser, table
 from qsr_engine.config.recipe_file import load_recipe, resolve_recipe
 from qsr_engine.data import read_index, write_digits
@@ -51,7 +51,6 @@ def train_recipes(shards: Path, results: Path, seeds: Sequence[int]) -> None:
         accuracies = []
         for seed in seeds:
             run = f"{name}-{peak}-{ratio}-{seed}"
-            meet_again(run)
             sets = [*given, f"seed={seed}", f"data.shards={shards}", f"logging.dir={shards.parent / run}"]
             sets += ["logging.eval_every=null", "logging.every=100000", "logging.tensorboard=false"]
             recipe = load_recipe(ROOT / f"configs/digits-{name}.yaml", sets)

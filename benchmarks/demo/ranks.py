@@ -23,6 +23,7 @@ def in_ranks(work: Callable[[], object]) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # a rank that ends first would leave the other a page of warnings
     spawn(_rank, (port, work), nprocs=RANKS)  # type: ignore[no-untyped-call]
 
 

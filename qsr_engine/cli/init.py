@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from pathlib import Path
 
 from qsr_engine.cli.arguments import add_command, whole_number
@@ -132,7 +133,7 @@ def _recipe(args: argparse.Namespace) -> str:
     return _TEMPLATE.format(
         name=args.model,
         # Found from everywhere: a recipe's own paths are taken from where a command is run.
-        shards=args.shards if "://" in args.shards else Path(args.shards).absolute(),
+        shards=args.shards if "://" in args.shards else os.path.abspath(args.shards),
         out=args.out,
         stem=Path(args.out).stem,
         train=train,
