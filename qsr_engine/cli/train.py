@@ -179,7 +179,7 @@ def _train_rank(recipe: Recipe, index: Index, origin: Origin | None, *, resume: 
     from qsr_engine.training.saving import UnsavedError
 
     rank = int(os.environ["RANK"])
-    if int(os.environ["WORLD_SIZE"]) == recipe.qsr.worker_size:
+    if rank == 0 and int(os.environ["WORLD_SIZE"]) == recipe.qsr.worker_size:
         print(
             "qsr: one worker trains, so that nothing is averaged; more ranks make more (`--ranks N`, or more GPUs)",
             file=sys.stderr,
