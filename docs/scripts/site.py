@@ -8,7 +8,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 SHOWN = {".md", ".png", ".svg"}
-PLAIN = {".json", ".yaml", ".py", ".sh", ".toml", ""}  # as they are, where a page links to them
+PLAIN = {".json", ".ipynb", ".yaml", ".py", ".sh", ".toml", ""}  # as they are, where a page links to them
 
 
 def on_files(files: Any, config: Any) -> Any:

@@ -95,32 +95,32 @@ def _gpus() -> Iterator[Finding]:
 
 
 def _extensions() -> Iterator[Finding]:
-    for name, what, header in (
-        ("_jpeg", "JPEGs are decoded whole, which takes longer", "jpeglib.h"),
-        ("_pixels", "RandAugment by Composer is slower", "Python.h"),
-    ):
-        try:
-            importlib.import_module(f"qsr_engine.data.{name}")
-        except ImportError as error:
-            yield WARNING, f"{name} is not built, so {what}: {_why_not(header, error)}; then install qsr-engine anew"
-        else:
-            yield OK, f"{name} is built"
+    try:
+        importlib.import_module("qsr_engine.data._jpeg")
+    except ImportError as error:
+        slower = "pictures are decoded and augmented by Pillow, which takes longer"
+        yield WARNING, f"_jpeg is not built, so {slower}: {_why_not(error)}; then install qsr-engine anew"
+    else:
+        yield OK, "_jpeg is built"
 
 
-def _why_not(header: str, error: ImportError) -> str:
+def _why_not(error: ImportError) -> str:
     """Why an optional extension of setup is not there."""
     if not isinstance(error, ModuleNotFoundError):
         return f"it does not load ({error}); install libjpeg-turbo"
     if shutil.which(_CC) is None:
         return "there is no C compiler; install gcc"
     include = ["-I", importlib.import_module("sysconfig").get_path("include")]
-    source = f"#include <stdio.h>\n#include <{header}>\n"
-    done = subprocess.run(
-        [_CC, "-E", "-x", "c", *include, "-"], input=source, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        package = "libjpeg62-turbo-dev or libjpeg-turbo8-dev" if header == "jpeglib.h" else "python3-dev"
-        return f"the header {header} is missing; install {package} (libjpeg-turbo-devel or python3-devel on Fedora)"
+    for header, package, fedora in (
+        ("Python.h", "python3-dev", "python3-devel"),
+        ("jpeglib.h", "libjpeg62-turbo-dev or libjpeg-turbo8-dev", "libjpeg-turbo-devel"),
+    ):
+        source = f"#include <stdio.h>\n#include <{header}>\n"
+        done = subprocess.run(
+            [_CC, "-E", "-x", "c", *include, "-"], input=source, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            return f"the header {header} is missing; install {package} ({fedora} on Fedora)"
     return "compiler and headers are there now"
 
 
@@ -174,5 +174,9 @@ def _network() -> Iterator[Finding]:
         except OSError as error:
             yield WARNING, f"{backend}: the name {name} leads to no address ({error}); add it to /etc/hosts"
         else:
-            alone = "; other hosts cannot reach that" if all(one.startswith("127.") for one in found) else ""
-            yield OK, f"{backend} is reached at {', '.join(found)}{alone}"
+            reached = f"{backend} is reached at {', '.join(found)}"
+            if all(one.startswith("127.") for one in found):
+                more = "enough for ranks of this host; other hosts cannot reach that, and need MASTER_ADDR or "
+                yield WARNING, f"{reached}: {more}{backend.upper()}_SOCKET_IFNAME"
+            else:
+                yield OK, reached

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from pathlib import Path
 
 from qsr_engine.cli.arguments import add_command, whole_number
@@ -131,7 +132,8 @@ def _recipe(args: argparse.Namespace) -> str:
         optimizer, peak, source = _ADAMW, 1e-3 * math.sqrt(batch / 1024), "0.001 for a batch of 1024, by the root"
     return _TEMPLATE.format(
         name=args.model,
-        shards=args.shards,
+        # Found from everywhere: a recipe's own paths are taken from where a command is run.
+        shards=args.shards if "://" in args.shards else os.path.abspath(args.shards),
         out=args.out,
         stem=Path(args.out).stem,
         train=train,

@@ -77,7 +77,7 @@ def _deepspeed(ranks: int | None) -> list[str]:
 
 
 def _torchrun(ranks: int | None, restarts: int) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", str(restarts)]
+    launcher = [sys.executable, "-m", "qsr_engine.cli.torchrun", "--standalone", "--max-restarts", str(restarts)]
     return [*launcher, "--nproc-per-node", "auto" if ranks is None else str(ranks)]
 
 

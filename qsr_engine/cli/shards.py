@@ -19,7 +19,7 @@ from qsr_engine.data import (
     write_digits,
     write_imagefolder,
 )
-from qsr_engine.data.writing.data_sets import CIFAR10_ROOT, QUALITY, SHARD_BYTES
+from qsr_engine.data.writing.data_sets import CIFAR10_ROOT, DIGITS_EVAL, QUALITY, SHARD_BYTES
 from qsr_engine.data.writing.processes import usable_cores
 
 MB = 1_000_000
@@ -54,7 +54,14 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command.set_defaults(shards=lambda args: _say(args.out, write_cifar10(args.out, root=args.root)))
     command = kinds.add_parser("digits", help="scikit-learn's 1,797 handwritten digits")
     command.add_argument("out")
-    command.set_defaults(shards=lambda args: _say(args.out, write_digits(args.out)))
+    command.add_argument(
+        "--eval",
+        type=whole_number,
+        default=DIGITS_EVAL,
+        metavar="N",
+        help="of them for evaluation, the others for training (default: %(default)s)",
+    )
+    command.set_defaults(shards=lambda args: _say(args.out, write_digits(args.out, eval_samples=args.eval)))
     _add_index(kinds.add_parser("index", help="write the index of shards made elsewhere: a folder or a URL"))
     command = kinds.add_parser("shuffle", help="write the samples of a folder of shards again, in a random order")
     command.add_argument("folder")

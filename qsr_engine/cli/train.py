@@ -179,6 +179,12 @@ def _train_rank(recipe: Recipe, index: Index, origin: Origin | None, *, resume: 
     from qsr_engine.training.saving import UnsavedError
 
     rank = int(os.environ["RANK"])
+    if rank == 0 and int(os.environ["WORLD_SIZE"]) == recipe.qsr.worker_size:
+        print(
+            "qsr: one worker trains, so that nothing is averaged; more ranks make more (`--ranks N`, or more GPUs)",
+            file=sys.stderr,
+            flush=True,
+        )
     if stopped_already():
         if rank == 0:
             print(f"qsr: {recipe.run_dir}: the run was asked to stop, and is not started again", file=sys.stderr)

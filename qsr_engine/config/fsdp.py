@@ -56,9 +56,10 @@ def _is_off(key: str, block: Any) -> bool:
     """A block of DeepSpeed's that is switched off, which a user's file may hold and which says nothing here."""
     if key == "zero_optimization":
         return bool(block == {"stage": 0})
-    return key in ("fp16", "compile") and isinstance(block, Mapping) and block.get("enabled") is False
+    return key in ("fp16", "compile", *_MONITORS) and isinstance(block, Mapping) and block.get("enabled") is False
 
 
+_MONITORS = ("wandb", "csv_monitor", "comet")
 # Keys of DeepSpeed's that a user brings along, and what stands for them here.
 _NOT_FOR_FSDP = {
     "zero_optimization": "a worker's ranks shard everything, as ZeRO stage 3 does; fsdp.reshard_after_forward false "
@@ -70,6 +71,7 @@ _NOT_FOR_FSDP = {
     "compile": "write fsdp.compile",
     "communication_data_type": "gradients are reduced in fp32",
     "data_types": "gradients are accumulated and reduced in fp32",
+    **dict.fromkeys(_MONITORS, "write tensorboard, or log engine.local_steps.figures() where engine.step() is True"),
 }
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qsr_engine.config.extras import check_extra
 from qsr_engine.config.strict import ConfigError
 from qsr_engine.config.units import bytes_text, counted, rate_text, seconds_text
 from qsr_engine.planning.cost import Costs, Counts, beyond_hidden, count
@@ -118,7 +119,8 @@ class Forecast:
 
 
 def check_plot(path: str | Path) -> None:
-    """Raise ConfigError for a file of a kind that is not drawn, or a place that is none."""
+    """Raise ConfigError for a file of a kind that is not drawn, a place that is none, and without matplotlib."""
+    check_extra("report", "matplotlib", f"--plot {path}")
     path = Path(path)
     if path.suffix.lower() not in PLOTS:
         raise ConfigError(f"--plot {path}: found no kind of plot that is drawn; write a file in {', '.join(PLOTS)}")

@@ -14,6 +14,7 @@ _PICTURES = {  # titles by the names of their files
     "accuracy_over_communication": "Accuracy over averagings",
     "accuracy_over_steps": "Accuracy over steps",
     "waiting_over_steps": "Waiting at boundaries",
+    "members_over_steps": "Members",
     "sharpness_over_steps": "Sharpness",
     "norms_over_steps": "Norms",
 }

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qsr_engine.config.extras import check_extra
+from qsr_engine.records.members import counts, spans
 from qsr_engine.records.runs import NORMS, Run, accuracies, figures, series, waiting_percent
 from qsr_engine.records.seeds import groups
 
@@ -22,13 +24,16 @@ _DASHES = ("-", "--", ":", "-.")
 def plots(runs: Sequence[Run], out_dir: Path) -> list[Path]:
     """Draw the runs into out_dir, as PNG and as SVG, and return the PNGs.
 
-    Only what a run has told is drawn: accuracy where it was evaluated.
+    Only what a run has told is drawn: accuracy where it was evaluated. Raises ConfigError without matplotlib.
     """
+    check_extra("report", "matplotlib", "`qsr report`")
     drawings = [_period_and_lr]
     if any(accuracies(run) for run in runs):
         drawings += [_accuracy_over_communication, _accuracy_over_steps]
     if any(waiting_percent(run.workers) for run in runs):
         drawings.append(_waiting_over_steps)
+    if any(run.events for run in runs):
+        drawings.append(_members_over_steps)
     if any(series(run, "sharpness") for run in runs):
         drawings.append(_sharpness_over_steps)
     if any(series(run, name) for run in runs for name in NORMS):
@@ -130,6 +135,39 @@ def _waiting_over_steps(runs: Sequence[Run]) -> Figure:
         panel.fill_between(steps, list(map(min, shares)), list(map(max, shares)), color=curve["c"], alpha=0.15)
     panel.set_ylim(bottom=0)
     figure.legend(loc="outside lower center", frameon=False)
+    return figure
+
+
+_NAMED = 32  # members that have a line of their own
+
+
+def _members_over_steps(runs: Sequence[Run]) -> Figure:
+    """How many members there were, and below, for each run that knows it, who was there; other events are dots."""
+    known = [run for run in runs if run.events]
+    figure, panels = _panels(known, ["members", *(f"{run.name}: who took part" for run in known)])
+    for index, run in enumerate(known):
+        points = counts(run.events, run.records[-1]["step"])
+        panels[0].plot(*(zip(*points, strict=True) if points else ()), drawstyle="steps-post", **_curve(index, known))
+    panels[0].set_ylim(bottom=0)
+    panels[0].yaxis.get_major_locator().set_params(integer=True)
+    for index, (run, panel) in enumerate(zip(known, panels[1:], strict=True)):
+        taken = spans(run.events, run.records[-1]["step"])
+        shown = dict(list(taken.items())[:_NAMED])
+        for line, own in enumerate(shown.values()):
+            panel.broken_barh(
+                [(start, end - start) for start, end in own], (line - 0.35, 0.7), color=_COLOURS[index % len(_COLOURS)]
+            )
+        panel.set_yticks(range(len(shown)), labels=shown)
+        panel.set_axisbelow(True)
+        others = [event for event in run.events if event.event not in ("join", "leave")]
+        for event in others:
+            line = list(shown).index(event.member) if event.member in shown else -1
+            panel.plot(event.step, line, "ko", markersize=4)
+            panel.annotate(event.event, (event.step, line), (6, 0), textcoords="offset points", va="center", fontsize=8)
+        panel.set_ylim(len(shown) - 0.4, -1.6 if others else -0.6)
+        if len(taken) > _NAMED:
+            panel.set_title(f"the first {_NAMED} of {len(taken)}", fontsize="small")
+    figure.legend(handles=panels[0].lines, loc="outside lower center", frameon=False)
     return figure
 
 

@@ -4,6 +4,7 @@ recipe.yaml      the resolved recipe
 from.json        the checkpoint of another run with which this one began; not there if it began at step 0
 metrics.jsonl    one `Record` a line
 workers.jsonl    one `WorkersRecord` a line
+events.jsonl     who joined and left, a line each, where workers come and go
 events.out.*     TensorBoard's, of the same values
 tensorboard/     those that it shows beside them: of each worker, and what was predicted
 checkpoints/
@@ -29,12 +30,13 @@ from typing import IO
 from qsr_engine.config.strict import ConfigError
 
 RECIPE, METRICS, WORKERS, SUMMARY = "recipe.yaml", "metrics.jsonl", "workers.jsonl", "summary.json"
+EVENTS = "events.jsonl"
 MODEL = "model.safetensors"
 ORIGIN = "from.json"
 CHECKPOINTS = "checkpoints"  # a folder
 TENSORBOARD = "tensorboard"  # likewise
 LOCK = ".lock"  # held by the process that trains
-_EVENTS = "events.out.tfevents"
+_TFEVENTS = "events.out.tfevents"
 _BEFORE = re.compile(r"before-\d{8}-\d{6}(-\d+)?")  # a folder
 
 _ANOTHER_PLACE = "choose another place with `--set logging.dir=DIR` or `--set logging.name=NAME`"
@@ -138,13 +140,15 @@ def leave_unfinished_run(path: Path) -> None:
     if not path.exists():
         return
     found = {entry.name for entry in path.iterdir() if not _BEFORE.fullmatch(entry.name)}
-    ours = {RECIPE, METRICS, WORKERS, SUMMARY, ORIGIN, CHECKPOINTS, TENSORBOARD, LOCK, MODEL, "model.tmp"}
-    ours |= {f"{name}.tmp" for name in (METRICS, WORKERS, SUMMARY, ORIGIN)}  # of a process that died while it wrote
-    strange = sorted(name for name in found - ours if not name.startswith(_EVENTS))
+    ours = {RECIPE, METRICS, WORKERS, EVENTS, SUMMARY, ORIGIN, CHECKPOINTS, TENSORBOARD, LOCK, MODEL, "model.tmp"}
+    ours |= {
+        f"{name}.tmp" for name in (METRICS, WORKERS, EVENTS, SUMMARY, ORIGIN)
+    }  # of a process that died while it wrote
+    strange = sorted(name for name in found - ours if not name.startswith(_TFEVENTS))
     if strange:
         raise ConfigError(f"{path}: this folder holds {', '.join(strange[:3])}, which no run writes; {_ANOTHER_PLACE}")
-    kept_names = (METRICS, WORKERS, SUMMARY, MODEL, TENSORBOARD)
-    recorded = {name for name in found if name in kept_names or name.startswith(_EVENTS)}
+    kept_names = (METRICS, WORKERS, EVENTS, SUMMARY, MODEL, TENSORBOARD)
+    recorded = {name for name in found if name in kept_names or name.startswith(_TFEVENTS)}
     if any((path / name).stat().st_size for name in recorded):
         kept = _keep_aside(path, recorded | (found & {RECIPE}))
         warnings.warn(

@@ -14,8 +14,9 @@ from typing import Any
 
 import yaml
 
+from qsr_engine.records.members import MemberEvent, read_events
 from qsr_engine.records.records import Record, WorkersRecord
-from qsr_engine.records.run_folder import METRICS, ORIGIN, RECIPE, SUMMARY, WORKERS, stopped_at
+from qsr_engine.records.run_folder import EVENTS, METRICS, ORIGIN, RECIPE, SUMMARY, WORKERS, stopped_at
 
 
 class ReportError(RuntimeError):
@@ -37,6 +38,7 @@ class Run:
     total_steps: int
     notes: list[str] = field(default_factory=list)  # what a reader of its figures must know
     branched: bool = False  # began with a checkpoint of another run
+    events: list[MemberEvent] = field(default_factory=list)  # where workers come and go
 
 
 def read_run(path: str | Path) -> Run:
@@ -72,7 +74,8 @@ def read_run(path: str | Path) -> Run:
         times = "once" if left_out == 1 else f"{left_out} times"
         notes.append(f"a worker whose parameters were not finite was left out of an average {times}")
     notes += _slow_worker(workers)
-    return Run(name, path, label, recipe, records, workers, counts, finished, total_steps, notes, branched)
+    events = read_events(path / EVENTS)
+    return Run(name, path, label, recipe, records, workers, counts, finished, total_steps, notes, branched, events)
 
 
 def _origin(path: Path) -> list[str]:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def test_an_interrupted_qsr_train_ends_at_once(recipe: Path) -> None:
     ("engine", "victim"),
     [
         pytest.param("deepspeed", "qsr", marks=pytest.mark.slow),
-        pytest.param("fsdp", "torch.distributed.run", marks=pytest.mark.slow),
+        pytest.param("fsdp", "qsr_engine.cli.torchrun", marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_process_ends_the_run_with_an_error(recipe: Path, engine: str, victim: str) -> None:
@@ -73,3 +74,19 @@ def test_a_killed_process_ends_the_run_with_an_error(recipe: Path, engine: str, 
         assert process.wait(timeout=60) != 0
         _, alive = psutil.wait_procs(below, timeout=10)
         assert alive == []
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        pytest.param("echo 'qsr: error: why' >&2; exit 3", "qsr: error: why\n", marks=pytest.mark.slow),
+        ("kill -9 $BASHPID", "qsr: error: rank 1 was ended by SIGKILL\n"),
+    ],
+)
+def test_torchrun_adds_nothing_to_what_a_rank_says(script: str, said: str) -> None:
+    """And tells of one that could say nothing. Its agent is the real one, and the ranks are shells."""
+    words = ["--standalone", "--nproc-per-node", "2", "--no-python", "bash", "-c", f'[ "$RANK" = 0 ] || {script}']
+    command = [sys.executable, "-m", "qsr_engine.cli.torchrun", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # of which torchrun says something else
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (1, said)

@@ -23,6 +23,7 @@ def script(request: pytest.FixtureRequest) -> Path:
     return path
 
 
+@pytest.mark.parametrize("script", [*SCRIPTS, *sorted((LAUNCH.parent / ".ci").iterdir())], ids=lambda path: path.name)
 def test_shellcheck_finds_nothing(script: Path) -> None:
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     assert shellcheck, "pip install '.[dev]' brings it"

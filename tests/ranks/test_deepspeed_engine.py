@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from argparse import Namespace
 from collections.abc import Iterator
@@ -198,7 +199,8 @@ def test_the_surface_is_deepspeeds(processes: Processes, tmp_path: Path) -> None
 
 
 def monitored_job(folder: str) -> None:
-    engine = start(QSR, tensorboard={"enabled": True, "output_path": folder, "job_name": "run"})
+    place = {"enabled": True, "output_path": folder, "job_name": "run"}
+    engine = start(QSR, tensorboard=place, csv_monitor={**place, "job_name": "csv"})
     while not engine.local_steps.finished:
         step(engine)
 
@@ -210,6 +212,13 @@ def test_deepspeeds_own_monitor_shows_the_local_steps(processes: Processes, tmp_
     assert [event.step for event in periods] == [2 * training.BATCH * end for end in (2, 4, 6, 8, 12)]
     assert [event.value for event in events.Scalars("Train/LocalSteps/averagings")] == [1, 2, 3, 4, 5]
     assert all(event.value > 0 for event in events.Scalars("Train/LocalSteps/relative_distance"))
+    written = {tag for tag in events.Tags()["scalars"] if "LocalSteps" in tag}
+    assert len(written) >= 7
+    for tag in written:
+        scalars = events.Scalars(tag)
+        rows = list(csv.reader((tmp_path / "csv" / f"{tag.replace('/', '_')}.csv").open()))[1:]
+        assert [int(step) for step, _ in rows] == [event.step for event in scalars], tag
+        assert [float(value) for _, value in rows] == pytest.approx([event.value for event in scalars]), tag
 
 
 def two_engines_job(together: bool, config: dict[str, Any]) -> list[torch.Tensor]:

@@ -97,11 +97,12 @@ def of_another_model(parameters: Any) -> torch.optim.Optimizer:
     [
         ("mlp", {}, {"zero_optimization": {"stage": 3}}, "zero_optimization: the FSDP engine does not read it"),
         ("mlp", {}, {"fp16": {"enabled": True}}, "fp16: the FSDP engine does not read it; there is no loss scaling"),
+        ("mlp", {}, {"csv_monitor": {"enabled": True}}, "csv_monitor: the FSDP engine does not read it; write tensor"),
         ("mlp", {}, {"optimizer": {"type": "AdamW"}}, "optimizer: the FSDP engine does not read it; give initialize"),
         ("mlp", {}, {"gradient_cliping": 1.0}, "gradient_cliping: unknown key; did you mean 'gradient_clipping'"),
         ("mlp", {}, {"fsdp": {"reshard": True}}, "fsdp.reshard: unknown key; did you mean 'reshard_after_forward'"),
         ("mlp", {}, {"fsdp": {"cpu_offload": True}}, "fsdp.cpu_offload is true, and the model is on the CPU already"),
-        ("mlp", {}, {"train_batch_size": 7}, "train_batch_size is 7, but"),
+        ("mlp", {}, {"train_batch_size": 7}, "train_batch_size is 7, which is not a multiple"),
         ("mlp", {}, {"qsr": {**QSR, "worker_size": 3}}, "qsr.worker_size is 3 and there are 2 ranks"),
         ("mlp", {"config": None}, {}, "needs config=..."),
         ("mlp", {}, {"qsr": None}, "config: qsr: found None"),

@@ -1,14 +1,16 @@
-"""Leaving out DeepSpeed's reduction over one rank: what it changes (no bit), and where it must not happen."""
+"""One worker: what a run of it says, and leaving out DeepSpeed's reduction over one rank (which changes no bit)."""
 
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tests.support import training
+from tests.support.launch import qsr_job
 from tests.support.pool import Processes
 from tests.support.training import QSR
 
@@ -79,3 +81,15 @@ def test_ranks_of_one_worker_still_reduce(processes: Processes) -> None:
     for config in ({}, STAGE_1):
         for calls, _ in processes.run(train_job, config={**config, "qsr": {**QSR, "worker_size": 2}}, reduce=False):
             assert calls > 0
+
+
+@pytest.mark.parametrize(("ranks", "size"), [(1, 1), (2, 2), (2, 1)])
+def test_a_run_of_one_worker_says_that_it_averages_nothing(
+    processes: Processes, recipe: Path, ranks: int, size: int
+) -> None:
+    sets = ["qsr.total_steps=2", f"qsr.worker_size={size}", "logging.name=run", "logging.eval_every=null"]
+    words = [word for override in sets for word in ("--set", override)]
+    found = processes.run(qsr_job, ranks=ranks, argv=["train", str(recipe), "--engine", "fsdp", *words])
+    assert [code for code, _, _ in found] == [0] * ranks
+    said = "".join(err for _, _, err in found).count("one worker trains, so that nothing is averaged")
+    assert said == (ranks == size), "once, or not at all"

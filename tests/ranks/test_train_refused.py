@@ -46,7 +46,7 @@ def test_ranks_with_different_data(processes: Processes, recipe: Path, tmp_path:
     ("override", "words"),
     [
         ("qsr.worker_size=3", "worker_size is 3 and there are 2 ranks"),
-        ("batch.train_micro_batch_size_per_gpu=7", "train_batch_size is 96, but"),
+        ("batch.train_micro_batch_size_per_gpu=7", "train_batch_size is 96, which is not a multiple of 2 ranks x"),
         ("batch.train_batch_size=1438", "fewer than one batch"),
         ("model.name=timm/vit_tiny_patch16_225", "did you mean timm/vit_tiny_patch16_224"),
         ("model.kwargs.num_classes=5", "num_classes is 5, and the data has 10 classes"),

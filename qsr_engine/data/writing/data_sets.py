@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qsr_engine.config.extras import check_extra
 from qsr_engine.data.errors import DataError
 from qsr_engine.data.images import Shrink, encode_png, encoder_version, image_suffix, shrink_image
 from qsr_engine.data.index import Index
@@ -28,7 +29,7 @@ from qsr_engine.data.writing.stored import StoredImage
 SHARD_BYTES = 256_000_000  # seconds of reading on a slow disk, and 600 shards of ImageNet for the ranks to share
 QUALITY = 90  # of JPEG, where images are made smaller
 CIFAR10_ROOT = Path("~/.cache/qsr_engine")
-DIGITS_EVAL = 360  # of scikit-learn's 1,797 digits; the other 1,437 are for training
+DIGITS, DIGITS_EVAL = 1797, 360  # scikit-learn's, and those of them in "val" unless said; the others are for training
 DOWNLOAD_TIMEOUT = 30  # seconds without an answer
 
 
@@ -92,12 +93,18 @@ def write_imagefolder(
     return write_planned(out, ShardPlan(images.classes, images.splits, sizes, load, shard_size, identity), processes)
 
 
-def write_digits(out: str | Path, *, samples_per_shard: int = 128, seed: int = 0) -> Index:
-    """Write scikit-learn's 1,797 grey 8x8 digits as PNG: 1,437 in the split "train" and 360 in "val".
+def write_digits(
+    out: str | Path, *, eval_samples: int = DIGITS_EVAL, samples_per_shard: int = 128, seed: int = 0
+) -> Index:
+    """Write scikit-learn's 1,797 grey 8x8 digits as PNG: eval_samples in the split "val", the others in "train".
 
     Raises:
-        DataError: out holds another data set, or cannot be written.
+        ConfigError: scikit-learn is not installed.
+        DataError: out holds another data set, or cannot be written; eval_samples leaves nothing for a split.
     """
+    if not 0 < eval_samples < DIGITS:
+        raise DataError(f"eval_samples is {eval_samples} of {DIGITS} digits; write a number from 1 to {DIGITS - 1}")
+    check_extra("demo", "scikit-learn", "`qsr shards digits`", module="sklearn")
     import numpy as np
     from sklearn.datasets import load_digits  # takes a second to import, and only this function reads it
 
@@ -105,7 +112,7 @@ def write_digits(out: str | Path, *, samples_per_shard: int = 128, seed: int = 0
     pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
     order = list(range(len(pixels)))
     random.Random(seed).shuffle(order)
-    splits = {"train": order[DIGITS_EVAL:], "val": order[:DIGITS_EVAL]}
+    splits = {"train": order[eval_samples:], "val": order[:eval_samples]}
     classes = [str(name) for name in digits.target_names]
     return _write_arrays(
         out,

@@ -17,6 +17,7 @@ from typing import IO
 
 from tqdm import tqdm
 
+from qsr_engine.config.extras import check_extra
 from qsr_engine.data.errors import DataError
 from qsr_engine.data.writing.stored import ListedImage, StoredImage
 
@@ -96,6 +97,7 @@ def _read_devkit(path: Path) -> tuple[list[str], list[str]]:
     """The WNIDs of all classes, and those of the validation images in their order."""
     if not path.is_file():
         raise DataError(f"{path} is missing, and it has the labels of {VAL}; download it, or take {VAL} away")
+    check_extra("imagenet", "scipy", f"reading {path}")
     from scipy.io import loadmat  # half a second to import
 
     try:

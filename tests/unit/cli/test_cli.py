@@ -17,7 +17,35 @@ from qsr_engine.cli.launched import started_by_a_launcher
 from qsr_engine.cli.main import main
 from qsr_engine.config.strict import ConfigError
 from qsr_engine.data import Index
+from qsr_engine.records.run_folder import open_run_folder
 from tests.support.shard_files import write_images, write_tar
+
+
+@pytest.mark.parametrize(
+    ("words", "extra", "package"),
+    [
+        (["shards", "digits", "out"], "demo", "scikit-learn"),
+        (["report", "run"], "report", "matplotlib"),
+        (["plan", "recipe", "--plot", "plan.png"], "report", "matplotlib"),
+    ],
+)
+def test_a_missing_extra_is_named(
+    words: list[str],
+    extra: str,
+    package: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.chdir(tmp_path)
+    if "run" in words:
+        open_run_folder(tmp_path / "run", "qsr: {strategy: parallel, total_steps: 1}")
+        (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert f"needs {package}, which is not installed; write `pip install 'qsr-engine[{extra}]'`" in said
+    assert {path.name for path in tmp_path.iterdir()} <= {"run"}
 
 
 def test_digits_are_written_and_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

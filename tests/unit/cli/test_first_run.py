@@ -64,13 +64,14 @@ def test_a_recipe_is_written_and_can_be_trained(
     """It would need a moment more to train: what `--dry-run` checks is what a run checks."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.chdir(tmp_path)
-    words = ["init", "--model", model, "--shards", str(digits), "--epochs", "20"]
+    words = ["init", "--model", model, "--shards", os.path.relpath(digits), "--epochs", "20"]
     assert main(words) == 0
     assert "qsr H>=4 alpha=" in capsys.readouterr().out
     recipe = load_recipe("my.yaml")
     assert recipe.optimizer.type == ("SGD" if "resnet" in model else "AdamW")
     text = Path("my.yaml").read_text()
     assert len([line for line in text.splitlines() if "#" in line]) > 25, "commented"
+    assert recipe.data.shards == str(digits), "found from other folders too"
     assert main(words) == 1
     assert "my.yaml: this file is there already; write another name with --out" in capsys.readouterr().err
     assert main(["train", "my.yaml", "--dry-run", "--ranks", "2"]) == 0
@@ -155,10 +156,17 @@ def test_the_doctor_finds_what_is_wrong(
     monkeypatch.setattr(doctor, "OPEN_FILES", 10**18)
     monkeypatch.setattr(doctor, "_CC", str(tmp_path / "cc"))
     monkeypatch.setitem(sys.modules, "qsr_engine.data._jpeg", None)
+    monkeypatch.setattr(doctor, "addresses", lambda *_: ["127.0.0.1"])
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert "warning  gloo is reached at 127.0.0.1: enough for ranks of this host; other hosts cannot reach that" in said
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth99")
     assert main(["doctor"]) == 1
     said = capsys.readouterr().out
-    assert "warning  _jpeg is not built, so JPEGs are decoded whole, which takes longer: there is no C compiler" in said
+    assert (
+        "warning  _jpeg is not built, so pictures are decoded and augmented by Pillow, which takes longer: there is"
+        in said
+    )
     assert "start a container with --shm-size=8g" in said
     assert re.search(r"warning  \d+ open files .*write `ulimit -n ", said)
     assert "error    GLOO_SOCKET_IFNAME is 'eth99', and there is no interface 'eth99'" in said

@@ -41,6 +41,14 @@ def test_digits_are_1437_for_training_and_360_for_evaluation(digits: Path) -> No
     verify_shards(digits)
 
 
+def test_more_digits_for_evaluation(tmp_path: Path) -> None:
+    index = write_digits(tmp_path / "digits", eval_samples=900)
+    assert {name: split.samples for name, split in index.splits.items()} == {"train": 897, "val": 900}
+    for none_is_left in (0, 1797):
+        with pytest.raises(DataError, match=rf"eval_samples is {none_is_left} of 1797 digits; write a number from 1"):
+            write_digits(tmp_path / "other", eval_samples=none_is_left)
+
+
 def test_digits_are_all_there_once_with_their_labels(digits: Path) -> None:
     from sklearn.datasets import load_digits
 

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from qsr_engine.records.members import MemberEvent, counts, spans
 from qsr_engine.records.monitor import Monitor
 from qsr_engine.records.plots import plots
 from qsr_engine.records.records import Record, WorkersRecord
@@ -438,3 +439,40 @@ def test_the_best_is_bold_and_the_workers_have_a_table(tmp_path: Path) -> None:
     assert "<td>other</td>" not in workers
     report([one], tmp_path / "out")
     assert "<b>" not in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_who_took_part_is_drawn_from_the_events(tmp_path: Path) -> None:
+    """Lines of a written file: some of no use, and events of other kinds."""
+    folder = write_run(tmp_path / "elastic")
+    lines = [
+        {"step": 0, "event": "join", "member": "a", "members": 2},
+        {"step": 0, "event": "join", "member": "b"},
+        {"step": 8, "event": "failed", "member": "", "why": "timed out"},
+        {"step": 8, "event": "leave", "member": "b"},
+        {"step": 20, "event": "join", "member": "c"},
+        {"step": 28, "event": "join", "member": "b"},
+        {"step": 30, "event": "leave", "member": "c"},
+        {"step": "x", "event": "leave", "member": "a"},
+        {"event": "leave"},
+        [1],
+    ]
+    (folder / "events.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 31, "eve')
+    run = read_run(folder)
+    assert [event.event for event in run.events] == ["join", "join", "failed", "leave", "join", "join", "leave"]
+    assert spans(run.events, 40) == {"a": [(0, 40)], "b": [(0, 8), (28, 40)], "c": [(20, 30)]}
+    assert counts(run.events, 40) == [(0, 2), (8, 1), (20, 2), (28, 3), (30, 2), (40, 2)]
+    alone = write_run(tmp_path / "alone")
+    assert read_run(alone).events == []
+    report([folder, alone], tmp_path / "report")
+    picture = np.asarray(Image.open(tmp_path / "report" / "members_over_steps.png").convert("RGB"))
+    assert (picture != 255).any(axis=2).mean() > 0.02
+    assert "<h2>Members</h2>" in (tmp_path / "report" / "report.html").read_text()
+    report([alone], tmp_path / "none")
+    assert not (tmp_path / "none" / "members_over_steps.png").exists()
+
+
+def test_a_member_that_leaves_without_having_joined_was_there_from_the_beginning() -> None:
+    events = [MemberEvent(8, "leave", "a"), MemberEvent(9, "leave", "a"), MemberEvent(12, "join", "b")]
+    assert spans(events, 40) == {"a": [(0, 8)], "b": [(12, 40)]}
+    assert counts(events, 40) == [(0, 1), (8, 0), (12, 1), (40, 1)]
+    assert counts([], 40) == []
