@@ -94,7 +94,7 @@ def fragment_of(engine: Any) -> Tensor:
 
 
 def oracle(block: dict[str, Any], numbers: Tensor, workers: int) -> tuple[Tensor, list[tuple[int, int]]]:
-    worker_size, found = block.get("worker_size", 1), list[tuple[int, int]]()
+    options, worker_size, found = block.get("averaging", {}), block.get("worker_size", 1), list[tuple[int, int]]()
     models, _ = reference.simulate(
         partial(training.make_model, torch.float32),
         partial(training.make_optimizer, "sgd"),
@@ -104,7 +104,8 @@ def oracle(block: dict[str, Any], numbers: Tensor, workers: int) -> tuple[Tensor
         worker_size=worker_size,
         outer=block.get("outer"),
         fragment_of=numbers,
-        mixing=block.get("averaging", {}).get("mixing", 0.0),
+        mixing=options.get("mixing", 0.0),
+        state=tuple(options.get("state", ())),
         outlier=block["faults"]["outlier"],
         told=found,
     )
@@ -157,14 +158,14 @@ def test_they_equal_the_reference(processes: Processes, rows: Rows, worker_size:
     for name, (kind, block) in rows.items():
         first = results[0][name]
         end, found = oracle(block, first["numbers"], workers)
-        assert set(FAR) <= set(found), name
         leaves_out = block["faults"]["outlier"]["then"] == "leave_out"
+        assert set(FAR if leaves_out else FAR[:1]) <= set(found), name  # one that is clipped keeps its momentum
         for result in results:
             assert result[name]["found"] == found, name
             assert torch.equal(result[name]["end"], first["end"]), name
             figures = result[name]["figures"]
             assert (figures["left_out"], figures["clipped"])[:: -1 if leaves_out else 1] == (0, len(found)), name
-            assert figures["largest_z"] > JUDGE["z"], name
+            assert (figures["largest_z"] > JUDGE["z"]) == (found[-1][0] == QSR["total_steps"]), name
         if "wire_dtype" not in block.get("averaging", {}) and not kind.endswith("bf16"):
             # fp32 sums of three and of four summands in another order: 2^-24 relative at every step and boundary.
             torch.testing.assert_close(first["end"], end, rtol=0, atol=2e-6, msg=name)
@@ -177,13 +178,17 @@ def test_they_equal_the_reference(processes: Processes, rows: Rows, worker_size:
 def resumed_job(kind: str, block: dict[str, Any], folder: str) -> list[Any]:
     """To the end at once; and saved inside the round in which a worker goes astray, and resumed."""
     engine = start(kind, block)
-    whole = [train(engine, 14)[-1], masters(engine), engine.local_steps.state_dict()["outliers"]]
+    whole = [
+        [far for far in train(engine, 14) if far[0] > 9],
+        masters(engine),
+        engine.local_steps.state_dict()["outliers"],
+    ]
     engine = start(kind, block)
     train(engine, 9)
     engine.save_checkpoint(folder)
     engine = start(kind, block)
     engine.load_checkpoint(folder)
-    return [*whole, train(engine, 14)[-1], masters(engine), engine.local_steps.state_dict()["outliers"]]
+    return [*whole, train(engine, 14), masters(engine), engine.local_steps.state_dict()["outliers"]]
 
 
 @pytest.mark.parametrize(("kind", "worker_size"), [("fsdp", 1), pytest.param("zero3", 2, marks=pytest.mark.slow)])
@@ -193,7 +198,8 @@ def test_a_resumed_run_judges_alike(processes: Processes, tmp_path: Path, kind: 
     for far, end, learnt, far_2, end_2, learnt_2 in processes.run(
         resumed_job, ranks=2 * worker_size, kind=kind, block=block, folder=str(tmp_path)
     ):
-        assert far == far_2 == FAR[-1]
+        assert far == far_2
+        assert far[0] == FAR[0]
         assert torch.equal(end, end_2)
         assert learnt == learnt_2
 
@@ -228,7 +234,7 @@ def astray_train_job(argv: list[str]) -> tuple[int, str]:
         def hook(model: Any, _: Any) -> None:
             if model.training and engine.local_steps.step == 6 and os.environ["RANK"] == "0":
                 with torch.no_grad():
-                    next(model.parameters()).mul_(10)
+                    next(model.parameters()).add_(1.0)
 
         engine.module.register_forward_pre_hook(hook)
         return engine
