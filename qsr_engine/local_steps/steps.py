@@ -142,6 +142,11 @@ class LocalSteps:
         """Distance of the workers from their average, at the last averaging that has ended; None before the first."""
         return self.boundary.relative_distance
 
+    @property
+    def largest_z(self) -> float | None:
+        """z of the worker that had moved farthest at the last averaging; None where qsr.faults.outlier judged nobody."""
+        return self.boundary.largest_z
+
     def figures(self) -> dict[str, float]:
         """What a monitor shows of a boundary; distance and largest z only where they are known."""
         figures: dict[str, float] = {
@@ -154,7 +159,7 @@ class LocalSteps:
             "left_out": sum(self.costs.left_out.values()),
             "clipped": sum(self.costs.clipped.values()),
         }
-        known = {"relative_distance": self.relative_distance, "largest_z": self.boundary.largest_z}
+        known = {"relative_distance": self.relative_distance, "largest_z": self.largest_z}
         return figures | {name: value for name, value in known.items() if value is not None}
 
     def request_stop(self) -> None:

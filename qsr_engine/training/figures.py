@@ -128,7 +128,7 @@ class Figures:
                 skipped_steps=state.costs.skipped_steps_of_all_workers,
                 left_out=sum(state.costs.left_out.values()),
                 clipped=sum(state.costs.clipped.values()),
-                largest_z=state.boundary.largest_z,
+                largest_z=state.largest_z,
             )
         )
         return loss
