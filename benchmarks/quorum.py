@@ -31,6 +31,7 @@ import statistics
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -80,19 +81,23 @@ def bytes_so_far() -> int:
         return next(int(line.split()[1]) for line in devices if line.strip().startswith("lo:"))
 
 
-def serve(count: int, heartbeat_timeout: float, wire: Connection) -> None:
-    """Lighthouses, until somebody writes."""
+def serve(fewest: Sequence[int], heartbeat_timeout: float, wire: Connection) -> None:
+    """Lighthouses, until somebody writes.
+
+    Args:
+        fewest: members without which each gives no quorum.
+    """
     from torchft.coordination import LighthouseServer
 
     servers = [
         LighthouseServer(
             bind=f"127.0.0.1:{PORT + number}",
-            min_replicas=1,
+            min_replicas=members,
             join_timeout_ms=60_000,
             quorum_tick_ms=100,
             heartbeat_timeout_ms=round(1000 * heartbeat_timeout),
         )
-        for number in range(count)
+        for number, members in enumerate(fewest)
     ]
     wire.send(True)
     wire.recv()
@@ -103,10 +108,10 @@ def serve(count: int, heartbeat_timeout: float, wire: Connection) -> None:
 class Lighthouses:
     """In a process of their own."""
 
-    def __init__(self, count: int, heartbeat_timeout: float) -> None:
+    def __init__(self, fewest: Sequence[int], heartbeat_timeout: float) -> None:
         context = mp.get_context("spawn")
         self._wire, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(count, heartbeat_timeout, theirs))
+        self._process = context.Process(target=serve, args=(fewest, heartbeat_timeout, theirs), daemon=True)
         self._process.start()
         self._wire.recv()
         self._seen = psutil.Process(self._process.pid)
@@ -201,12 +206,16 @@ def _quorum(client: Any, name: str, step: int, data: dict[str, Any] | None = Non
     return client.quorum(name, TIMEOUT, where, where.removeprefix("http://"), step, 1, False, data)
 
 
+def region_of(member: int, members: int, regions: int) -> int:
+    return member * regions // members
+
+
 def two_levels(members: int, regions: int) -> Callable[[int, int], int]:
     """Lighthouse 0 is that of the regions' first members."""
     from torchft.coordination import LighthouseClient
 
-    region_of = [member * regions // members for member in range(members)]
-    clients = [LighthouseClient(address(1 + region), TIMEOUT) for region in region_of]
+    own = [region_of(member, members, regions) for member in range(members)]
+    clients = [LighthouseClient(address(1 + region), TIMEOUT) for region in own]
     above = [LighthouseClient(address(), TIMEOUT) for _ in range(regions)]
 
     def ask(member: int, step: int) -> int:
@@ -214,7 +223,7 @@ def two_levels(members: int, regions: int) -> Callable[[int, int], int]:
         inside = _quorum(client, name, 2 * step).participants
         told = None
         if name == min(other.replica_id for other in inside):
-            all_ = _quorum(above[region_of[member]], name, step, {"members": len(inside)}).participants
+            all_ = _quorum(above[own[member]], name, step, {"members": len(inside)}).participants
             told = {"regions": [[r.replica_id, r.store_address, r.data["members"]] for r in all_]}
         (found,) = (other.data for other in _quorum(client, name, 2 * step + 1, told).participants if other.data)
         return sum(count for _, _, count in found["regions"])
@@ -265,13 +274,14 @@ class Managers:
 def measure(members: int, rounds: int, heartbeat_timeout: float, wire: Connection) -> None:
     """In a process of its own, since torchft's threads stay."""
     row, counted = Row(members), own_network()
-    lighthouses = Lighthouses(1, heartbeat_timeout)
+    lighthouses = Lighthouses([members], heartbeat_timeout)
     asking = Rounds(members, lighthouses, counted=counted)
     row.direct = asking.several(direct(members), rounds)
     lighthouses.close()
 
-    lighthouses = Lighthouses(1, heartbeat_timeout)
+    lighthouses = Lighthouses([1], heartbeat_timeout)
     asking, managers = Rounds(members, lighthouses, counted=counted), Managers(members)
+    time.sleep(10 * HEARTBEAT)  # until the lighthouse has heard of all
     asking.one(managers.ask, 0)
     before, begun = bytes_so_far(), time.perf_counter()
     time.sleep(2.0)
@@ -287,7 +297,8 @@ def measure(members: int, rounds: int, heartbeat_timeout: float, wire: Connectio
     lighthouses.close()
 
     if (regions := round(math.sqrt(members))) > 1:
-        lighthouses = Lighthouses(1 + regions, heartbeat_timeout)
+        inside = Counter(region_of(member, members, regions) for member in range(members))
+        lighthouses = Lighthouses([regions, *(inside[region] for region in range(regions))], heartbeat_timeout)
         asking = Rounds(members, lighthouses, counted=counted)
         row.two_levels = {"regions": regions, **asking.several(two_levels(members, regions), rounds)}
         lighthouses.close()

@@ -144,7 +144,7 @@ class LocalSteps:
 
     @property
     def largest_z(self) -> float | None:
-        """z of the worker that had moved farthest at the last averaging; None where qsr.faults.outlier judged nobody."""
+        """z of the worker that had moved farthest at the last averaging; None where faults.outlier judged nobody."""
         return self.boundary.largest_z
 
     def figures(self) -> dict[str, float]:
