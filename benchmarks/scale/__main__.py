@@ -31,6 +31,13 @@ failure stops all at that moment. Checkpoints are written at the first boundary 
 between is Young's sqrt(2 x seconds of one x time between two failures of the whole) ("A first order approximation to
 the optimum checkpoint interval", 1974), but at most 3,120 steps, as in the recipes.
 
+**Elastic.** Each failure is also simulated as members of a quorum have it (`way`: elastic): the others end the round,
+wait at its boundary for --timeout-seconds, and average without the one that failed, whose steps of that round are lost.
+It joins again at the first boundary after restart_seconds, which takes as long as a member needs to send its
+parameters, m and v. Where somebody fails in the averaging, that is done again. Nothing else is. Checkpoints come every
+3,120 steps, as in the recipes. What a quorum itself costs is not in it (benchmarks/quorum.py measures that). Under
+`parallel` every step is such a boundary; that is what torchft does for data parallel, not this project.
+
     time = compute + waiting + communication + saving + lost, for every worker
 
 **Assumptions and their sources.** A step of 0.748 s and an averaging of 0.279 s at K = 16 follow from the paper's 26.7
@@ -59,8 +66,9 @@ from benchmarks.scale.study import WORKERS, Options, Row, paper_check, paper_net
 
 
 def tables(rows: Sequence[Row]) -> str:
-    columns = ["strategy", "K", "hours", "least to most", "waiting", "communication", "saving", "lost"]
-    columns += ["TB sent by a worker", "failures", "waiting, hours", "closed form : simulated waiting"]
+    columns = ["strategy", "way", "K", "hours", "least to most", "waiting", "communication", "saving", "lost"]
+    columns += ["last round begun", "steps in no average", "TB sent by a worker", "failures", "waiting, hours"]
+    columns += ["closed form : simulated waiting"]
     parts = []
     for kind in dict.fromkeys(row.steps for row in rows):
         shown = table(columns, [_cells(row) for row in rows if row.steps == kind])
@@ -72,10 +80,13 @@ def _cells(row: Row) -> list[str]:
     ratio = row.closed_waiting_hours / row.waiting_hours if row.waiting_hours > 1e-9 else math.nan
     return [
         row.strategy,
+        row.way,
         f"{row.workers:,}",
         f"{row.hours:.1f}" + ("" if row.finished else " (called off)"),
         f"{row.least:.1f} to {row.most:.1f}",
         *(f"{100 * share:.1f} %" for share in (row.waiting, row.communication, row.saving, row.lost)),
+        f"{row.last_begun:.1f} times",
+        f"{1e6 * row.absent:.2f} in 1e6",
         f"{row.bytes / 1e12:.2f}",
         f"{row.failures:.1f}",
         f"{row.waiting_hours:.2f}",
@@ -91,6 +102,7 @@ def parse() -> argparse.Namespace:
     made.add_argument("--mtbf-hours", type=float, default=50_000.0, help="between failures of one worker; inf: none")
     made.add_argument("--restart-seconds", type=float, default=300.0)
     made.add_argument("--save-seconds", type=float, default=10.0)
+    made.add_argument("--timeout-seconds", type=float, default=10.0, help="at a boundary, for a member that is lost")
     made.add_argument("--notice", choices=["boundary", "at_once"], default="boundary", help="of a failure")
     made.add_argument("--backward-share", type=float, default=0.0, help="of a step, behind which gradients travel")
     made.add_argument("--quick", action="store_true", help="K = 2, 64 and 4096, one run of each")
@@ -121,6 +133,7 @@ def main() -> None:
             save_seconds=arguments.save_seconds,
             save_every=3120,
             notice=arguments.notice,
+            timeout_seconds=arguments.timeout_seconds,
         ),
         seed=arguments.seed,
     )

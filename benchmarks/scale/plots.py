@@ -19,19 +19,21 @@ FIGURES: dict[str, tuple[str, Callable[[Row], float]]] = {
 def plot(rows: Sequence[Row], prefix: str) -> None:
     """Write PREFIX-time.png, PREFIX-idle.png and PREFIX-bytes.png."""
     for name, (label, value) in FIGURES.items():
-        figure = Figure(figsize=(11, 3.8), layout="constrained")
+        figure = Figure(figsize=(11, 4.2), layout="constrained")
         kinds = list(dict.fromkeys(row.steps for row in rows))
         for panel, kind in zip(figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds, strict=True):
             for colour, strategy in enumerate(STRATEGIES):
-                own = [row for row in rows if (row.steps, row.strategy) == (kind, strategy)]
-                panel.plot([r.workers for r in own], [value(r) for r in own], ".-", c=f"C{colour}", label=strategy)
+                for way, line in (("restart", ".-"), ("elastic", ".:")):
+                    own = [row for row in rows if (row.steps, row.strategy, row.way) == (kind, strategy, way)]
+                    named = strategy if way == "restart" else f"{strategy}, elastic"
+                    panel.plot([r.workers for r in own], [value(r) for r in own], line, c=f"C{colour}", label=named)
             panel.set(title=kind, xlabel="workers K", xscale="log")
             if name != "idle":
                 _logarithmic(panel, list(map(value, rows)))
             panel.grid(color="0.9")
         figure.axes[0].set_ylabel(label)
         lines, names = figure.axes[0].get_legend_handles_labels()
-        figure.legend(lines, names, loc="outside lower center", ncols=len(names), frameon=False)
+        figure.legend(lines, names, loc="outside lower center", ncols=len(STRATEGIES), frameon=False)
         figure.savefig(f"{prefix}-{name}.png", dpi=80)
 
 

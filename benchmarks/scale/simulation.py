@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -50,6 +50,10 @@ class Failures:
         save_seconds: that a checkpoint stops all workers.
         save_every: steps; at the first boundary after them. None: no checkpoints.
         notice: "boundary": when the others meet; "at_once": all stop when one fails.
+        way: "restart": all go back to the last checkpoint; "elastic": the others go on without the one that failed, and
+            it joins again at the first boundary after restart_seconds.
+        timeout_seconds: that the others wait at a boundary for who does not come any more, if elastic.
+        join_seconds: that a boundary takes longer at which members join, if elastic.
         give_up: seconds after which a run is called off.
     """
 
@@ -58,6 +62,9 @@ class Failures:
     save_seconds: float = 10.0
     save_every: int | None = None
     notice: Literal["boundary", "at_once"] = "boundary"
+    way: Literal["restart", "elastic"] = "restart"
+    timeout_seconds: float = 10.0
+    join_seconds: float = 0.0
     give_up: float = math.inf
 
 
@@ -70,6 +77,9 @@ class Outcome:
 
     All of compute, waiting, communication and saving belong to work that was kept, all else is lost. Bytes are those of
     all averagings that ended, lost ones too.
+
+    last_begun: how often the last round was begun. absent: steps of workers that are in no average, since the worker
+    failed before its boundary, or had not joined again by its start.
     """
 
     total: float
@@ -81,6 +91,8 @@ class Outcome:
     bytes: float
     failures: int
     finished: bool = True
+    last_begun: int = 1
+    absent: int = 0
 
     def share(self, part: Literal["waiting", "communication", "saving", "lost"]) -> float:
         return float(np.mean(getattr(self, part))) / self.total
@@ -97,6 +109,9 @@ class _Clock:
     lost: float = 0.0
     bytes: float = 0.0
     failures: int = 0
+    last_begun: int = 1
+    absent: int = 0
+    joins: list[float] = field(default_factory=list)  # when those that failed can take part again; a heap
 
 
 class Simulation:
@@ -128,9 +143,12 @@ class Simulation:
             saving = self._saves[clock.position :] * self._failures.save_seconds
             durations = drawn.slowest[clock.position :] + self._communication[clock.position :] + saving
             ends = clock.now + np.cumsum(durations)
-            reached = clock.position + int(np.searchsorted(ends, queue.next_time, side="right"))
+            happens = min([queue.next_time, *clock.joins[:1]])
+            reached = clock.position + int(np.searchsorted(ends, happens, side="right"))
             self._advance(clock, ends, reached)
-            if reached < last:
+            if reached < last and self._failures.way == "elastic":
+                self._go_on(clock, queue, float(drawn.slowest[reached]))
+            elif reached < last:
                 arrival = clock.now + float(drawn.slowest[reached])
                 if queue.next_time >= arrival + self._communication[reached]:  # while its checkpoint is written
                     clock.bytes += float(self._bytes[reached])
@@ -148,7 +166,41 @@ class Simulation:
         if len(saves):
             clock.saved, clock.saved_at = clock.position + int(saves[-1]) + 1, float(ends[saves[-1]])
         clock.bytes += float(self._bytes[clock.position : reached].sum())
+        clock.absent += len(clock.joins) * int(self._lengths[clock.position : reached].sum())
         clock.now, clock.position = float(ends[reached - clock.position - 1]), reached
+
+    def _go_on(self, clock: _Clock, queue: FailureQueue, slowest: float) -> None:
+        """A round in which members fail or join, and its boundary: nothing is done again but an averaging.
+
+        The boundary waits for the time-out where somebody has failed. Who fails in that time or in the averaging lets
+        it fail too, and it is tried again without. Who fails while a checkpoint is written is missed at the next one.
+        """
+        failures, at = self._failures, clock.position
+        started, now = clock.now, clock.now + slowest
+        gone = self._gone(clock, queue, now)
+        while True:
+            now += failures.timeout_seconds * bool(gone) + float(self._communication[at])
+            gone = self._gone(clock, queue, now)
+            if not gone:
+                break
+        clock.absent += len(clock.joins) * int(self._lengths[at])
+        if clock.joins and clock.joins[0] <= now:
+            now += failures.join_seconds
+        while clock.joins and clock.joins[0] <= now:
+            heapq.heappop(clock.joins)
+        clock.lost += now - started - slowest - float(self._communication[at])
+        clock.bytes += float(self._bytes[at])
+        clock.now, clock.position = now + float(self._saves[at]) * failures.save_seconds, at + 1
+
+    def _gone(self, clock: _Clock, queue: FailureQueue, until: float) -> int:
+        """How many members fail until then; each starts again."""
+        count = 0
+        while queue.next_time < until:
+            failed, _ = queue.pop()
+            heapq.heappush(clock.joins, failed + self._failures.restart_seconds)
+            count += 1
+        clock.failures += count
+        return count
 
     def _fail(self, clock: _Clock, queue: FailureQueue, arrival: float) -> None:
         """From a failure to the restart at the last checkpoint; machines fail in between, too.
@@ -166,6 +218,7 @@ class Simulation:
             if again > noticed:  # before that, it is one more that is missing at the boundary
                 restarted = again + self._failures.restart_seconds
         clock.lost += restarted - clock.saved_at
+        clock.last_begun += clock.position == len(self._lengths) - 1
         clock.now = clock.saved_at = restarted
         clock.position = clock.saved
 
@@ -182,6 +235,8 @@ class Simulation:
             bytes=clock.bytes,
             failures=clock.failures,
             finished=clock.position == len(self._lengths),
+            last_begun=clock.last_begun,
+            absent=clock.absent,
         )
 
 

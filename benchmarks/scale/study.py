@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 
@@ -26,6 +28,8 @@ WORKERS = (2, 8, 64, 512, 4096, 32768, 100_000)
 PARAMETERS = 86_381_800  # of qsr/simple_vit_b16; they and their gradients are sent in fp32
 PAPER_WORKERS = 16
 PAPER_RUNS = (Observed(93_600, 93_600, 26.7 * 3600), Observed(93_600, 9_711, 20.2 * 3600))  # parallel, QSR
+STATE_BYTES = 3 * 4 * PARAMETERS  # that a member sends to one that joins: the parameters, and m and v of AdamW
+WAYS: tuple[Literal["restart", "elastic"], ...] = ("restart", "elastic")
 DRAWN_ONE_BY_ONE = 64  # workers at most; more are drawn as their slowest
 
 
@@ -57,7 +61,12 @@ class Options:
 
 
 def save_every(options: Options, workers: int, step_seconds: float) -> int:
-    """Steps between two checkpoints: Young's, and no more than the recipes'."""
+    """Steps between two checkpoints: Young's, and no more than the recipes'.
+
+    Elastic runs have the recipes', since they need one only where all fail.
+    """
+    if options.failures.way == "elastic":
+        return options.failures.save_every or 3120
     between = options.mtbf_hours * 3600 / workers
     young = math.sqrt(2 * options.failures.save_seconds * between)
     return max(1, round(min(options.failures.save_every or 3120, young / step_seconds)))
@@ -69,6 +78,7 @@ class Row:
 
     steps: str
     strategy: str
+    way: str
     workers: int
     hours: float
     least: float
@@ -80,6 +90,8 @@ class Row:
     bytes: float
     failures: float
     finished: int
+    last_begun: float  # how often the last round was
+    absent: float  # of all workers' steps, the share that is in no average
     one_by_one: bool
     waiting_hours: float
     closed_waiting_hours: float
@@ -95,22 +107,24 @@ def study(options: Options) -> Iterator[Row]:
         if steps.cv and (steps.cv, steps.tail) not in tables:
             tables[steps.cv, steps.tail] = Sums(steps, most)
         for number, (name, schedule) in enumerate(schedules.items()):
-            for workers in options.workers:
+            for workers, way in itertools.product(options.workers, WAYS):
                 model = _model(steps, network, workers, options.backward_share)
                 one_by_one = workers <= DRAWN_ONE_BY_ONE
                 sums = None if one_by_one else tables.get((steps.cv, steps.tail))
                 sampler = Sampler(steps, workers, sums, one_by_one)
+                so = replace(options, failures=replace(options.failures, way=way))
                 failures = replace(
-                    options.failures,
+                    so.failures,
                     mean_seconds=options.mtbf_hours * 3600,
-                    save_every=save_every(options, workers, mean),
+                    save_every=save_every(so, workers, mean),
+                    join_seconds=STATE_BYTES / (network.bandwidth * network.efficiency),
                     give_up=100 * model.run(schedule).total,
                 )
+                seeds = [options.seed, kind, number, workers]
                 outcomes = [
-                    Simulation(schedule, model, sampler, failures, [options.seed, kind, number, workers, run]).run()
-                    for run in range(options.runs)
+                    Simulation(schedule, model, sampler, failures, [*seeds, run]).run() for run in range(options.runs)
                 ]
-                yield _row(steps_name, name, model, schedule, sampler, outcomes)
+                yield _row((steps_name, name, way), model, schedule, sampler, outcomes)
 
 
 def _model(steps: Steps, network: Network, workers: int, backward_share: float) -> CostModel:
@@ -119,13 +133,19 @@ def _model(steps: Steps, network: Network, workers: int, backward_share: float) 
 
 
 def _row(
-    steps: str, name: str, model: CostModel, schedule: Sequence[Round], sampler: Sampler, outcomes: Sequence[Outcome]
+    names: tuple[str, str, str],
+    model: CostModel,
+    schedule: Sequence[Round],
+    sampler: Sampler,
+    outcomes: Sequence[Outcome],
 ) -> Row:
     closed, hours = model.run(schedule), [outcome.total / 3600 for outcome in outcomes]
-    count = len(outcomes)
+    count, all_steps = len(outcomes), model.workers * sum(r.length for r in schedule)
+    steps, name, way = names
     return Row(
         steps=steps,
         strategy=name,
+        way=way,
         workers=model.workers,
         hours=sum(hours) / count,
         least=min(hours),
@@ -137,6 +157,8 @@ def _row(
         bytes=sum(outcome.bytes for outcome in outcomes) / count,
         failures=sum(outcome.failures for outcome in outcomes) / count,
         finished=sum(outcome.finished for outcome in outcomes),
+        last_begun=sum(outcome.last_begun for outcome in outcomes) / count,
+        absent=sum(outcome.absent for outcome in outcomes) / count / all_steps,
         one_by_one=sampler.one_by_one,
         waiting_hours=sum(float(np.mean(outcome.waiting)) for outcome in outcomes) / count / 3600,
         closed_waiting_hours=closed.waiting / 3600,

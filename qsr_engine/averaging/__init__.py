@@ -29,6 +29,7 @@ This package knows tensors, modules and process groups, and no engine. Its files
     snapshot       the mean of what the buckets held some steps ago
     fragments      parts of the buckets that are averaged at steps of their own
     mixing         what a worker keeps of its own parameters
+    movement       how far the buckets have moved since they were last averaged
     distance       how far the workers were from their average
     averager       all of it for one rank
 """

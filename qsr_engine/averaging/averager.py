@@ -18,6 +18,7 @@ from qsr_engine.averaging.distance import Squares
 from qsr_engine.averaging.errors import CollectiveError, Group
 from qsr_engine.averaging.fragments import numbers_of
 from qsr_engine.averaging.mixing import mixed
+from qsr_engine.averaging.movement import Movement
 from qsr_engine.averaging.next_forward import NextForward
 from qsr_engine.averaging.reducer import NOBODY, LeftOut
 from qsr_engine.averaging.snapshot import Snapshot
@@ -43,6 +44,7 @@ class Averager:
             rank of the group then.
         fragments: views of the buckets that together are all of their elements, as averaging.fragments has them. By
             default the buckets are the only one.
+        movement: whether `movement` is kept, which says how far the buckets have moved since the last averaging.
     Raises:
         ConfigError: options.cuda_graph, and the buckets cannot be averaged in a CUDA graph; or options.two_level is
             True, and the ranks are not placed for it.
@@ -59,6 +61,7 @@ class Averager:
         device: torch.device | None = None,
         outer: OuterConfig | None = None,
         fragments: Sequence[Sequence[Tensor]] | None = None,
+        movement: bool = False,
     ) -> None:
         self.buckets = list(buckets)
         self._fragments = [self.buckets] if fragments is None else fragments
@@ -80,6 +83,7 @@ class Averager:
         self._forward: NextForward | None = None
         self._refresh: Callable[[Tensor], None] = lambda part: None
         self._snapshot: Snapshot | None = None
+        self.movement = Movement(self._fragments) if movement else None
 
     @property
     def bytes_per_averaging(self) -> int:
@@ -266,10 +270,16 @@ class Averager:
     def begin_local(self) -> None:
         """Local steps begin after `parallel` ones: the buckets hold the same values on every worker."""
         self._reducer.begin_round()
+        self._begin_movement()
 
     def restart(self) -> None:
         """The buckets have been loaded, the same on every worker: forget what earlier averagings left."""
         self._reducer.restart()
+        self._begin_movement()
+
+    def _begin_movement(self) -> None:
+        if self.movement is not None:
+            self.movement.begin()
 
     def state_dict(self, *, inside_round: bool = False, to_apply: bool = False) -> dict[str, Any]:
         """What this rank carries over from one averaging to the next: int8's rounding errors, the outer momentum.
@@ -279,6 +289,8 @@ class Averager:
             to_apply: apply() is still to come.
         """
         state = self._reducer.state_dict(inside_round=inside_round)
+        if inside_round and self.movement is not None:
+            state["movement"] = self.movement.state_dict()
         if to_apply:
             self.finish()
             assert self._snapshot is not None
@@ -287,7 +299,10 @@ class Averager:
 
     def load_state_dict(self, state: dict[str, Any], *, inside_round: bool = False) -> None:
         """Go on from a state_dict(), after restart(). Raises ValueError as Reducer.load_state_dict()."""
-        self._reducer.load_state_dict(state, inside_round=inside_round)
+        begun_with = state.get("movement")
+        self._reducer.load_state_dict({k: v for k, v in state.items() if k != "movement"}, inside_round=inside_round)
+        if inside_round and self.movement is not None:
+            self.movement.load_state_dict(begun_with)
         if "snapshot" in state:
             self._room_for_a_snapshot().load_state_dict(state["snapshot"])
 

@@ -160,6 +160,20 @@ class OuterConfig(StrictModel):
         return self
 
 
+class OutlierConfig(StrictModel):
+    """A worker that moved much farther than workers do (see `local_steps.outliers`)."""
+
+    z: Positive = 3.0
+    """how many standard deviations above its mean the norm of a worker's movement since the last averaging may lie,
+    over the median of all workers'. EDiT's is 3, beyond which one in 740 normal deviates lies: write more for many
+    workers"""
+    then: Literal["leave_out", "clip"] = "leave_out"
+    """`leave_out` averages the other workers and gives this one their mean, with that of their optimizer states, as
+    `not_finite: leave_out` does; `clip` leaves the worker the part of its movement that is no outlier"""
+    after_averagings: PositiveInt = 20
+    """the first averagings are learnt from, and nobody is judged"""
+
+
 class FaultsConfig(StrictModel):
     """What a run does when something goes wrong."""
 
@@ -173,6 +187,10 @@ class FaultsConfig(StrictModel):
     before anything is averaged; `leave_out` averages the other workers and gives it their mean, with that of their
     optimizer states. Not with strategy `parallel` or `overlap: delayed`; before the switch of `post_local` gradients
     are averaged at every step, and a NaN reaches all"""
+    outlier: OutlierConfig | None = None
+    """`null`: nobody is judged. A block, such as {z: 3, then: clip}: a worker whose movement is an outlier (EDiT) is
+    left out of an average, or clipped. One more copy of the parameters in memory. Not with strategy `parallel` or
+    `overlap: delayed`"""
     on_signal: Literal["save", "cut_round", "finish_round"] = "save"
     """SIGTERM and SIGUSR1: save at the step of the foremost worker, inside the round, and exit; `finish_round` trains
     to the end of the round first, `cut_round` averages at that step and begins a new round there"""
@@ -269,6 +287,17 @@ def _check_faults(qsr: QSRConfig) -> None:
         raise ValueError(
             "faults.not_finite is 'leave_out' and averaging.overlap is 'delayed', where a worker goes on from its own "
             "parameters until the average comes; write not_finite 'stop', or the overlap 'none' or 'next_forward'"
+        )
+
+    if qsr.faults.outlier is not None and qsr.strategy == "parallel":
+        raise ValueError(
+            "faults.outlier is set, and strategy 'parallel' averages gradients at every step, in which no worker moves "
+            "by itself; write null, or a strategy of local steps such as 'qsr'"
+        )
+    if qsr.faults.outlier is not None and qsr.averaging.overlap == "delayed":
+        raise ValueError(
+            "faults.outlier is set and averaging.overlap is 'delayed', where a worker goes on from its own parameters "
+            "until the average comes; write outlier null, or the overlap 'none' or 'next_forward'"
         )
 
 

@@ -231,6 +231,7 @@ def make_averager(
         device=device,
         outer=qsr.outer,
         fragments=replica.fragments(buckets, options.fragments) if options.fragments > 1 else None,
+        movement=qsr.faults.outlier is not None,
     )
     if options.overlap == "next_forward":
         _overlap(averager, replica, qsr.worker_size)

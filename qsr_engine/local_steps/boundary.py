@@ -83,6 +83,11 @@ class Boundary:
         return self._meeting.asked_to_stop
 
     @property
+    def largest_z(self) -> float | None:
+        """Of the worker that had moved farthest at the last averaging, as outliers are judged; None where none was."""
+        return None if self._meeting.outliers is None else self._meeting.outliers.largest
+
+    @property
     def relative_distance(self) -> float | None:
         """Distance of the workers from their average, at the last averaging that has ended; None before the first."""
         return None if self._distance is None else self._distance.item()
@@ -137,6 +142,8 @@ class Boundary:
     def _averaged(self) -> None:
         if self._before is not None:
             self._distance = self.averager.relative_distance(*self._before, self._left_out, self._fragments)
+        if self.averager.movement is not None:
+            self.averager.movement.begin(self._fragments)
         self._replica.refresh()
 
     def begin_forward(self) -> None:
@@ -232,6 +239,7 @@ class Boundary:
             "fragments": list(self._fragments),
             "of_fragments": len(self.averager.fragments),
             "whole": self._whole,
+            "outliers": None if self._meeting.outliers is None else self._meeting.outliers.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -250,6 +258,8 @@ class Boundary:
             )
         self._due, self._apply_at, self._whole = state["due"], state["apply_at"], state["whole"]
         self._fragments = tuple(state["fragments"]) if under_way else everything
+        if self._meeting.outliers is not None:
+            self._meeting.outliers.load_state_dict(state["outliers"])
         before = state["before"]
         self._before = None if before is None else (before[0], before[1])
         self.buffers.same_everywhere()

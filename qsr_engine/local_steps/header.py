@@ -87,7 +87,9 @@ class Met:
 
     lr: rank 0's. squares: the sum of squares of the parameters of all ranks whose workers are not left out, before the
     averaging. ranks: how many these ranks are. skipped: steps that workers skipped, added up over the ranks. stop:
-    whether some rank was asked to. left_out: the numbers of the workers whose parameters are not finite.
+    whether some rank was asked to. left_out: the numbers of the workers whose parameters are not finite. movements: of
+    every worker, the sum of squares that its ranks told of their movement, 0 where it is not finite; empty where none
+    was told.
     """
 
     lr: float
@@ -96,6 +98,7 @@ class Met:
     skipped: int
     stop: bool
     left_out: list[int]
+    movements: Sequence[float] = ()
 
 
 def exchange_headers(
@@ -106,16 +109,18 @@ def exchange_headers(
     buffers: Mapping[str, str] | None = None,
     leave_out: bool = False,
     worker_size: int = 1,
+    movement: Tensor | None = None,
 ) -> Met:
     """Meet all ranks of the group, and check that they agree.
 
-    One all-reduce of 344 bytes, whatever the number of ranks, which the host reads once. Whole headers travel only
-    where it shows that something is not as it should be.
+    One all-reduce of 344 bytes, whatever the number of ranks, which the host reads once; where movements are told, of 8
+    more for each worker. Whole headers travel only where it shows that something is not as it should be.
 
     Args:
         buffers: layout of the buffers that are averaged here (Buffers.layout()). It travels where it is not the same on
             all ranks.
         leave_out: parameters that are not finite are an error only where all workers have some.
+        movement: sum of squares of this rank's movement, an fp64 scalar; on every rank, or on none.
     Raises:
         BoundaryError: on every rank, if the ranks disagree, also in their buffers, or if parameters of one of them are
             not finite or have left the buckets.
@@ -128,13 +133,31 @@ def exchange_headers(
     squares = torch.as_tensor(header.sum_of_squares, dtype=torch.float64, device=device)
     finite = squares.isfinite()
     known = torch.cat([numbers, numbers.square(), counts]).to(device, non_blocking=True)
-    told = torch.cat([known, (~finite).double().view(1), torch.where(finite, squares, 0.0).view(1)])
+    movements = _slot_of_this_worker(movement, device, ranks, worker_size, group)
+    told = torch.cat([movements, known, (~finite).double().view(1), torch.where(finite, squares, 0.0).view(1)])
     with collective("exchanging the boundary's headers", group):
         dist.all_reduce(told, group=group)
-        *sums, moved, skipped, stop, not_finite, squares_of_all = told.tolist()  # the one wait of the host
+        values = told.tolist()  # the one wait of the host
+    moves, (*sums, moved, skipped, stop, not_finite, squares_of_all) = (
+        values[: len(movements)],
+        values[len(movements) :],
+    )
     if are_alike(sums, ranks) and not moved and not not_finite:
-        return Met(header.lr, squares_of_all, ranks, round(skipped), stop > 0, [])
-    return _meet_again(header, device, group, buffers or {}, leave_out=leave_out, worker_size=worker_size)
+        return Met(header.lr, squares_of_all, ranks, round(skipped), stop > 0, [], moves)
+    met = _meet_again(header, device, group, buffers or {}, leave_out=leave_out, worker_size=worker_size)
+    return dataclasses.replace(met, movements=moves)
+
+
+def _slot_of_this_worker(
+    movement: Tensor | None, device: torch.device, ranks: int, worker_size: int, group: Group
+) -> Tensor:
+    """A number a worker, of which this rank knows its own; nothing where there is no movement to tell."""
+    if movement is None:
+        return torch.zeros(0, dtype=torch.float64, device=device)
+    slots = torch.zeros(ranks // worker_size, dtype=torch.float64, device=device)
+    own = movement.to(device, torch.float64)
+    slots[dist.get_rank(group) // worker_size] = torch.where(own.isfinite(), own, 0.0)
+    return slots
 
 
 def are_alike(sums: Sequence[float], ranks: int) -> bool:

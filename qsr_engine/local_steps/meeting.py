@@ -15,6 +15,7 @@ from qsr_engine.averaging.errors import Group
 from qsr_engine.local_steps.averaged import Buffers
 from qsr_engine.local_steps.costs import Costs
 from qsr_engine.local_steps.header import Header, Met, Purpose, exchange_headers
+from qsr_engine.local_steps.outliers import Outliers
 from qsr_engine.local_steps.rounds import Rounds
 from qsr_engine.local_steps.stopwatch import Stopwatch
 from qsr_engine.membership.watchdog import Watchdog
@@ -44,6 +45,11 @@ class Meeting:
         self._digest, self._watchdog, self._everybody = digest, watchdog, everybody
         self.waiting = Stopwatch(averager.device)
         self.asked_to_stop = False  # some rank was, as told at the end of the last round
+        outlier = rounds.qsr.faults.outlier
+        self.outliers = Outliers(outlier) if outlier is not None else None
+        # Which workers are left out, and get all parameters of the others, is known after the exchange only.
+        self._leaves_out = rounds.qsr.faults.not_finite == "leave_out"
+        self._may_leave_out = self._leaves_out or (outlier is not None and outlier.then == "leave_out")
 
     def before_averaging(
         self, purpose: Purpose, fragments: Collection[int]
@@ -59,18 +65,48 @@ class Meeting:
         squares, diverged = self._averager.sum_of_squares(fragments), self._buffers.have_diverged()
         if diverged is not None:  # they would spread, though the parameters are finite
             squares = squares.masked_fill(diverged.to(squares.device), math.nan)
-        leave_out = qsr.faults.not_finite == "leave_out"
-        if leave_out and (others := set(everything) - set(fragments)):
+        if self._may_leave_out and (others := set(everything) - set(fragments)):
             unseen = ~self._averager.sum_of_squares(others).isfinite()
             squares = squares.masked_fill(unseen.to(squares.device), math.nan)
+        movement = self._averager.movement.squares(fragments) if self._averager.movement is not None else None
+        told: dict[str, Any] = {"leave_out": self._leaves_out, "worker_size": qsr.worker_size, "movement": movement}
         with self.waiting.running():
-            met = self.exchange(purpose, squares, leave_out=leave_out, worker_size=qsr.worker_size)
+            met = self.exchange(purpose, squares, **told)
         self.asked_to_stop = met.stop and (self._rounds.at_end or self._rounds.on_boundary)
         self._rounds.agree(met.lr)
         self._costs.skipped_steps_of_all_workers = met.skipped // qsr.worker_size
-        # Of these fragments; where all are averaged because a worker is left out, how far they were is not known.
-        known = not met.left_out or len(fragments) == len(everything)
-        return self._leave_out(met.left_out), (met.squares, met.ranks) if known else None
+        far = self._judge(met, fragments)
+        gone = sorted([*met.left_out, *(far if self._outlier_is("leave_out") else ())])
+        if met.left_out:
+            self._tell_left_out("the parameters of worker %s, or its buffers, are not finite", met.left_out, gone)
+        # Of these fragments; where all are averaged because a worker is left out, how far they were is not known. Nor
+        # is it where there are outliers, which these squares are of.
+        known = not far and (not gone or len(fragments) == len(everything))
+        return self._averager.left_out(gone), (met.squares, met.ranks) if known else None
+
+    def _outlier_is(self, then: str) -> bool:
+        outlier = self._rounds.qsr.faults.outlier
+        return outlier is not None and outlier.then == then
+
+    def _judge(self, met: Met, fragments: Collection[int]) -> dict[int, float]:
+        """The outliers among the workers that are not left out already, and the share of its movement that is none.
+
+        Where outliers are clipped, one here has done so by now.
+        """
+        if self.outliers is None:
+            return {}
+        far = self.outliers.judge(met.movements, met.left_out)
+        if far and self._outlier_is("leave_out"):
+            gone = [*met.left_out, *far]
+            self._tell_left_out("worker %s moved too far for one among the others", list(far), gone)
+        elif far:
+            self._costs.clip(list(far))
+            here = dist.get_rank(self._averager.group)
+            if here in far and self._averager.movement is not None:
+                self._averager.movement.hold_back(far[here], fragments)
+            shares = ", ".join(f"{worker} to {100 * share:.3g} %" for worker, share in far.items())
+            self._warn("workers moved too far for ones among the others, and their movement was clipped: %s", shares)
+        return far
 
     def exchange(self, purpose: Purpose, squares: torch.Tensor | float = 0.0, **options: Any) -> Met:
         """Raises BoundaryError on every rank, as exchange_headers() says."""
@@ -89,19 +125,21 @@ class Meeting:
         layout = self._buffers.layout()
         return exchange_headers(header, self._averager.device, self._everybody, buffers=layout, **options)
 
-    def _leave_out(self, workers: list[int]) -> LeftOut:
-        """Leave workers out of the averaging that begins; it gives them the mean of the others."""
-        left_out = self._averager.left_out(workers)
-        if not workers:
-            return left_out
+    def _tell_left_out(self, what: str, workers: list[int], gone: Collection[int]) -> None:
+        """Workers are left out of the averaging that begins; it gives them the mean of the others.
+
+        Args:
+            gone: all who are.
+        """
         self._costs.leave_out(workers)
+        others = self._averager.workers - len(gone)
+        self._warn(
+            f"{what}: left out of the average, and given that of the other %d, with the mean of their optimizer states",
+            ", ".join(map(str, workers)),
+            others,
+        )
+
+    def _warn(self, what: str, *values: object) -> None:
+        """On rank 0."""
         if dist.get_rank() == 0:
-            log.warning(
-                "after step %d (round %d) the parameters of worker %s, or its buffers, are not finite: left out of the "
-                "average, and given that of the other %d, with the mean of their optimizer states",
-                self._rounds.step,
-                self._rounds.round,
-                ", ".join(map(str, workers)),
-                self._averager.workers - len(workers),
-            )
-        return left_out
+            log.warning(f"after step %d (round %d) {what}", self._rounds.step, self._rounds.round, *values)

@@ -142,8 +142,13 @@ class LocalSteps:
         """Distance of the workers from their average, at the last averaging that has ended; None before the first."""
         return self.boundary.relative_distance
 
+    @property
+    def largest_z(self) -> float | None:
+        """z of the worker that had moved farthest at the last averaging; None where faults.outlier judged nobody."""
+        return self.boundary.largest_z
+
     def figures(self) -> dict[str, float]:
-        """What a monitor shows of a boundary; the distance only where it is known."""
+        """What a monitor shows of a boundary; distance and largest z only where they are known."""
         figures: dict[str, float] = {
             "period": self.period,
             "averagings": self.averagings,
@@ -152,10 +157,10 @@ class LocalSteps:
             "bytes_percent": self.bytes_percent,
             "skipped_steps": self.costs.skipped_steps_of_all_workers,
             "left_out": sum(self.costs.left_out.values()),
+            "clipped": sum(self.costs.clipped.values()),
         }
-        if self.relative_distance is not None:
-            figures["relative_distance"] = self.relative_distance
-        return figures
+        known = {"relative_distance": self.relative_distance, "largest_z": self.largest_z}
+        return figures | {name: value for name, value in known.items() if value is not None}
 
     def request_stop(self) -> None:
         """Ask all ranks to stop, as qsr.faults.on_signal says; `stopping` is then True after a step, on every rank.
@@ -286,7 +291,7 @@ class LocalSteps:
         # An older checkpoint has none of these.
         of_all: dict[str, Any] = {"fragments": [0], "of_fragments": 1, "whole": True}
         late: dict[str, Any] = {"due": False, "apply_at": None, "before": [0.0, 1]}
-        state = {"left_out": {}, "lr_before": None, **late, **of_all, **state}
+        state = {"left_out": {}, "clipped": {}, "outliers": None, "lr_before": None, **late, **of_all, **state}
         expected = set(self.state_dict())
         if set(state) != expected:
             raise ValueError(f"a local-step state has the keys {sorted(expected)}; found {sorted(state)}")

@@ -41,7 +41,9 @@ class Record:
     skipped_samples: int = 0  # bad samples that rank 0 has skipped so far
     checkpoints_failed: int = 0  # that could not be written, so far
     skipped_steps: int = 0  # updates skipped after an overflow, over all workers, as of the last boundary
-    left_out: int = 0  # times so far that a worker's parameters were not finite and it was left out of an average
+    left_out: int = 0  # times so far that a worker was left out of an average: not finite, or an outlier
+    clipped: int = 0  # times so far that a worker's movement was an outlier and was clipped
+    largest_z: float | None = None  # of the workers' movements at the last averaging; None where none was judged
     train_accuracy: float | None = None  # %, of the samples that `loss` is of, in training mode; None before training
     loss_scale: float | None = None  # after this step; None where nothing scales the loss
     # L2 norms of rank 0's worker at this step's update, before an averaging; None where they were not measured, and
@@ -68,6 +70,8 @@ TAGS = {
     "local_steps/skipped_steps": "skipped_steps",
     "checkpoints/failed": "checkpoints_failed",
     "local_steps/left_out": "left_out",
+    "local_steps/clipped": "clipped",
+    "local_steps/largest_z": "largest_z",
     "communication/averagings": "averagings",
     "communication/bytes_sent": "bytes_sent",
     "communication/averagings_percent": "averagings_percent",

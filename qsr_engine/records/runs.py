@@ -69,10 +69,12 @@ def read_run(path: str | Path) -> Run:
     notes += _origin(path / ORIGIN)
     branched = (path / ORIGIN).exists()
     name, label = path.resolve().name, strategy_label(recipe["qsr"])
-    left_out = records[-1]["left_out"]
-    if left_out:
-        times = "once" if left_out == 1 else f"{left_out} times"
-        notes.append(f"a worker whose parameters were not finite was left out of an average {times}")
+    for count, what in (
+        (records[-1]["left_out"], "a worker that was not finite, or an outlier, was left out of an average"),
+        (records[-1]["clipped"], "the movement of a worker that was an outlier was clipped"),
+    ):
+        if count:
+            notes.append(f"{what} {'once' if count == 1 else f'{count} times'}")
     notes += _slow_worker(workers)
     events = read_events(path / EVENTS)
     return Run(name, path, label, recipe, records, workers, counts, finished, total_steps, notes, branched, events)

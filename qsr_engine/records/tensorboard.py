@@ -18,7 +18,13 @@ from qsr_engine.config.digest import flatten
 from qsr_engine.records.run_folder import TENSORBOARD
 from qsr_engine.records.trackers import EventFile
 
-COUNTERS = {"local_steps/skipped_steps", "local_steps/left_out", "checkpoints/failed", "data/skipped_samples"}
+COUNTERS = {
+    "local_steps/skipped_steps",
+    "local_steps/left_out",
+    "local_steps/clipped",
+    "checkpoints/failed",
+    "data/skipped_samples",
+}
 _LINES = {  # category, card and the tags of its curves
     "train": {"loss": ["train/loss", "eval/loss"], "accuracy (%)": ["train/accuracy", "eval/accuracy"]},
     "eval": {"accuracy (%)": ["eval/accuracy", "eval/best_accuracy", "eval/top5_accuracy"], "loss": ["eval/loss"]},

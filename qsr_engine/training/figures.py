@@ -127,6 +127,8 @@ class Figures:
                 relative_distance=state.relative_distance,
                 skipped_steps=state.costs.skipped_steps_of_all_workers,
                 left_out=sum(state.costs.left_out.values()),
+                clipped=sum(state.costs.clipped.values()),
+                largest_z=state.largest_z,
             )
         )
         return loss

@@ -268,10 +268,12 @@ def test_where_it_stops(processes: Processes, policy: str, bad: list[int], where
 
 def test_nothing_crosses_workers_between_boundaries(processes: Processes) -> None:
     """And where everybody is well, a boundary has no collective more."""
-    plain, with_policy = (
-        processes.run(count_job, ranks=2, qsr={**QSR, **block}, config={}, clip=1.0) for block in ({}, LEAVE_OUT)
+    outlier = {"faults": {"not_finite": "leave_out", "outlier": {"then": "clip", "after_averagings": 1}}}
+    plain, with_policy, judging = (
+        processes.run(count_job, ranks=2, qsr={**QSR, **block}, config={}, clip=1.0)
+        for block in ({}, LEAVE_OUT, outlier)
     )
-    assert with_policy == plain
+    assert with_policy == judging == plain
     assert all(count == 0 for counts in with_policy for boundary, count in counts if not boundary)
 
 

@@ -31,6 +31,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"averaging": {"overlap": "next_forward", "state": ["exp_avg"]}},
     {"averaging": {"overlap": "delayed", "delay_steps": 1}},
     {"averaging": {"wire_dtype": "int8"}, "outer": {"lr": 0.7, "momentum": 0.9}},
+    {"faults": {"outlier": {"z": 0.01, "then": "clip", "after_averagings": 1}}},
+    {"averaging": {"overlap": "next_forward"}, "faults": {"outlier": {"z": 1e9, "after_averagings": 1}}},
     {"averaging": {"shared_memory": False, "fragments": 2, "mixing": 0.5}, "faults": {"not_finite": "leave_out"}},
 ]
 

@@ -135,6 +135,8 @@ def simulate(
     outer: dict[str, Any] | None = None,
     fragment_of: Tensor | None = None,
     mixing: float = 0.0,
+    outlier: dict[str, Any] | None = None,
+    told: list[tuple[int, int]] | None = None,
 ) -> tuple[list[nn.Module], list[float]]:
     """Train K workers in one process.
 
@@ -163,6 +165,11 @@ def simulate(
             is averaged after floor((p + 1) H / P) steps of a round, but not before its first; all of them at the end.
         mixing: what a worker keeps of its own parameters at a boundary, but for the end: x = mixing x + (1 - mixing)
             average.
+        outlier: z, then ("leave_out" or "clip") and after_averagings. A worker moves from what it held after its last
+            averaging; of the norm over the lower median of all workers', mean and variance over the averagings so far
+            (exponential ones once there are 50, each with a weight of 0.02) tell outliers, which these do not count.
+            One that is left out gets the average of the others, and the mean of their optimizer states.
+        told: (step, worker) of each outlier is added to it.
     Returns:
         The K models after the last boundary, and the relative distance of the workers just before each averaging.
     """
@@ -185,6 +192,8 @@ def simulate(
     outer_optimizers = [torch.optim.SGD([x], **outer) for x in began] if outer else []
     differences: list[Tensor] = []  # average - x at the boundary, of every worker, while they are delayed
     apply_at = round_start = 0
+    held = [_flat(model) for model in models]  # of each worker, what each fragment held after its last averaging
+    usual: list[float] = []  # mean, variance and number of averagings of what outliers are judged by
     for step in range(total):
         for worker, model in enumerate(models):
             ranks = range(worker * worker_size, (worker + 1) * worker_size)
@@ -225,7 +234,23 @@ def simulate(
             here = torch.isin(fragment_of, torch.tensor(due))
             own = [_flat(model) for model in models]
             distances.append(relative_distance([x[here] for x in own]))
-            mean = sum(own[1:], start=own[0].clone()) / workers
+            far: dict[int, float] = {}
+            if outlier:
+                moved = [float((x - y)[here].double().norm()) for x, y in zip(own, held, strict=True)]
+                far = _outliers(moved, outlier, usual)
+            if told is not None:
+                told += [(step + 1, worker) for worker in far]
+            gone = far if outlier and outlier["then"] == "leave_out" else {}
+            for worker in far.keys() - gone.keys():
+                clipped = held[worker] + far[worker] * (own[worker] - held[worker])
+                own[worker] = torch.where(here, clipped, own[worker])
+            here = here | bool(gone)  # then all fragments are averaged
+            due = list(range(fragments)) if gone else due
+            others = [x for worker, x in enumerate(own) if worker not in gone]
+            mean = sum(others[1:], start=others[0].clone()) / len(others)
+            for worker in gone:
+                own[worker] = mean.clone()
+                _give_mean_of_states(models, optimizers, worker, gone)
             share = 0.0 if step + 1 == total else mixing
             if delay and step + 1 < total:
                 apply_at = step + 1 + delay
@@ -235,8 +260,10 @@ def simulate(
                     began[p].grad = began[p] - mean[fragment_of == p]
                     outer_optimizers[p].step()
                     mean[fragment_of == p] = began[p]
-                for model, x in zip(models, own, strict=True):
-                    _set_flat(model, torch.where(here, share * x + (1 - share) * mean, x))
+                for worker, (model, x) in enumerate(zip(models, own, strict=True)):
+                    kept = 0.0 if worker in gone else share
+                    _set_flat(model, torch.where(here, kept * x + (1 - kept) * mean, x))
+            held = [torch.where(here, _flat(model), y) for model, y in zip(models, held, strict=True)]
         if step + 1 in ends:
             round_start = step + 1
         if step + 1 in ends and not parallel:
@@ -298,6 +325,34 @@ def relative_distance(workers: list[Tensor]) -> float:
     mean = torch.stack(exact).mean(0)
     spread = torch.stack([(x - mean).square().sum() for x in exact]).mean().sqrt()
     return float(spread / mean.norm())
+
+
+def _outliers(moved: list[float], outlier: dict[str, Any], usual: list[float]) -> dict[int, float]:
+    """The limit over how far it moved, for every worker that moved too far; `usual` learns from the others."""
+    median = sorted(moved)[(len(moved) - 1) // 2]
+    if median == 0:
+        return {}
+    ratios = [norm / median for norm in moved]
+    limit = math.inf
+    if usual and usual[2] >= outlier["after_averagings"] and usual[1] > 0:
+        limit = max(1.0, usual[0] + outlier["z"] * math.sqrt(usual[1]))
+    good = [ratio for ratio in ratios if ratio <= limit]
+    mean, variance, count = usual or [0.0, 0.0, 0]
+    weight = max(0.02, 1 / (count + 1))
+    mean = (1 - weight) * mean + weight * sum(good) / len(good)
+    variance = (1 - weight) * variance + weight * sum((ratio - mean) ** 2 for ratio in good) / len(good)
+    usual[:] = [mean, variance, count + 1]
+    return {worker: limit / ratio for worker, ratio in enumerate(ratios) if ratio > limit}
+
+
+def _give_mean_of_states(models: list[Any], optimizers: list[Any], worker: int, gone: dict[int, float]) -> None:
+    states = [
+        [optimizer.state[p] for p in _trained(model)] for model, optimizer in zip(models, optimizers, strict=True)
+    ]
+    for parameter, mine in enumerate(states[worker]):
+        for name in [name for name, value in mine.items() if isinstance(value, Tensor) and value.dim()]:
+            others = [own[parameter][name] for k, own in enumerate(states) if k not in gone]
+            mine[name].copy_(sum(others[1:], start=others[0].clone()) / len(others))
 
 
 def _due(ends: dict[int, str], start: int, done: int, fragments: int) -> list[int]:

@@ -238,6 +238,30 @@ def test_what_a_failure_costs(times: tuple[float, ...], more: dict[str, Any], lo
     assert found.communication == pytest.approx(20)
 
 
+@pytest.mark.parametrize(
+    ("times", "more", "lost", "absent"),
+    [
+        ((), {}, 0, 0),
+        ((1.0,), {}, 10, 40),  # the others wait at 4 until 14; it would join at 101, and the run ends at 82
+        ((5.0,), {}, 12, 40),  # in the averaging, which is done again
+        ((1.0, 9.0), {}, 22, 80),  # one more while they wait: the averaging until 16 fails too
+        ((13.0,), {}, 10, 32),  # while the checkpoint is written: missed at the boundary of round 2
+        ((1.0, 2.0, 3.0), {}, 10, 120),  # one time-out for all
+        ((1.0,), {"restart_seconds": 10.0}, 15, 4),  # joins at the boundary that waited for it, at 16
+        ((1.0,), {"restart_seconds": 20.0}, 15, 8),  # at 21: at the next boundary, at 22
+        ((1.0, 18.0), {"restart_seconds": 20.0}, 30, 16),  # the second joins at 38, at the boundary after
+    ],
+)
+def test_what_a_failure_costs_members(times: tuple[float, ...], more: dict[str, Any], lost: float, absent: int) -> None:
+    """Nothing is done again but an averaging that failed. To join takes 5 s."""
+    found = by_hand(*times, **{"way": "elastic", "join_seconds": 5.0, **more})
+    assert found.lost == pytest.approx(lost)
+    assert found.total == pytest.approx(72 + lost)
+    assert found.bytes == pytest.approx(10 * 2e9)
+    assert found.failures == len(times)
+    assert (found.absent, found.last_begun, found.finished) == (absent, 1, True)
+
+
 def test_a_round_that_is_done_again_is_drawn_anew() -> None:
     """In the attempt that is kept, its slowest worker has waited for nobody."""
     steps, plan = VARIED["lognormal"], [Round(0, 5, "local")]
@@ -288,11 +312,11 @@ def test_one_long_round_is_begun_until_it_passes() -> None:
     failures = Failures(mean_seconds=8 / rate, restart_seconds=20.0)
     steps = Steps(1.0)
     closed = CostModel(steps.closed_form(8), Network(math.inf), 8, 1.0, 1.0)
-    lost = [
-        Simulation(plan, closed, Sampler(steps, 8, None, True), failures, [seed]).run().lost for seed in range(3000)
-    ]
+    runs = [Simulation(plan, closed, Sampler(steps, 8, None, True), failures, [seed]).run() for seed in range(3000)]
+    lost, begun = [run.lost for run in runs], [run.last_begun for run in runs]
     expected = math.expm1(1.5) * (100 + math.expm1(20 * rate) / rate)
     assert abs(np.mean(lost) - expected) < 4 * np.std(lost) / math.sqrt(3000)
+    assert abs(np.mean(begun) - math.exp(1.5)) < 4 * np.std(begun) / math.sqrt(3000)
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,7 @@ EVALUATED = dataclasses.replace(
     step=20,
     bytes_sent=2.0**40 + 3,
     relative_distance=1e-3,
+    largest_z=2.5,
     eval_accuracy=91.24,
     eval_top5_accuracy=99.5,
     eval_loss=0.31,
