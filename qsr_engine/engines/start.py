@@ -122,9 +122,9 @@ def members_of(qsr: QSRConfig, own: OwnGroups, agreed: Agreed, **facts: Any) -> 
     ranks = dist.get_world_size()
     if ranks != qsr.worker_size:
         raise ConfigError(
-            f"qsr.membership is 'torchft', where every worker is a job of its own, of qsr.worker_size ({qsr.worker_size}) "
-            f"ranks, and this one has {ranks}; start `qsr train RECIPE --elastic --ranks {ranks}`, or a launcher of "
-            f"{qsr.worker_size} ranks for every worker"
+            "qsr.membership is 'torchft', where every worker is a job of its own, of qsr.worker_size "
+            f"({qsr.worker_size}) ranks, and this one has {ranks}; start `qsr train RECIPE --elastic --ranks {ranks}`, or "
+            f"a launcher of {qsr.worker_size} ranks for every worker"
         )
     told = {"configuration": agreed.config, "model": agreed.model, "worker_size": qsr.worker_size, **facts}
     return Members(qsr.membership, own.inside, {key: str(value) for key, value in {**told, **versions()}.items()})

@@ -190,8 +190,8 @@ class MemberBoundary:
         if found.what == "exchange" and bad and (self._qsr.faults.not_finite == "stop" or not found.giving):
             raise BoundaryError(
                 f"after step {telling.step} the parameters are not finite (NaN or infinity) on {', '.join(bad)}, or "
-                "the buffers that are averaged with them have become so, and nothing was averaged. A lower learning rate, "
-                "a longer warm-up or gradient clipping helps against divergence"
+                "the buffers that are averaged with them have become so, and nothing was averaged. A lower learning "
+                "rate, a longer warm-up or gradient clipping helps against divergence"
             )
 
     # ------------------------------------------------------------------------------------------------- an exchange

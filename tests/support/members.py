@@ -27,10 +27,11 @@ class Cluster:
     Args:
         folder: of what members say.
         timeout: of the lighthouse, in seconds.
+        expected: workers for which all wait before their first step.
     """
 
-    def __init__(self, folder: Path, timeout: float) -> None:
-        self.folder, self.timeout, self.port = folder, timeout, free_port()
+    def __init__(self, folder: Path, timeout: float, expected: int) -> None:
+        self.folder, self.timeout, self.expected, self.port = folder, timeout, expected, free_port()
         self._lighthouse: Any = None
         self._ranks: dict[str, list[Any]] = {}
         self.light()
@@ -54,6 +55,7 @@ class Cluster:
                 **rank_environment(rank, worker_size, port),
                 "TORCHFT_LIGHTHOUSE": f"http://127.0.0.1:{self.port}",
                 "QSR_WORKER": name,
+                "QSR_EXPECTED_WORKERS": str(self.expected),
             }
             file = self.folder / f"{name}.{rank}.jsonl"
             process = CONTEXT.Process(target=_member, args=(environment, str(file), given), daemon=True)
@@ -103,8 +105,8 @@ class Cluster:
 
 
 @contextmanager
-def cluster(folder: Path, timeout: float = 2.0) -> Iterator[Cluster]:
-    made = Cluster(folder, timeout)
+def cluster(folder: Path, timeout: float = 2.0, expected: int = 1) -> Iterator[Cluster]:
+    made = Cluster(folder, timeout, expected)
     try:
         yield made
     finally:
@@ -154,6 +156,7 @@ def train(
     dies_at: int | None = None,
     freezes_at: int | None = None,
     nan_at: int | None = None,
+    dies_in: tuple[str, int] | None = None,
     seed: int = 7,
 ) -> None:
     """One rank of a worker. It says "joined", every "boundary" with a digest of what it holds, and "finished".
@@ -164,6 +167,7 @@ def train(
         seconds: that each step takes at least.
         dies_at: the step before which it is killed. freezes_at: the one before which it stops itself (SIGSTOP).
         nan_at: the step after which its parameters are not finite.
+        dies_in: ("exchange" or "commit", the step of a boundary): it is killed when it is about to.
         seed: of the model.
     """
     import torch
@@ -181,6 +185,8 @@ def train(
     else:
         engine = fsdp_engine.start_deepspeed(qsr, model, optimizer, stage)
     say("ready")
+    if dies_in is not None:
+        _die_in(engine, *dies_in)
     engine.join()
     state, rank = engine.local_steps, int(os.environ["RANK"])
     say("joined", step=state.step, round=state.round, names=engine.standing.names, digest=digest_of(engine))
@@ -217,6 +223,21 @@ def train(
     optimizer_state = digest_of_state(engine)
     say("finished", values=values, optimizer=optimizer_state)
     engine.destroy()
+
+
+def _die_in(engine: Any, what: str, step: int) -> None:
+    from qsr_engine.averaging import tentative
+    from qsr_engine.membership.quorum import Members
+
+    name, owner = {"exchange": ("add_up", tentative), "commit": ("ask", Members)}[what]
+    original = getattr(owner, name)
+
+    def dies(*given: Any) -> Any:
+        if engine.local_steps.step == step and (what == "exchange" or given[1].attempt):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*given)
+
+    setattr(owner, name, dies)
 
 
 def digest_of(engine: Any) -> str:

@@ -135,6 +135,8 @@ def simulate(
     outer: dict[str, Any] | None = None,
     fragment_of: Tensor | None = None,
     mixing: float = 0.0,
+    present: Callable[[int, int], bool] = lambda worker, round_start: True,
+    joins_fresh: bool = False,
 ) -> tuple[list[nn.Module], list[float]]:
     """Train K workers in one process.
 
@@ -163,6 +165,9 @@ def simulate(
             is averaged after floor((p + 1) H / P) steps of a round, but not before its first; all of them at the end.
         mixing: what a worker keeps of its own parameters at a boundary, but for the end: x = mixing x + (1 - mixing)
             average.
+        present: whether a worker takes part in the round that begins after so many steps. One that is absent takes no
+            step and adds nothing to the average; when it comes, it begins the round with the average of the round
+            before, and the mean of the optimizer states that were in it, or none (joins_fresh).
     Returns:
         The K models after the last boundary, and the relative distance of the workers just before each averaging.
     """
@@ -186,8 +191,9 @@ def simulate(
     differences: list[Tensor] = []  # average - x at the boundary, of every worker, while they are delayed
     apply_at = round_start = 0
     for step in range(total):
-        for worker, model in enumerate(models):
-            ranks = range(worker * worker_size, (worker + 1) * worker_size)
+        there = [worker for worker in range(workers) if present(worker, round_start)]
+        for worker in there:
+            model, ranks = models[worker], range(worker * worker_size, (worker + 1) * worker_size)
             found = []
             for rank in ranks:
                 _set_buffers(model, buffers[rank])
@@ -203,7 +209,8 @@ def simulate(
                 [[p.grad for p in _trained(model)] for model in models],
                 reduce_dtype or gradient_dtype or compute_dtype,
             )
-        for worker, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
+        for worker in there:
+            model, optimizer = models[worker], optimizers[worker]
             for parameter in _trained(model):
                 assert parameter.grad is not None
                 parameter.grad *= 1.0 / loss_scale
@@ -224,8 +231,9 @@ def simulate(
         if due:
             here = torch.isin(fragment_of, torch.tensor(due))
             own = [_flat(model) for model in models]
-            distances.append(relative_distance([x[here] for x in own]))
-            mean = sum(own[1:], start=own[0].clone()) / workers
+            given = [own[worker] for worker in there]
+            distances.append(relative_distance([x[here] for x in given]))
+            mean = sum(given[1:], start=given[0].clone()) / len(given)
             share = 0.0 if step + 1 == total else mixing
             if delay and step + 1 < total:
                 apply_at = step + 1 + delay
@@ -249,9 +257,31 @@ def simulate(
                 )
             if average_buffers:
                 _average([[b for b in own if b.is_floating_point()] for own in buffers])
+            for worker in set(range(workers)) - set(there):
+                if present(worker, round_start):
+                    _join(worker, there, models, optimizers, make_optimizer, fresh=joins_fresh)
     for worker, model in enumerate(models):
         _set_buffers(model, buffers[worker * worker_size])
     return models, distances
+
+
+def _join(
+    worker: int,
+    members: list[int],
+    models: list[nn.Module],
+    optimizers: list[torch.optim.Optimizer],
+    make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+    *,
+    fresh: bool,
+) -> None:
+    """A worker whose model is the members' average gets an optimizer with the mean of their states, or without any."""
+    optimizers[worker] = made = make_optimizer(_trained(models[worker]))
+    theirs = [[optimizers[one].state[p] for p in _trained(models[one])] for one in members]
+    for place, parameter in enumerate(_trained(models[worker])):
+        states = [of_one[place] for of_one in theirs]
+        for name in [] if fresh else states[0]:
+            values = [state[name] for state in states]
+            made.state[parameter][name] = sum(values[1:], start=values[0].clone()) / len(values)
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:
