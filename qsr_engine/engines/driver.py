@@ -28,6 +28,7 @@ from qsr_engine.config.qsr import QSRConfig
 from qsr_engine.engines.groups import OwnGroups
 from qsr_engine.engines.learning_rate import LearningRate
 from qsr_engine.engines.replica import Replica, check_state_names, make_averager
+from qsr_engine.local_steps.member import Loop
 from qsr_engine.local_steps.steps import LocalSteps
 from qsr_engine.local_steps.traffic import Traffic
 from qsr_engine.membership.quorum import Members
@@ -131,11 +132,11 @@ class Driver:
         else:
             self.local_steps.finish()
 
-    def join(self) -> None:
+    def join(self, loop: Loop | None = None) -> None:
         """Where workers come and go, take part, if this one does not yet. Raises as MemberBoundary.join()."""
         if self._member is not None and not self._member.joined:
             with self.own_parameters("join()"), self.local_steps.watchdog.busy():
-                self._member.join()
+                self._member.join(loop)
             self._stand_at(self.local_steps.step)
 
     def evaluate_the_average(self) -> None:

@@ -123,8 +123,8 @@ def members_of(qsr: QSRConfig, own: OwnGroups, agreed: Agreed, **facts: Any) -> 
     if ranks != qsr.worker_size:
         raise ConfigError(
             "qsr.membership is 'torchft', where every worker is a job of its own, of qsr.worker_size "
-            f"({qsr.worker_size}) ranks, and this one has {ranks}; start `qsr train RECIPE --elastic --ranks {ranks}`, or "
-            f"a launcher of {qsr.worker_size} ranks for every worker"
+            f"({qsr.worker_size}) ranks, and this one has {ranks}; start `qsr train RECIPE --elastic --ranks {ranks}`, "
+            f"or a launcher of {qsr.worker_size} ranks for every worker"
         )
     told = {"configuration": agreed.config, "model": agreed.model, "worker_size": qsr.worker_size, **facts}
     return Members(qsr.membership, own.inside, {key: str(value) for key, value in {**told, **versions()}.items()})

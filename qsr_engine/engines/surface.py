@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qsr_engine.checkpoint.checkpointer import Checkpointer
 from qsr_engine.engines.driver import Driver
-from qsr_engine.local_steps.member import Standing
+from qsr_engine.local_steps.member import Loop, Standing
 from qsr_engine.local_steps.steps import LocalSteps
 
 
@@ -30,16 +30,18 @@ class Surface:
         """Step, round, period and what averagings cost so far."""
         return self._driver.local_steps
 
-    def join(self) -> None:
+    def join(self, loop: Loop | None = None) -> None:
         """Where workers come and go (`qsr.membership`), take part in the run: begin it with all others, or get at their
         next boundary what members hold, their step too. Elsewhere, and again, it is harmless.
 
         Call it after load_checkpoint(), and before the first batch is chosen; else the first forward in training does.
 
+        Args:
+            loop: what the loop adds to it, such as the number of samples seen.
         Raises:
             JoinError: the members run something else.
         """
-        self._driver.join()
+        self._driver.join(loop)
 
     @property
     def standing(self) -> Standing:

@@ -36,6 +36,24 @@ log = logging.getLogger(__name__)
 _POLL = 0.3  # seconds between quorums of those who wait for others
 
 
+class Loop:
+    """What the loop that trains adds to a worker's part: facts that must be the same, and a state that who joins takes.
+
+    As it stands it adds nothing.
+    """
+
+    def facts(self) -> dict[str, str]:
+        """What must be the same on all members, in short, by what it is a fact of."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """Plain values that are the same on all members."""
+        return {}
+
+    def take(self, state: dict[str, Any]) -> None:
+        """Go on with the state() of the members that this worker joins."""
+
+
 class JoinError(BoundaryError):
     """This worker cannot join the run: its recipe, model, data, versions or size are others than the members'."""
 
@@ -80,19 +98,21 @@ class MemberBoundary:
         self._state_names = names
         self._parameters = Tentative(averager.buckets)
         self._put_rest: Callable[[], None] = lambda: None  # of the exchange that was made, beside the parameters
+        self._loop = Loop()
         self.joined = False
         self.standing = Standing()
         self.events: list[dict[str, Any]] = []  # of the run, for whoever records them, and empties this
         self.repeated = 0  # exchanges that failed
         self._waited = 0.0
 
-    def join(self) -> None:
+    def join(self, loop: Loop | None = None) -> None:
         """Take part, before the first step: begin with all others, or get what members hold at their next boundary.
 
         Raises:
             JoinError: the members run something else.
         """
         if not self.joined:
+            self._loop = loop or self._loop
             self._meet(self._telling(finite=True, squares=0.0, expected=self.members.expected))
 
     def average(self, *, squares: float, finite: bool, skipped: int, stop: bool) -> tuple[bool, Tensor | None]:
@@ -128,13 +148,14 @@ class MemberBoundary:
             members.address,
             self._rounds.step,
             self.joined,
-            members.facts,
+            {**members.facts, **self._loop.facts()},
             group=members.usable,
             finite=finite,
             squares=squares if finite else 0.0,
             count=len(self.standing.names) if self.joined else expected,
             recorder=self.standing.recorder,
             position={**self._rounds.state_dict(), **counts},
+            loop=self._loop.state(),
             **more,
         )
 
@@ -262,6 +283,7 @@ class MemberBoundary:
         elif not begins:
             position |= {"round_start": position["step"]}
         self._rounds.load_state_dict(position)
+        self._loop.take(source.loop)
 
     def _take_standing(self, exchanged: Plan, found: Plan, telling: Telling, *, begins: bool) -> None:
         names = tuple(one.name for one in found.members)

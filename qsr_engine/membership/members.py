@@ -14,7 +14,6 @@ for the second one with a failure makes all of them exchange again, with what th
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -32,7 +31,8 @@ class Telling:
     skipped: updates that it has skipped, as they overflowed. stop: it was asked to stop.
     count: members at its last boundary; 0 at the start, where `expected` says how many are waited for. settled: it has
     waited for those who are missing.
-    position: Rounds.state_dict(). recorder: it writes the records of the run.
+    position: Rounds.state_dict(), and what the run has cost. loop: what the loop that trains goes on with.
+    recorder: it writes the records of the run.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Telling:
     settled: bool = False
     recorder: bool = False
     position: dict[str, Any] = dataclasses.field(default_factory=dict)
-    more: dict[str, Any] = dataclasses.field(default_factory=dict)  # for the loop that trains
+    loop: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +113,3 @@ def _giving(current: Sequence[Telling]) -> list[Telling]:
     """
     finite = [one for one in current if one.finite]
     return finite if current[0].joined else finite[:1]
-
-
-def is_finite(squares: float) -> bool:
-    """Whether a sum of squares is of finite numbers."""
-    return math.isfinite(squares)

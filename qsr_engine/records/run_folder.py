@@ -31,6 +31,7 @@ from qsr_engine.config.strict import ConfigError
 RECIPE, METRICS, WORKERS, SUMMARY = "recipe.yaml", "metrics.jsonl", "workers.jsonl", "summary.json"
 MODEL = "model.safetensors"
 ORIGIN = "from.json"
+EVENTS = "events.jsonl"  # members that come and go
 CHECKPOINTS = "checkpoints"  # a folder
 TENSORBOARD = "tensorboard"  # likewise
 LOCK = ".lock"  # held by the process that trains
@@ -138,12 +139,14 @@ def leave_unfinished_run(path: Path) -> None:
     if not path.exists():
         return
     found = {entry.name for entry in path.iterdir() if not _BEFORE.fullmatch(entry.name)}
-    ours = {RECIPE, METRICS, WORKERS, SUMMARY, ORIGIN, CHECKPOINTS, TENSORBOARD, LOCK, MODEL, "model.tmp"}
-    ours |= {f"{name}.tmp" for name in (METRICS, WORKERS, SUMMARY, ORIGIN)}  # of a process that died while it wrote
+    ours = {RECIPE, METRICS, WORKERS, EVENTS, SUMMARY, ORIGIN, CHECKPOINTS, TENSORBOARD, LOCK, MODEL, "model.tmp"}
+    ours |= {
+        f"{name}.tmp" for name in (METRICS, WORKERS, EVENTS, SUMMARY, ORIGIN)
+    }  # of a process that died while it wrote
     strange = sorted(name for name in found - ours if not name.startswith(_EVENTS))
     if strange:
         raise ConfigError(f"{path}: this folder holds {', '.join(strange[:3])}, which no run writes; {_ANOTHER_PLACE}")
-    kept_names = (METRICS, WORKERS, SUMMARY, MODEL, TENSORBOARD)
+    kept_names = (METRICS, WORKERS, EVENTS, SUMMARY, MODEL, TENSORBOARD)
     recorded = {name for name in found if name in kept_names or name.startswith(_EVENTS)}
     if any((path / name).stat().st_size for name in recorded):
         kept = _keep_aside(path, recorded | (found & {RECIPE}))
