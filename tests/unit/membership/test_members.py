@@ -1,0 +1,99 @@
+"""What workers that come and go conclude from a quorum; no process, no torchft."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qsr_engine.membership.members import Plan, Quorum, Telling, plan
+
+FACTS = {"configuration": "1"}
+
+
+def told(name: str, step: int = 6, **more: Any) -> Telling:
+    known = {"joined": True, "facts": FACTS, "count": 2, **more}
+    return Telling(name, f"{name}:1", step, **known)
+
+
+def new(name: str, step: int = 0, **more: Any) -> Telling:
+    return told(name, step, **{"joined": False, "count": 1, **more})
+
+
+def of(*there: Telling, min_workers: int = 1) -> Plan:
+    return plan(Quorum("2", there), min_workers)
+
+
+def names(found: Plan) -> list[str]:
+    return [one.name for one in found.members]
+
+
+def test_members_at_the_same_step_average() -> None:
+    found = of(told("a"), told("b"))
+    assert (found.what, names(found), found.giving) == ("exchange", ["a", "b"], {"a", "b"})
+
+
+def test_at_the_start_all_take_over_what_the_first_one_of_the_furthest_holds() -> None:
+    found = of(new("a"), new("b", 4), new("c", 4))
+    assert (found.what, found.giving, found.source.name) == ("exchange", {"b"}, "b")
+
+
+def test_at_the_start_as_many_are_waited_for_as_were_started_until_somebody_has_no_patience_left() -> None:
+    assert of(new("a", count=2)).what == "wait"
+    assert of(new("a", count=2, settled=True)).what == "exchange"
+    assert of(new("a", count=2), new("b", count=2)).what == "exchange"
+
+
+def test_who_joins_gives_nothing_whatever_its_step() -> None:
+    found = of(told("a"), new("b", 9), told("c"), told("d", 4))
+    assert (found.what, names(found), found.giving) == ("exchange", ["a", "b", "c", "d"], {"a", "c"})
+
+
+def test_who_was_there_at_the_last_boundary_is_given_a_moment() -> None:
+    """A lighthouse that has just come back does not know of members that have not beaten yet."""
+    assert of(told("a")).what == "wait"
+    assert of(told("a"), new("b")).what == "wait"
+    assert of(told("a", settled=True)).what == "exchange"
+
+
+def test_fewer_than_min_workers_wait_and_say_for_what() -> None:
+    found = of(told("a", settled=True), min_workers=2)
+    assert found.what == "wait"
+    assert "1 of at least 2 workers" in found.why
+    assert of(told("a"), new("b"), min_workers=2).what == "wait"
+    assert of(told("a", settled=True), new("b"), min_workers=2).what == "exchange"
+
+
+def test_an_exchange_counts_where_all_who_are_there_have_its_result() -> None:
+    done = {"attempt": "1", "done": True}
+    found = of(told("a", **done), told("b", **done), new("d"))
+    assert (found.what, names(found)) == ("commit", ["a", "b"])
+    assert of(told("a", **done)).what == "commit"  # b died after it
+    assert of(told("a", **done), new("d", 0, **done)).members[1].name == "d"
+
+
+def test_an_exchange_that_failed_for_one_is_made_again_by_all() -> None:
+    found = of(told("a", attempt="1", done=True), told("b", attempt="1"), told("c", attempt="1", done=True))
+    assert (found.what, found.giving) == ("exchange", {"a", "b", "c"})
+
+
+def test_who_joins_and_failed_does_not_hold_the_members_up() -> None:
+    done = {"attempt": "1", "done": True}
+    found = of(told("a", **done), told("b", **done), new("d", attempt="1"))
+    assert (found.what, names(found)) == ("commit", ["a", "b"])
+
+
+def test_the_result_of_a_round_that_is_over_counts_no_more() -> None:
+    """c was frozen between the exchange after step 4 and its end; the others are at step 6."""
+    found = of(told("a"), told("b"), told("c", 4, attempt="1", done=True))
+    assert (found.what, found.giving) == ("exchange", {"a", "b"})
+
+
+def test_a_member_that_is_not_finite_gives_nothing() -> None:
+    assert of(told("a"), told("b", finite=False)).giving == {"a"}
+    assert of(told("a", finite=False), told("b", finite=False)).giving == frozenset()
+
+
+def test_who_runs_something_else_takes_no_part_and_does_not_count() -> None:
+    other = {"facts": {"configuration": "2"}}
+    found = of(told("a"), told("b"), new("d", **other))
+    assert names(found) == ["a", "b"]
+    assert of(told("a", settled=True), new("d", **other), min_workers=2).what == "wait"
