@@ -29,6 +29,8 @@ def plots(runs: Sequence[Run], out_dir: Path) -> list[Path]:
         drawings += [_accuracy_over_communication, _accuracy_over_steps]
     if any(waiting_percent(run.workers) for run in runs):
         drawings.append(_waiting_over_steps)
+    if any(run.members for run in runs):
+        drawings.append(_members_over_steps)
     if any(series(run, "sharpness") for run in runs):
         drawings.append(_sharpness_over_steps)
     if any(series(run, name) for run in runs for name in NORMS):
@@ -130,6 +132,25 @@ def _waiting_over_steps(runs: Sequence[Run]) -> Figure:
         panel.fill_between(steps, list(map(min, shares)), list(map(max, shares)), color=curve["c"], alpha=0.15)
     panel.set_ylim(bottom=0)
     figure.legend(loc="outside lower center", frameon=False)
+    return figure
+
+
+def _members_over_steps(runs: Sequence[Run]) -> Figure:
+    """How many workers there were, where they come and go; a cross for every averaging that failed."""
+    figure, (panel,) = _panels(runs, ["members"])
+    for index, run in enumerate(runs):
+        if not run.members:
+            continue
+        steps = [row["step"] for row in run.members] + [run.records[-1]["step"]]
+        counts = [row["members"] for row in run.members]
+        curve = _curve(index, runs)
+        panel.plot(steps, [*counts, counts[-1]], drawstyle="steps-post", **curve)
+        failed = [(row["step"], row["members"]) for row in run.members if row["event"] == "failed"]
+        if failed:
+            panel.plot(*zip(*failed, strict=True), "x", c=curve["c"])
+    panel.set_ylim(bottom=0)
+    panel.yaxis.get_major_locator().set_params(integer=True)
+    figure.legend(handles=[line for line in panel.lines if line.get_marker() != "x"], loc="outside lower center")
     return figure
 
 

@@ -4,6 +4,7 @@ recipe.yaml      the resolved recipe
 from.json        the checkpoint of another run with which this one began; not there if it began at step 0
 metrics.jsonl    one `Record` a line
 workers.jsonl    one `WorkersRecord` a line
+events.jsonl     who joined and who left, where workers come and go
 events.out.*     TensorBoard's, of the same values
 tensorboard/     those that it shows beside them: of each worker, and what was predicted
 checkpoints/

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from qsr_engine.records.records import Record, WorkersRecord
-from qsr_engine.records.run_folder import METRICS, ORIGIN, RECIPE, SUMMARY, WORKERS, stopped_at
+from qsr_engine.records.run_folder import EVENTS, METRICS, ORIGIN, RECIPE, SUMMARY, WORKERS, stopped_at
 
 
 class ReportError(RuntimeError):
@@ -37,6 +37,7 @@ class Run:
     total_steps: int
     notes: list[str] = field(default_factory=list)  # what a reader of its figures must know
     branched: bool = False  # began with a checkpoint of another run
+    members: list[dict[str, Any]] = field(default_factory=list)  # lines of events.jsonl, where workers come and go
 
 
 def read_run(path: str | Path) -> Run:
@@ -72,7 +73,28 @@ def read_run(path: str | Path) -> Run:
         times = "once" if left_out == 1 else f"{left_out} times"
         notes.append(f"a worker whose parameters were not finite was left out of an average {times}")
     notes += _slow_worker(workers)
-    return Run(name, path, label, recipe, records, workers, counts, finished, total_steps, notes, branched)
+    members = _read_events(path / EVENTS)
+    notes += _comings(members)
+    return Run(name, path, label, recipe, records, workers, counts, finished, total_steps, notes, branched, members)
+
+
+def _read_events(path: Path) -> list[dict[str, Any]]:
+    """Lines of events.jsonl; one that is torn is left out."""
+    found = []
+    for line in _read_text(path).splitlines() if path.exists() else ():
+        with suppress(ValueError, TypeError):
+            row = json.loads(line)
+            if {"step", "event", "member", "members"} <= set(row):
+                found.append(row)
+    return found
+
+
+def _comings(members: list[dict[str, Any]]) -> list[str]:
+    """A note where workers came and went after the start."""
+    counts = Counter(row["event"] for row in members if row["step"] > 0)
+    words = {"leave": "left", "join": "joined", "failed": "averagings failed and were repeated"}
+    said = [f"{counts[event]} {text}" for event, text in words.items() if counts[event]]
+    return [f"members: {', '.join(said)} (events.jsonl)"] if said else []
 
 
 def _origin(path: Path) -> list[str]:

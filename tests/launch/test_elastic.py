@@ -42,7 +42,8 @@ qsr:
   total_steps: {STEPS}
   lr: {{schedule: cosine, peak: 1e-3}}
   membership: {{way: torchft, timeout_seconds: 3}}
-logging: {{dir: "{tmp_path / "runs"}", name: run, every: 10, eval_every: 300, checkpoint_every: 100, keep_checkpoints: 2}}
+logging:
+  {{dir: "{tmp_path / "runs"}", name: run, every: 10, eval_every: 300, checkpoint_every: 100, keep_checkpoints: 2}}
 """)
     return path
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from tests.support.pool import CONTEXT, free_port, rank_environment
 
-SECONDS = 60.0  # that a test waits for anything
+SECONDS = 40.0  # that a test waits for anything
 
 
 class Cluster:
