@@ -100,6 +100,7 @@ class MemberBoundary:
         self._put_rest: Callable[[], None] = lambda: None  # of the exchange that was made, beside the parameters
         self._loop = Loop()
         self.joined = False
+        self.begun = False  # with the first step of all, and did not join others
         self.standing = Standing()
         self.events: list[dict[str, Any]] = []  # of the run, for whoever records them, and empties this
         self.repeated = 0  # exchanges that failed
@@ -168,7 +169,7 @@ class MemberBoundary:
             self._waited += time.monotonic() - asked
             found = plan(quorum, self.members.config.min_workers)
             self._check(found, telling)
-            if found.what == "commit" and telling.attempt and telling in found.members:
+            if found.what == "commit" and telling.name in {one.name for one in found.members}:
                 assert last is not None
                 self._commit(last, found, telling)
                 return dataclasses.replace(last, members=found.members)
@@ -290,6 +291,7 @@ class MemberBoundary:
         recorders = [one.name for one in found.members if one.recorder and one.name in exchanged.giving]
         recorders += [one.name for one in found.members if one.name in exchanged.giving] + list(names)
         before = set(self.standing.names)
+        self.begun = self.begun or begins
         self.joined = True
         self.standing = Standing(names, names.index(telling.name), recorders[0] == telling.name)
         if not before and not begins:  # this one joins now, and does not know who was there

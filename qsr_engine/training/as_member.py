@@ -18,7 +18,7 @@ from qsr_engine.local_steps.member import MemberBoundary
 from qsr_engine.membership.roll_call import told_to_all
 from qsr_engine.membership.signals import stops_on_signals
 from qsr_engine.records.monitor import Monitor
-from qsr_engine.records.run_folder import SUMMARY, leave_unfinished_run, lock_run_folder, open_run_folder
+from qsr_engine.records.run_folder import SUMMARY, is_finished, leave_unfinished_run, lock_run_folder, open_run_folder
 from qsr_engine.training.attendance import Attendance, Records, batch_of_worker
 from qsr_engine.training.batches import Batches
 from qsr_engine.training.figures import Clock
@@ -79,15 +79,19 @@ def train_as_member(recipe: Recipe, index: Index, *, resume: bool = False) -> di
             about=about(recipe, engine),
         )
 
-    with stops_on_signals(state.request_stop), state.watchdog.explained():
+    with state.watchdog.explained():
         engine.join(attendance)
-        with closing(Records(recipe, begin, monitor, writes=rank == 0)) as records:
-            begins = state.step == 0
-            run = make_run(recipe, engine, index, batch, batches, records, begins=begins, kind=_MemberRun)
-            assert isinstance(run, _MemberRun)
-            run.attend(member, attendance, records, client or {})
-            run.loop()
-            summary = run.finish(rank)
+    if member.begun and is_finished(recipe.run_dir, recipe.last_step):  # it was started again when all was done
+        member.members.close()
+        return None
+    records = Records(recipe, begin, monitor, writes=rank == 0)
+    with stops_on_signals(state.request_stop), state.watchdog.explained(), closing(records):
+        begins = state.step == 0
+        run = make_run(recipe, engine, index, batch, batches, records, begins=begins, kind=_MemberRun)
+        assert isinstance(run, _MemberRun)
+        run.attend(member, attendance, records, client or {})
+        run.loop()
+        summary = run.finish(rank)
     state.watchdog.close()
     member.members.close()
     return summary

@@ -28,12 +28,16 @@ def names(found: Plan) -> list[str]:
 
 def test_members_at_the_same_step_average() -> None:
     found = of(told("a"), told("b"))
-    assert (found.what, names(found), found.giving) == ("exchange", ["a", "b"], {"a", "b"})
+    assert found.what == "exchange"
+    assert names(found) == ["a", "b"]
+    assert found.giving == {"a", "b"}
 
 
 def test_at_the_start_all_take_over_what_the_first_one_of_the_furthest_holds() -> None:
     found = of(new("a"), new("b", 4), new("c", 4))
-    assert (found.what, found.giving, found.source.name) == ("exchange", {"b"}, "b")
+    assert found.what == "exchange"
+    assert found.giving == {"b"}
+    assert found.source.name == "b"
 
 
 def test_at_the_start_as_many_are_waited_for_as_were_started_until_somebody_has_no_patience_left() -> None:
@@ -44,7 +48,9 @@ def test_at_the_start_as_many_are_waited_for_as_were_started_until_somebody_has_
 
 def test_who_joins_gives_nothing_whatever_its_step() -> None:
     found = of(told("a"), new("b", 9), told("c"), told("d", 4))
-    assert (found.what, names(found), found.giving) == ("exchange", ["a", "b", "c", "d"], {"a", "c"})
+    assert found.what == "exchange"
+    assert names(found) == ["a", "b", "c", "d"]
+    assert found.giving == {"a", "c"}
 
 
 def test_who_was_there_at_the_last_boundary_is_given_a_moment() -> None:
@@ -63,28 +69,32 @@ def test_fewer_than_min_workers_wait_and_say_for_what() -> None:
 
 
 def test_an_exchange_counts_where_all_who_are_there_have_its_result() -> None:
-    done = {"attempt": "1", "done": True}
+    done: dict[str, Any] = {"attempt": "1", "done": True}
     found = of(told("a", **done), told("b", **done), new("d"))
-    assert (found.what, names(found)) == ("commit", ["a", "b"])
+    assert found.what == "commit"
+    assert names(found) == ["a", "b"]
     assert of(told("a", **done)).what == "commit"  # b died after it
     assert of(told("a", **done), new("d", 0, **done)).members[1].name == "d"
 
 
 def test_an_exchange_that_failed_for_one_is_made_again_by_all() -> None:
     found = of(told("a", attempt="1", done=True), told("b", attempt="1"), told("c", attempt="1", done=True))
-    assert (found.what, found.giving) == ("exchange", {"a", "b", "c"})
+    assert found.what == "exchange"
+    assert found.giving == {"a", "b", "c"}
 
 
 def test_who_joins_and_failed_does_not_hold_the_members_up() -> None:
-    done = {"attempt": "1", "done": True}
+    done: dict[str, Any] = {"attempt": "1", "done": True}
     found = of(told("a", **done), told("b", **done), new("d", attempt="1"))
-    assert (found.what, names(found)) == ("commit", ["a", "b"])
+    assert found.what == "commit"
+    assert names(found) == ["a", "b"]
 
 
 def test_the_result_of_a_round_that_is_over_counts_no_more() -> None:
     """c was frozen between the exchange after step 4 and its end; the others are at step 6."""
     found = of(told("a"), told("b"), told("c", 4, attempt="1", done=True))
-    assert (found.what, found.giving) == ("exchange", {"a", "b"})
+    assert found.what == "exchange"
+    assert found.giving == {"a", "b"}
 
 
 def test_a_member_that_is_not_finite_gives_nothing() -> None:
@@ -93,7 +103,7 @@ def test_a_member_that_is_not_finite_gives_nothing() -> None:
 
 
 def test_who_runs_something_else_takes_no_part_and_does_not_count() -> None:
-    other = {"facts": {"configuration": "2"}}
-    found = of(told("a"), told("b"), new("d", **other))
+    other = {"configuration": "2"}
+    found = of(told("a"), told("b"), new("d", facts=other))
     assert names(found) == ["a", "b"]
-    assert of(told("a", settled=True), new("d", **other), min_workers=2).what == "wait"
+    assert of(told("a", settled=True), new("d", facts=other), min_workers=2).what == "wait"
