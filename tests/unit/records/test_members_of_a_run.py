@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -24,7 +25,12 @@ LINES = [
 
 def write_run(folder: Path) -> Path:
     open_run_folder(folder, yaml.safe_dump({"qsr": {"strategy": "constant", "h_base": 10, "total_steps": 20}}))
-    costs = {"averagings": 1, "bytes_sent": 1, "averagings_percent": 10.0, "communication_percent": 10.0}
+    costs: dict[str, Any] = {
+        "averagings": 1,
+        "bytes_sent": 1,
+        "averagings_percent": 10.0,
+        "communication_percent": 10.0,
+    }
     with Monitor(folder, 20, tensorboard=False, stream=io.StringIO()) as monitor:
         record = Record(
             step=20,
