@@ -141,7 +141,7 @@ class MemberBoundary:
 
     # --------------------------------------------------------------------------------------------------- a meeting
 
-    def _telling(self, *, finite: bool, squares: float, expected: int = 0, **more: Any) -> Telling:
+    def _telling(self, *, finite: bool, squares: float, expected: int = 1, **more: Any) -> Telling:
         members, counted = self.members, self._costs
         counts = {name: getattr(counted, name) for name in _COUNTS}
         return Telling(
@@ -153,7 +153,7 @@ class MemberBoundary:
             group=members.usable,
             finite=finite,
             squares=squares if finite else 0.0,
-            count=len(self.standing.names) if self.joined else expected,
+            expected=expected,
             recorder=self.standing.recorder,
             position={**self._rounds.state_dict(), **counts},
             loop=self._loop.state(),
@@ -179,9 +179,8 @@ class MemberBoundary:
                 if found.why and found.why != said:
                     said = found.why
                     self._say("step %d: %s", telling.step, found.why)
-                settled = telling.settled or (not found.why and (telling.joined or time.monotonic() > patience))
-                time.sleep(self.members.moment if settled and telling.joined and not telling.settled else _POLL)
-                telling = dataclasses.replace(telling, settled=settled)
+                time.sleep(_POLL)
+                telling = dataclasses.replace(telling, impatient=time.monotonic() > patience)
             else:
                 last = found
                 done = self._exchange(quorum.key, found, telling.name)
@@ -191,7 +190,7 @@ class MemberBoundary:
         """The others go on without this worker; it joins them at their next boundary."""
         if telling.joined:
             self._say("step %d: the members went on without this worker, which joins them again", telling.step)
-        return dataclasses.replace(telling, joined=False, attempt="", done=False, settled=True)
+        return dataclasses.replace(telling, joined=False, attempt="", done=False)
 
     def _check(self, found: Plan, telling: Telling) -> None:
         """Raises JoinError or BoundaryError."""

@@ -3,7 +3,7 @@
 torchft's lighthouse gives everybody who asks at the same time the same *quorum*: who is there, each with its telling.
 So all of them draw the same conclusion, one of
 
-    wait        too few are there, or somebody who was there at the last boundary may still come: ask again
+    wait        too few are there, or before the first step somebody may still come: ask again
     exchange    average over these members; who joins adds nothing, and gets what the others get
     commit      all who took part in the last exchange, and are still there, have its result: it counts
 
@@ -29,8 +29,7 @@ class Telling:
     group: the exchange whose process group it can use again; "" for none.
     finite: whether its parameters and buffers are. squares: sum of squares of its parameters; 0 where not finite.
     skipped: updates that it has skipped, as they overflowed. stop: it was asked to stop.
-    count: members at its last boundary; 0 at the start, where `expected` says how many are waited for. settled: it has
-    waited for those who are missing.
+    expected: workers for which it waits before the first step. impatient: it has waited for long enough.
     position: Rounds.state_dict(), and what the run has cost. loop: what the loop that trains goes on with.
     recorder: it writes the records of the run.
     """
@@ -47,8 +46,8 @@ class Telling:
     squares: float = 0.0
     skipped: int = 0
     stop: bool = False
-    count: int = 0
-    settled: bool = False
+    expected: int = 1
+    impatient: bool = False
     recorder: bool = False
     position: dict[str, Any] = dataclasses.field(default_factory=dict)
     loop: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -92,9 +91,7 @@ def plan(quorum: Quorum, min_workers: int) -> Plan:
     if len(alike) < min_workers:
         here = f"{len(alike)} of at least {min_workers} workers (membership.min_workers) are there"
         return Plan("wait", alike, giving, source, f"{here}; waiting for {min_workers - len(alike)} more")
-    expected = max(one.count for one in current)
-    missing = expected - len(current if source.joined else alike)
-    if missing > 0 and not all(one.settled for one in current):
+    if not source.joined and len(alike) < source.expected and not any(one.impatient for one in alike):
         return Plan("wait", alike, giving, source)
     return Plan("exchange", alike, giving, source)
 

@@ -87,6 +87,7 @@ class Lighthouse:
         self.address, self.name, self._timeout = address, name, timeout_seconds
         self.interval = min(1.0, timeout_seconds / 20)
         self._beating, self._closed = threading.Event(), threading.Event()
+        self._returned = 0.0  # when the lighthouse was back, the last time
         try:
             self._client = self._connect()
             self._client.heartbeat(name, timedelta(seconds=timeout_seconds))
@@ -105,7 +106,7 @@ class Lighthouse:
     def _beat(self) -> None:
         """Until it is closed. A process that was frozen for so long that it has left does not beat before it asks
         again: nobody should wait for the end of its round."""
-        client = None
+        client: Any = self._connect()
         last = time.monotonic()
         while not self._closed.wait(self.interval):
             if time.monotonic() - last > self._timeout:
@@ -114,19 +115,25 @@ class Lighthouse:
             if not self._beating.is_set():
                 continue
             try:
-                client = client or self._connect()
-                client.heartbeat(self.name, timedelta(seconds=self._timeout))
+                if client is None:
+                    client = self._connect()
+                    client.heartbeat(self.name, timedelta(seconds=self._timeout))
+                    self._returned = time.monotonic()
+                else:
+                    client.heartbeat(self.name, timedelta(seconds=self._timeout))
             except Exception:  # it is down, and may come back
                 client = None
 
     def ask(self, telling: Telling, waiting: Callable[[], None]) -> Quorum:
         """The quorum of everybody who is there; while none answers, `waiting` is called twice a second.
 
-        Where the lighthouse is down, this waits until it is back, and a moment longer, so that all others beat again.
+        Where the lighthouse is down, this waits until it is back, and a moment longer: it does not know of those who
+        have not beaten since, and would let this worker go on alone.
         """
         self._beating.set()
         told = False
         while True:
+            time.sleep(max(0.0, self._returned + 3 * self.interval - time.monotonic()))
             try:
                 return _waited_for(partial(self._quorum, self._client, telling), waiting)
             except Exception as error:
@@ -149,13 +156,8 @@ class Lighthouse:
                 self._client.heartbeat(self.name, timedelta(seconds=self._timeout))
             except Exception:
                 continue
-            time.sleep(self.moment)
+            self._returned = time.monotonic()
             return
-
-    @property
-    def moment(self) -> float:
-        """Seconds in which everybody who is there has beaten."""
-        return 3 * self.interval
 
     def _quorum(self, client: Any, telling: Telling) -> Quorum:
         answer = client.quorum(
@@ -236,11 +238,6 @@ class Members:
     def expected(self) -> int:
         """Workers that a launcher has started with this one, and for which a run waits before its first step."""
         return max(self.config.min_workers, int(os.environ.get(EXPECTED, "1")))
-
-    @property
-    def moment(self) -> float:
-        """Seconds in which everybody who is there has beaten."""
-        return float(self._told(self._line.moment if self._line else 0.0))
 
     def ask(self, telling: Telling, waiting: Callable[[], None]) -> Quorum:
         """The quorum of everybody who is there, the same on all ranks of this worker."""

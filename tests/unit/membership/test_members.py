@@ -10,12 +10,12 @@ FACTS = {"configuration": "1"}
 
 
 def told(name: str, step: int = 6, **more: Any) -> Telling:
-    known = {"joined": True, "facts": FACTS, "count": 2, **more}
+    known = {"joined": True, "facts": FACTS, **more}
     return Telling(name, f"{name}:1", step, **known)
 
 
 def new(name: str, step: int = 0, **more: Any) -> Telling:
-    return told(name, step, **{"joined": False, "count": 1, **more})
+    return told(name, step, **{"joined": False, **more})
 
 
 def of(*there: Telling, min_workers: int = 1) -> Plan:
@@ -40,10 +40,11 @@ def test_at_the_start_all_take_over_what_the_first_one_of_the_furthest_holds() -
     assert found.source.name == "b"
 
 
-def test_at_the_start_as_many_are_waited_for_as_were_started_until_somebody_has_no_patience_left() -> None:
-    assert of(new("a", count=2)).what == "wait"
-    assert of(new("a", count=2, settled=True)).what == "exchange"
-    assert of(new("a", count=2), new("b", count=2)).what == "exchange"
+def test_at_the_start_as_many_are_waited_for_as_were_started_until_somebody_has_waited_enough() -> None:
+    assert of(new("a", expected=2)).what == "wait"
+    assert of(new("a", expected=2, impatient=True)).what == "exchange"
+    assert of(new("a", expected=2), new("b", expected=2)).what == "exchange"
+    assert of(told("a", expected=2)).what == "exchange"  # later on nobody is
 
 
 def test_who_joins_gives_nothing_whatever_its_step() -> None:
@@ -53,19 +54,12 @@ def test_who_joins_gives_nothing_whatever_its_step() -> None:
     assert found.giving == {"a", "c"}
 
 
-def test_who_was_there_at_the_last_boundary_is_given_a_moment() -> None:
-    """A lighthouse that has just come back does not know of members that have not beaten yet."""
-    assert of(told("a")).what == "wait"
-    assert of(told("a"), new("b")).what == "wait"
-    assert of(told("a", settled=True)).what == "exchange"
-
-
 def test_fewer_than_min_workers_wait_and_say_for_what() -> None:
-    found = of(told("a", settled=True), min_workers=2)
+    found = of(told("a"), min_workers=2)
     assert found.what == "wait"
     assert "1 of at least 2 workers" in found.why
     assert of(told("a"), new("b"), min_workers=2).what == "wait"
-    assert of(told("a", settled=True), new("b"), min_workers=2).what == "exchange"
+    assert of(told("a"), new("b"), min_workers=2).what == "exchange"
 
 
 def test_an_exchange_counts_where_all_who_are_there_have_its_result() -> None:
@@ -106,4 +100,4 @@ def test_who_runs_something_else_takes_no_part_and_does_not_count() -> None:
     other = {"configuration": "2"}
     found = of(told("a"), told("b"), new("d", facts=other))
     assert names(found) == ["a", "b"]
-    assert of(told("a", settled=True), new("d", facts=other), min_workers=2).what == "wait"
+    assert of(told("a"), new("d", facts=other), min_workers=2).what == "wait"
