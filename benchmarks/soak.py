@@ -10,12 +10,16 @@ is started again with `--resume` whenever it ends. Both have a checkpoint every 
     epochs       the ranks' parts of every epoch begun are all samples of it, each once
     checkpoints  at every moment there was a whole one once there had been one, never older than an earlier one
 
+With --elastic the workers come and go instead (benchmarks/soak_elastic.py), for so many minutes, and then the same
+recipe is trained by restarts and elastic, --against SECONDS each, with a failure every --pause seconds.
+
 Exit code 1 if one of these does not hold. The run's folder lies on a tmpfs of its own where this may be mounted (root),
 so that a full disk is a real one; without it that fault is left out, and the report says so.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import json
@@ -32,6 +36,7 @@ from pathlib import Path
 
 import psutil
 
+from benchmarks import soak_elastic
 from benchmarks.ranks import ENVIRONMENT
 from benchmarks.report import Report, parser, table
 from qsr_engine.checkpoint.find import find_alone
@@ -262,12 +267,37 @@ def shown(soak: Soak, found: dict[str, object], minutes: float, full_disk: bool)
     )
 
 
+def elastic(options: argparse.Namespace) -> int:
+    """Workers that come and go."""
+    report = Report("soak", options, ("torch", "torchft"))
+    with tempfile.TemporaryDirectory(prefix="qsr-soak-") as at:
+        folder, figures = Path(at), dict[str, object]()
+        if options.minutes:
+            found, counts = soak_elastic.soak(folder, 60 * options.minutes, options.seed)
+            report.add(soak_elastic.shown(found, counts, options.minutes))
+            figures |= {"found": found, "faults": dict(counts)}
+        if options.against:
+            write_digits(folder / "shards")
+            against = soak_elastic.against_restarts(folder, folder / "shards", options.against, options.pause)
+            report.add(soak_elastic.compared(against, options.pause))
+            figures["against"] = against
+        report.save(**figures)
+        if figures.get("found") and (found["steps taken twice"] or found["boundaries after which members differed"]):
+            return 1
+    return 0
+
+
 def main() -> int:
     made = parser(__doc__)
     made.add_argument("--minutes", type=float, default=30.0)
     made.add_argument("--seed", type=int, default=1)
     made.add_argument("--engine", choices=["deepspeed", "fsdp"], default="fsdp")
+    made.add_argument("--elastic", action="store_true", help="workers that come and go")
+    made.add_argument("--against", type=float, default=0.0, metavar="SECONDS", help="of each way; 0: leave it out")
+    made.add_argument("--pause", type=float, default=60.0, help="seconds between two failures of these")
     options = made.parse_args()
+    if options.elastic:
+        return elastic(options)
     report = Report("soak", options, ("torch", "deepspeed"))
     with tempfile.TemporaryDirectory(prefix="qsr-soak-") as at, contextlib.ExitStack() as stack:
         folder = Path(at)

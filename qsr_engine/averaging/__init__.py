@@ -28,6 +28,7 @@ This package knows tensors, modules and process groups, and no engine. Its files
     next_forward   the model whose next forward hides an averaging
     snapshot       the mean of what the buckets held some steps ago
     fragments      parts of the buckets that are averaged at steps of their own
+    tentative      the mean over a group that may break, in copies
     mixing         what a worker keeps of its own parameters
     movement       how far the buckets have moved since they were last averaged
     distance       how far the workers were from their average

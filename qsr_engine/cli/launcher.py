@@ -72,7 +72,7 @@ def _names_gpus(ranks: int | None) -> bool:
 
 
 def _deepspeed(ranks: int | None) -> list[str]:
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(_free_port())]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(free_port())]
     return [*launcher, *(["--num_gpus", str(ranks)] if ranks is not None else []), "--log_level", "error"]
 
 
@@ -81,7 +81,7 @@ def _torchrun(ranks: int | None, restarts: int) -> list[str]:
     return [*launcher, "--nproc-per-node", "auto" if ranks is None else str(ranks)]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port for rank 0's store, which listens only seconds from now.
 
     Below 32768, where Linux (ip_local_port_range) begins to give ports of its own choice to every connection and to

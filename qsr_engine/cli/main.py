@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from qsr_engine.cli import doctor, export, hosts, init, plan, report, shards, train
+from qsr_engine.cli import doctor, export, hosts, init, lighthouse, plan, report, shards, train
 from qsr_engine.cli.errors import ERROR, USAGE, CommandError, UsageError
 from qsr_engine.cli.launched import first_to_say
 from qsr_engine.config.strict import ConfigError
@@ -82,6 +82,6 @@ def _parser() -> argparse.ArgumentParser:
     # DeepSpeed's launcher puts it before the command; the rank is read from the environment.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (init, train, plan, report, export, shards, doctor, hosts):
+    for command in (init, train, plan, report, export, shards, doctor, hosts, lighthouse):
         command.add(commands)
     return parser

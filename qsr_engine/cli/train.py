@@ -44,6 +44,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
             "qsr train my.yaml --ranks 2 --set epochs=1 --set logging.name=short",
             "qsr train my.yaml --resume               # go on from the newest checkpoint",
             "DS_ACCELERATOR=cpu qsr train my.yaml --ranks 2   # without a GPU",
+            "qsr train my.yaml --elastic --ranks 3 --restarts 5   # workers that may die and join",
         ],
     )
     command.add_argument("recipe", help="YAML file")
@@ -73,7 +74,14 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         type=_count,
         default=0,
         metavar="N",
-        help="times that the run goes on from its newest checkpoint by itself when a rank has died (with torchrun)",
+        help="times that the run goes on from its newest checkpoint by itself when a rank has died (with torchrun); "
+        "with --elastic: that a worker which has died is started again, while the others train on",
+    )
+    command.add_argument(
+        "--elastic",
+        action="store_true",
+        help="every worker is a job of its own, and may die or join (qsr.membership: torchft); the ones of other hosts "
+        "meet at the lighthouse that TORCHFT_LIGHTHOUSE names",
     )
     command.set_defaults(run=run)
 
@@ -101,6 +109,8 @@ def run(args: argparse.Namespace) -> int:
         return _train_rank(recipe, index, origin, resume=args.resume or restarted())
     recipe, index = _prepare(args)
     origin = _find_origin(args, recipe)
+    if recipe.qsr.membership.elastic:
+        return _train_workers(args, recipe, index)
     if args.restarts and recipe.logging.checkpoint_every is None:
         raise ConfigError(
             f"--restarts is {args.restarts}, and logging.checkpoint_every is not given, so that a restarted run would "
@@ -129,6 +139,30 @@ def run(args: argparse.Namespace) -> int:
     return code
 
 
+def _train_workers(args: argparse.Namespace, recipe: Recipe, index: Index) -> int:
+    """The workers of this host, each a job of its own."""
+    from qsr_engine.cli.elastic import launch_workers
+    from qsr_engine.membership.quorum import LIGHTHOUSE
+
+    if args.origin is not None:
+        raise UsageError(
+            "--from is given, and the run is elastic; begin it without --from, or write membership 'fixed'"
+        )
+    alone = not os.environ.get(LIGHTHOUSE)  # else workers on other hosts may have begun the run
+    if args.resume:
+        check_unfinished(recipe.run_dir, recipe.last_step)
+    elif alone:
+        check_run_folder(recipe.run_dir)
+    if args.dry_run:
+        dry_run(args.recipe, recipe, index, args.ranks, resume=args.resume)
+        return 0
+    words = ["train", args.recipe, *overrides(args), *(["--resume"] if args.resume else [])]
+    code = launch_workers(recipe, args.ranks, words, restarts=args.restarts)
+    if code == 0 and alone and not is_finished(recipe.run_dir, recipe.last_step):
+        raise ConfigError(f"{recipe.run_dir}: the workers ended without an error, and the run is not finished")
+    return code
+
+
 def _say_what_is_left(recipe: Recipe, restarts: int) -> None:
     from qsr_engine.checkpoint.find import find_alone
     from qsr_engine.checkpoint.manifest import CheckpointError
@@ -144,6 +178,8 @@ def _prepare(args: argparse.Namespace) -> tuple[Recipe, Index]:
     """Everything that can be checked before a process group starts."""
     if args.engine is not None:
         args.set.append(f"engine={args.engine}")
+    if args.elastic:
+        args.set.append("qsr.membership.way=torchft")
     recipe = load_recipe(args.recipe, args.set)
     check_services(recipe.logging.services)
     index = read_index(recipe.data.shards, Retry(recipe.data.retries, recipe.data.retry_seconds))
@@ -175,6 +211,7 @@ def _train_rank(recipe: Recipe, index: Index, origin: Origin | None, *, resume: 
     from qsr_engine.membership.facts import AgreementError
     from qsr_engine.membership.roll_call import told_to_all
     from qsr_engine.membership.signals import StoppedError, exit_code
+    from qsr_engine.training.as_member import train_as_member
     from qsr_engine.training.loop import DivergenceError, train
     from qsr_engine.training.saving import UnsavedError
 
@@ -194,7 +231,10 @@ def _train_rank(recipe: Recipe, index: Index, origin: Origin | None, *, resume: 
         if earlier is not None:
             raise CommandError(f"not started again, since the same would happen: {earlier}")
     try:
-        train(recipe, index, resume=resume, origin=origin)
+        if recipe.qsr.membership.elastic:
+            train_as_member(recipe, index, resume=resume)
+        else:
+            train(recipe, index, resume=resume, origin=origin)
     except StoppedError as stopped:
         if rank == 0:
             print(f"qsr: {stopped}", file=sys.stderr, flush=True)

@@ -26,6 +26,7 @@ _TABLE: dict[str, frozenset[str]] = {
     "qsr.worker_size": _MACHINES,
     "qsr.on_other_workers": frozenset({"resume", "fit"}),
     "qsr.faults.": _MACHINES,
+    "qsr.membership.": _MACHINES,
     "batch.train_micro_batch_size_per_gpu": _MACHINES,
     "batch.gradient_accumulation_steps": _MACHINES,
     "batch.on_other_ranks": _MACHINES,

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from qsr_engine.config.membership import MembershipConfig
 from qsr_engine.config.strict import Count, NonNegative, Positive, PositiveInt, StrictModel
 
 
@@ -242,6 +243,8 @@ class QSRConfig(StrictModel):
     """where a checkpoint of another number of workers is loaded: every worker's optimizer starts from the `mean` of the
     saved states, or `fresh`"""
     faults: FaultsConfig = FaultsConfig()
+    membership: MembershipConfig = MembershipConfig()
+    """`fixed` or `torchft`, or a block"""
 
     @property
     def period_warmup_steps(self) -> int:
@@ -259,6 +262,8 @@ class QSRConfig(StrictModel):
             )
         _check_faults(self)
         _check_strategy(self)
+        if self.membership.elastic:
+            _check_membership(self)
         _check_periods(self)
         _check_steps(self)
         return self
@@ -299,6 +304,43 @@ def _check_faults(qsr: QSRConfig) -> None:
             "faults.outlier is set and averaging.overlap is 'delayed', where a worker goes on from its own parameters "
             "until the average comes; write outlier null, or the overlap 'none' or 'next_forward'"
         )
+
+
+def _check_membership(qsr: QSRConfig) -> None:
+    """Refuse what workers that come and go cannot do, or what was not built for them."""
+    averaging, plain = qsr.averaging, AveragingConfig()
+    if qsr.strategy == "parallel" or (qsr.strategy == "post_local" and qsr.switch_step):
+        until = "" if qsr.strategy == "parallel" else f" before its switch_step ({qsr.switch_step})"
+        raise ValueError(
+            f"membership is 'torchft', and strategy {qsr.strategy!r} averages gradients at every step{until}, where "
+            "every death would be waited for; write a strategy of local steps such as 'qsr', or membership 'fixed'"
+        )
+    if qsr.lr is None:
+        raise ValueError(
+            "membership is 'torchft' and there is no lr block: who joins cannot know where another's scheduler stands; "
+            "write qsr.lr, a function of the step"
+        )
+    if qsr.faults.outlier is not None:
+        raise ValueError(
+            "faults.outlier is given and membership is 'torchft': members do not exchange how far each has moved; "
+            "leave it out, or write membership 'fixed'"
+        )
+    for key, why in _NOT_OF_MEMBERS.items():
+        if getattr(averaging, key) not in (getattr(plain, key), False):
+            raise ValueError(
+                f"averaging.{key} is {getattr(averaging, key)!r} and membership is 'torchft': {why}; leave it out, or "
+                "write membership 'fixed'"
+            )
+
+
+_NOT_OF_MEMBERS = {  # keys of averaging, and why not
+    "two_level": "members are averaged over gloo in one ring, wherever they are",
+    "wire_dtype": "members are averaged in fp32, since who joins does not know what differences start from",
+    "overlap": "an exchange that fails is repeated at the boundary, before anybody goes on",
+    "fragments": "members meet at the end of a round only",
+    "mixing": "who joins takes over what all members hold after a boundary",
+    "cuda_graph": "a graph holds the addresses of a group, and the group of the members changes",
+}
 
 
 def _check_strategy(qsr: QSRConfig) -> None:

@@ -28,8 +28,10 @@ from qsr_engine.config.qsr import QSRConfig
 from qsr_engine.engines.groups import OwnGroups
 from qsr_engine.engines.learning_rate import LearningRate
 from qsr_engine.engines.replica import Replica, check_state_names, make_averager
+from qsr_engine.local_steps.member import Loop
 from qsr_engine.local_steps.steps import LocalSteps
 from qsr_engine.local_steps.traffic import Traffic
+from qsr_engine.membership.quorum import Members
 from qsr_engine.membership.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -42,12 +44,14 @@ class Place:
     Args:
         own: the groups of the averaging.
         worker, workers: number of this rank's worker, and how many there are, as checkpoints count them: under
-            `parallel` all ranks are one.
+            `parallel` all ranks are one, and so are those of a member.
+        members: the other workers, where they come and go; None where all ranks are in one process group.
     """
 
     own: OwnGroups
     worker: int
     workers: int
+    members: Members | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +73,7 @@ class Driver:
         parallel_bytes: that leave a worker at one step of `parallel`.
         hidden: whether the framework averages gradients beside compute, where seconds cannot be told apart.
         record: writes (tag, value) pairs of a boundary to the framework's monitor.
+        stand_at: lets the engine stand after so many steps, with which it joins the other members.
     """
 
     def __init__(
@@ -82,6 +87,7 @@ class Driver:
         parallel_bytes: int,
         hidden: bool,
         record: Callable[[Mapping[str, float]], None],
+        stand_at: Callable[[int], None],
     ) -> None:
         check_state_names(qsr.averaging.state, replica)
         own = place.own
@@ -103,7 +109,9 @@ class Driver:
             traffic=traffic,
             watchdog=watchdog,
             everybody=own.everybody,
+            members=place.members,
         )
+        self._member, self._stand_at = self.local_steps.boundary.member, stand_at
         self.learning_rate = LearningRate(replica.optimizer, self.local_steps)
         self.replica = replica
         self._gradient_bytes: int | None = None  # that leave the worker where gradients are averaged, once known
@@ -118,10 +126,18 @@ class Driver:
     def begin_forward(self, *, training: bool) -> None:
         """The model's forward begins. Raises LostRankError."""
         if training:
+            self.join()
             self.end_evaluation()  # some loops set `training` themselves, and call no train()
             self.local_steps.begin_forward()
         else:
             self.local_steps.finish()
+
+    def join(self, loop: Loop | None = None) -> None:
+        """Where workers come and go, take part, if this one does not yet. Raises as MemberBoundary.join()."""
+        if self._member is not None and not self._member.joined:
+            with self.own_parameters("join()"), self.local_steps.watchdog.busy():
+                self._member.join(loop)
+            self._stand_at(self.local_steps.step)
 
     def evaluate_the_average(self) -> None:
         """From now on begin_evaluation() enters LocalSteps.averaged(), and every rank must call it."""
@@ -208,7 +224,10 @@ class Driver:
         if done.skipped:
             self._note_skipped(done)
         self._measure(done)
+        step = state.step + 1
         boundary = state.advance()
+        if state.step != step:  # it was behind the other members, and stands where they do
+            self._stand_at(state.step)
         self.learning_rate.set()
         if boundary:
             self._record_boundary()
@@ -299,4 +318,6 @@ class Driver:
         self.closed = True
         self._evaluation = None  # nobody reads the model any more
         self.local_steps.watchdog.close()
+        if self.place.members is not None:
+            self.place.members.close()
         self.local_steps.averager.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import inspect
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -88,9 +89,19 @@ class Replica(Averaged, abc.ABC):
     def all_buffers(self) -> list[Tensor]:
         return list(self.module.buffers())
 
-    def state(self, name: str) -> list[Tensor | None]:
+    def state(self, name: str) -> list[Any]:
         states = self.optimizer.state
         return [states[master].get(name) if master in states else None for master in self.masters()]
+
+    def groups(self) -> list[dict[str, Any]]:
+        return list(self.optimizer.param_groups)
+
+    def put_state(self, place: int, name: str, value: Any) -> None:
+        self.optimizer.state[self.masters()[place]][name] = value
+
+    def frozen(self) -> list[Tensor]:
+        untrained = (parameter for parameter in self.module.parameters() if not parameter.requires_grad)
+        return [getattr(parameter, "ds_tensor", parameter).detach() for parameter in untrained]
 
     def state_to_average(self, name: str) -> list[Tensor]:
         return [

@@ -13,8 +13,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from qsr_engine.config.digest import digest
+from qsr_engine.config.qsr import QSRConfig
 from qsr_engine.config.strict import ConfigError
+from qsr_engine.engines.groups import OwnGroups
 from qsr_engine.membership.facts import check_agreement
+from qsr_engine.membership.quorum import Members
 from qsr_engine.membership.roll_call import roll_call
 from qsr_engine.membership.versions import versions
 
@@ -104,6 +107,27 @@ def _plain(group: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a parameter group that are numbers, words or tuples of such."""
     given = {key: value for key, value in group.items() if key not in ("params", "lr", "initial_lr")}
     return {key: value for key, value in given.items() if isinstance(value, (bool, int, float, str, tuple))}
+
+
+def members_of(qsr: QSRConfig, own: OwnGroups, agreed: Agreed, **facts: Any) -> Members | None:
+    """The other workers, where they come and go; None where all are in this process group.
+
+    Args:
+        facts: more of what must be the same on all members.
+    Raises:
+        ConfigError: there is no torchft, no lighthouse, or more than one worker in this process group.
+    """
+    if not qsr.membership.elastic:
+        return None
+    ranks = dist.get_world_size()
+    if ranks != qsr.worker_size:
+        raise ConfigError(
+            "qsr.membership is 'torchft', where every worker is a job of its own, of qsr.worker_size "
+            f"({qsr.worker_size}) ranks, and this one has {ranks}; start `qsr train RECIPE --elastic --ranks {ranks}`, "
+            f"or a launcher of {qsr.worker_size} ranks for every worker"
+        )
+    told = {"configuration": agreed.config, "model": agreed.model, "worker_size": qsr.worker_size, **facts}
+    return Members(qsr.membership, own.inside, {key: str(value) for key, value in {**told, **versions()}.items()})
 
 
 def order_label(facts: Mapping[str, Any]) -> str:

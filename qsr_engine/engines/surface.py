@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qsr_engine.checkpoint.checkpointer import Checkpointer
 from qsr_engine.engines.driver import Driver
+from qsr_engine.local_steps.member import Loop, Standing
 from qsr_engine.local_steps.steps import LocalSteps
 
 
@@ -19,11 +20,40 @@ class Surface:
 
     _driver: Driver
     _checkpointer: Checkpointer
+    micro_steps: int
+    gradient_accumulation_steps: Callable[[], int]
+    begin_at: Callable[[int], None]
+    _go_on: Callable[[], None]
 
     @property
     def local_steps(self) -> LocalSteps:
         """Step, round, period and what averagings cost so far."""
         return self._driver.local_steps
+
+    def join(self, loop: Loop | None = None) -> None:
+        """Where workers come and go (`qsr.membership`), take part in the run: begin it with all others, or get at their
+        next boundary what members hold, their step too. Elsewhere, and again, it is harmless.
+
+        Call it after load_checkpoint(), and before the first batch is chosen; else the first forward in training does.
+
+        Args:
+            loop: what the loop adds to it, such as the number of samples seen.
+        Raises:
+            JoinError: the members run something else.
+        """
+        self._driver.join(loop)
+
+    @property
+    def standing(self) -> Standing:
+        """Who is there since the last boundary, where workers come and go; elsewhere nobody else is."""
+        member = self.local_steps.boundary.member
+        return Standing() if member is None else member.standing
+
+    def _stand_at(self, step: int) -> None:
+        """So many steps have been taken, by other members."""
+        self.begin_at(step)
+        self.micro_steps = step * self.gradient_accumulation_steps()
+        self._go_on()
 
     @property
     def seconds_averaging(self) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,8 +34,8 @@ class Averaged:
         """Every buffer of the module, also those that are not floating point."""
         return []
 
-    def state(self, name: str) -> list[Tensor | None]:
-        """The optimizer's state of this name, for each master; None where it has none (yet)."""
+    def state(self, name: str) -> list[Any]:
+        """The optimizer's state of this name, for each master: a tensor or a number; None where it has none (yet)."""
         return []
 
     def state_to_average(self, name: str) -> list[Tensor]:
@@ -48,6 +49,21 @@ class Averaged:
     def state_tensors(self) -> Iterator[tuple[int, str, Tensor]]:
         """(number of the master, name, value) of the state that has a master's shape, which workers can average."""
         return iter(())
+
+    def masters(self) -> list[Tensor]:
+        """What the optimizer updates."""
+        return []
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups of parameters, with their options."""
+        return []
+
+    def put_state(self, place: int, name: str, value: Any) -> None:
+        """Let the optimizer have this state for a master, of the shape that the master has here, or a number."""
+
+    def frozen(self) -> list[Tensor]:
+        """This rank's part of the parameters that are not trained."""
+        return []
 
     def refresh(self) -> None:
         """The masters have changed: bring what derives from them up to date. Collective inside the worker."""
@@ -170,6 +186,19 @@ class Buffers:
             for tensor, mean in zip(tensors, exact, strict=True):
                 tensor.copy_(mean)
         return sent if buffers and dist.get_world_size(self._everybody) > self._worker_size else 0
+
+    @torch.no_grad()
+    def inside_mean(self) -> list[tuple[Tensor, Tensor]]:
+        """(its mean over the ranks of this worker alone, in fp64 on the CPU; the buffer) of those that are averaged."""
+        buffers, found = self._tensors(), []
+        ranks = dist.get_world_size(self._everybody)
+        for buffer in buffers:
+            exact = buffer.to(torch.float64, copy=True).contiguous()
+            if ranks > 1:
+                dist.all_reduce(exact, group=self._everybody)
+                exact /= ranks
+            found.append((exact.cpu(), buffer))
+        return found
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:

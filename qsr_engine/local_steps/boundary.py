@@ -15,6 +15,8 @@ With `averaging.fragments` a boundary is one of some fragments of the parameters
 Buffers and optimizer state are averaged at the end of a round. Where the run ends, a round is cut, or a worker is left
 out, the boundary is one of all fragments; in the first two cases, without mixing.
 
+Where workers are members that come and go, a boundary is one of `member.py`.
+
 `averaged()` shows the average at any step, to an evaluation or a checkpoint, and changes nothing.
 """
 
@@ -32,9 +34,11 @@ from qsr_engine.local_steps.averaged import Averaged, Buffers, OptimizerState
 from qsr_engine.local_steps.costs import Costs
 from qsr_engine.local_steps.header import Purpose
 from qsr_engine.local_steps.meeting import Meeting
+from qsr_engine.local_steps.member import MemberBoundary
 from qsr_engine.local_steps.rounds import Rounds
 from qsr_engine.local_steps.stopwatch import Stopwatch
 from qsr_engine.local_steps.traffic import Traffic
+from qsr_engine.membership.quorum import Members
 from qsr_engine.membership.watchdog import LostRankError, Watchdog
 
 
@@ -46,6 +50,7 @@ class Boundary:
         digest: of the configuration; it travels in the header.
         everybody: a group of all ranks, for headers and buffers.
         traffic: what leaves this rank's worker.
+        members: the other workers, where they come and go; all ranks are then those of this worker.
     """
 
     def __init__(
@@ -58,6 +63,7 @@ class Boundary:
         watchdog: Watchdog,
         everybody: Group,
         traffic: Traffic,
+        members: Members | None = None,
     ) -> None:
         self.averager = averager
         self._rounds, self._costs, self._replica, self._traffic = rounds, costs, replica, traffic
@@ -76,6 +82,11 @@ class Boundary:
         self._due = False  # a delayed averaging that begins with the next forward
         self._averaging = Stopwatch(averager.home)
         self._apply_at: int | None = None  # the step after which a delayed averaging takes effect
+        self.member: MemberBoundary | None = None
+        if members is not None:
+            self.member = MemberBoundary(
+                rounds, costs, averager, replica, self.buffers, members, everybody, watchdog.moved
+            )
 
     @property
     def asked_to_stop(self) -> bool:
@@ -106,16 +117,20 @@ class Boundary:
         """Whether the average of an earlier step is still to take effect."""
         return self._apply_at is not None
 
-    def average(self, fragments: Collection[int], purpose: Purpose = Purpose.BOUNDARY, *, whole: bool = False) -> None:
+    def average(self, fragments: Collection[int], purpose: Purpose = Purpose.BOUNDARY, *, whole: bool = False) -> bool:
         """Average, or begin to, after a local step.
 
         Args:
             fragments: of the parameters.
             whole: these are all, and nothing is mixed: with this step the run ends, or a round before its time.
+        Returns:
+            Whether this worker stands elsewhere now: it was behind the other members, and begins their next round.
         Raises:
             BoundaryError: on every rank, as exchange_headers() says; nothing was averaged.
             CollectiveError: a collective failed or timed out; LostRankError, which is one, where ranks are lost.
         """
+        if self.member is not None:
+            return self._average_as_member(self.member, purpose)
         options, everything = self._qsr.averaging, tuple(self.averager.fragments)
         with self._timed():
             self.averager.step = self._rounds.step
@@ -132,6 +147,17 @@ class Boundary:
             elif overlap == "none" or not self.averager.start(left_out, self._fragments, self._mixing):
                 self.averager.average(left_out, self._fragments, self._mixing)
                 self._averaged()
+        return False
+
+    def _average_as_member(self, member: MemberBoundary, purpose: Purpose) -> bool:
+        with self._timed():
+            self.averager.step = self._rounds.step
+            met, finite = self._meeting.inside_worker(purpose, member.members.agree)
+            elsewhere, self._distance = member.average(
+                squares=met.squares, finite=finite, skipped=met.skipped // self._qsr.worker_size, stop=met.stop
+            )
+            self._costs.seconds_waiting += member.seconds_waited()
+        return elsewhere
 
     def _average_the_rest(self, left_out: LeftOut) -> None:
         """Buffers and optimizer state."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -62,9 +62,7 @@ class Meeting:
             BoundaryError: on every rank, as exchange_headers() says.
         """
         qsr, everything = self._rounds.qsr, self._averager.fragments
-        squares, diverged = self._averager.sum_of_squares(fragments), self._buffers.have_diverged()
-        if diverged is not None:  # they would spread, though the parameters are finite
-            squares = squares.masked_fill(diverged.to(squares.device), math.nan)
+        squares = self._squares(fragments)
         if self._may_leave_out and (others := set(everything) - set(fragments)):
             unseen = ~self._averager.sum_of_squares(others).isfinite()
             squares = squares.masked_fill(unseen.to(squares.device), math.nan)
@@ -107,6 +105,21 @@ class Meeting:
             shares = ", ".join(f"{worker} to {100 * share:.3g} %" for worker, share in far.items())
             self._warn("workers moved too far for ones among the others, and their movement was clipped: %s", shares)
         return far
+
+    def inside_worker(self, purpose: Purpose, agree: Callable[[bool], bool]) -> tuple[Met, bool]:
+        """What the ranks of this worker tell one another, where it meets others as a member; and whether all that they
+        hold is finite. `agree` tells whether something is so on all of them. Raises as exchange()."""
+        squares = self._squares(self._averager.fragments)
+        finite = agree(bool(squares.isfinite()))
+        met = self.exchange(purpose, squares if finite else 0.0)
+        self.asked_to_stop = met.stop and (self._rounds.at_end or self._rounds.on_boundary)
+        return met, finite
+
+    def _squares(self, fragments: Collection[int]) -> torch.Tensor:
+        """The sum of squares of what this rank holds; NaN too where its buffers have diverged, which would spread
+        though the parameters are finite."""
+        squares, diverged = self._averager.sum_of_squares(fragments), self._buffers.have_diverged()
+        return squares if diverged is None else squares.masked_fill(diverged.to(squares.device), math.nan)
 
     def exchange(self, purpose: Purpose, squares: torch.Tensor | float = 0.0, **options: Any) -> Met:
         """Raises BoundaryError on every rank, as exchange_headers() says."""

@@ -26,6 +26,7 @@ from qsr_engine.local_steps.costs import Costs
 from qsr_engine.local_steps.header import Purpose
 from qsr_engine.local_steps.rounds import Rounds, with_a_new_round
 from qsr_engine.local_steps.traffic import Traffic, bytes_percent
+from qsr_engine.membership.quorum import Members
 from qsr_engine.membership.watchdog import Watchdog
 from qsr_engine.schedule import Mode
 
@@ -41,6 +42,7 @@ class LocalSteps:
         traffic: what leaves this rank's worker; without it, what the averager of this rank sends.
         watchdog: tells lost ranks and requests to stop; without one, this process is by itself.
         everybody: a group of all ranks, for headers and buffers.
+        members: the other workers, where they come and go.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class LocalSteps:
         traffic: Traffic | None = None,
         watchdog: Watchdog | None = None,
         everybody: Group = None,
+        members: Members | None = None,
     ) -> None:
         replica = replica or Averaged()
         self.qsr, self.averager = qsr, averager
@@ -63,7 +66,9 @@ class LocalSteps:
             each = tuple(averager.bytes_of(fragment) for fragment in averager.fragments)
             traffic = Traffic(averaging=averager.bytes_per_averaging, fragments=each)
         self.traffic = traffic
-        self.boundary = Boundary(self.rounds, self._costs, averager, replica, digest, self.watchdog, everybody, traffic)
+        self.boundary = Boundary(
+            self.rounds, self._costs, averager, replica, digest, self.watchdog, everybody, traffic, members
+        )
         self._stands = False  # all ranks do, after the same step, because one was asked to stop
 
     # -------------------------------------------------------------------------------------------- what users read
@@ -248,10 +253,9 @@ class LocalSteps:
     def _end_round(self, purpose: Purpose) -> None:
         """All steps of the round have been taken."""
         rounds, mode = self.rounds, self.mode
-        if mode == "local":
-            self.boundary.average(rounds.due, purpose, whole=rounds.ends_whole)
+        elsewhere = mode == "local" and self.boundary.average(rounds.due, purpose, whole=rounds.ends_whole)
         self.costs.averagings += 1
-        if not rounds.finished:
+        if not rounds.finished and not elsewhere:
             rounds.begin_next()
             if mode == "parallel" and rounds.mode == "local":
                 self.averager.begin_local()

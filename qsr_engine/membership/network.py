@@ -87,7 +87,7 @@ def addresses(backend: str, master: str) -> list[str]:
         # The loopback is among what `^docker` leaves; NCCL takes it only where there is nothing else.
         named = matching(pattern, [name for name in there if there[name]]) if pattern else []
         beyond = [name for name in named if not _is_loopback(there[name][0])]
-        found += [there[name][0] for name in (beyond or named)[:1]] or [_address_on_the_way_to(master)]
+        found += [there[name][0] for name in (beyond or named)[:1]] or [address_on_the_way_to(master)]
     return list(dict.fromkeys(found))
 
 
@@ -105,7 +105,8 @@ def _address_of_own_name() -> str:
     return "127.0.0.1"
 
 
-def _address_on_the_way_to(master: str) -> str:
+def address_on_the_way_to(master: str) -> str:
+    """The address of this host from which another one is reached. Raises OSError where it has no way to it."""
     family, kind, _, _, where = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:
         probe.connect(where)  # of a datagram socket: the system chooses the way, and nothing is sent

@@ -77,7 +77,16 @@ def read_run(path: str | Path) -> Run:
             notes.append(f"{what} {'once' if count == 1 else f'{count} times'}")
     notes += _slow_worker(workers)
     events = read_events(path / EVENTS)
+    notes += _comings(events)
     return Run(name, path, label, recipe, records, workers, counts, finished, total_steps, notes, branched, events)
+
+
+def _comings(events: Sequence[MemberEvent]) -> list[str]:
+    """A note where workers came and went after the start."""
+    found = Counter(event.event for event in events if event.step > 0)
+    words = {"leave": "left", "join": "joined", "failed": "averagings failed and were repeated"}
+    said = [f"{found[event]} {text}" for event, text in words.items() if found[event]]
+    return [f"members: {', '.join(said)} (events.jsonl)"] if said else []
 
 
 def _origin(path: Path) -> list[str]:

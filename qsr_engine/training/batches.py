@@ -38,20 +38,39 @@ class Batches:
     def __init__(
         self, recipe: Recipe, index: Index, batch: Batch, device: torch.device, *, step: int, clock: Clock
     ) -> None:
-        place = {"rank": dist.get_rank(), "ranks": dist.get_world_size(), "batch_size": batch.micro}
+        self._recipe, self._index, self._micro = recipe, index, batch.micro
+        self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
         self._own = self._loader = None
         if recipe.data.loader is None:
-            self._loader = TrainLoader(recipe.data.shards, index, recipe.data, seed=recipe.seed, **place)
+            self._loader = TrainLoader(recipe.data.shards, index, recipe.data, seed=recipe.seed, **self._place())
         else:
-            self._own = _own_loader(recipe, index, place, device)
+            self._own = _own_loader(recipe, index, self._place(), device)
         self._device, self.clock = device, clock
         self._normalise = Normalise(device, DTYPES[recipe.precision.dtype])
         scores = scores_of(recipe.model, index.class_count)
         self._mixup = MixUp(recipe.data.mixup, scores) if recipe.data.mixup > 0 else None
-        self._together = batch.micro * dist.get_world_size()  # samples of all ranks in a micro-batch
+        self._together = batch.micro * self._ranks  # samples of all ranks in a micro-batch
         self._stream: Iterator[ImageBatch] | None = None
         self.images_seen = step * batch.train  # training samples of all ranks, also other ranks before a resumption
         self.skipped: set[str] = set()  # bad samples of this rank
+
+    def _place(self) -> dict[str, int]:
+        return {"rank": self._rank, "ranks": self._ranks, "batch_size": self._micro}
+
+    def take_place(self, rank: int, ranks: int) -> None:
+        """From the next micro-batch on this is one of other ranks, as after a resumption with so many of them."""
+        if (rank, ranks) == (self._rank, self._ranks) or self._loader is None:
+            return
+        self._rank, self._ranks, self._together = rank, ranks, self._micro * ranks
+        place = self._place()
+        self._loader = TrainLoader(
+            self._recipe.data.shards, self._index, self._recipe.data, seed=self._recipe.seed, **place
+        )
+        if self._stream is not None:
+            close = getattr(self._stream, "close", None)
+            if close is not None:
+                close()
+            self._stream = None
 
     def state_dict(self) -> dict[str, Any]:
         state = {"images_seen": self.images_seen, "skipped_samples": sorted(self.skipped)}

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from qsr_engine.averaging import all_gather_flat
 from qsr_engine.config.qsr import QSRConfig
-from qsr_engine.records.monitor import Monitor
 from qsr_engine.records.records import Record, WorkersRecord
 from qsr_engine.schedule import learning_rate, rounds
 from qsr_engine.training.from_recipe import Engine
@@ -52,10 +51,11 @@ class Figures:
     """Collects what happens and tells the monitor.
 
     Args:
+        monitor: records.monitor.Monitor, or what can do the same.
         batch: samples of a step, over all ranks.
     """
 
-    def __init__(self, engine: Engine, clock: Clock, monitor: Monitor, batch: int) -> None:
+    def __init__(self, engine: Engine, clock: Clock, monitor: Any, batch: int) -> None:
         self._engine, self._clock, self._monitor, self._batch = engine, clock, monitor, batch
         # Of every micro-batch its loss and its accuracy in %, on the device.
         self._seen: list[Tensor] = []  # since the last record
@@ -92,6 +92,10 @@ class Figures:
         since = state.get("since_told", (0.0, 0.0, 0.0))
         self._told = tuple(value - before for value, before in zip(self._seconds(), since, strict=True))
         self._told_step, self.train_accuracy = state.get("told_step", now), state.get("train_accuracy")
+
+    def begin_at(self, images_seen: int) -> None:
+        """Records begin here, after so many images of all ranks: others have told what was before."""
+        self._logged = (self._engine.local_steps.step, self._clock.training(), self._clock.data, images_seen)
 
     def add(self, loss: Tensor, outputs: Any, labels: Tensor) -> None:
         """One micro-batch: its mean loss, what the model gave, and its labels; nothing waits for the device here."""

@@ -105,9 +105,9 @@ def train(recipe: Recipe, index: Index, *, resume: bool = False, origin: Origin 
         enabled=rank == 0,
         from_step=step,
         origin=asdict(origin) if origin and begins else None,
-        about=_about(recipe, engine) if rank == 0 else None,
+        about=about(recipe, engine) if rank == 0 else None,
     ) as monitor:
-        run = _make_run(recipe, engine, index, batch, batches, monitor, begins=begins)
+        run = make_run(recipe, engine, index, batch, batches, monitor, begins=begins)
         run.load_state_dict(client)
         with stops_on_signals(engine.local_steps.request_stop), watchdog.explained():
             run.loop()
@@ -166,21 +166,33 @@ def make_model(recipe: Recipe, index: Index) -> tuple[nn.Module, Index]:
 def _start_engine(recipe: Recipe, index: Index, batch: Batch, model: nn.Module, origin: Origin | None) -> Engine:
     """The recipe's engine, in which all ranks have met and agreed on recipe, data and what the run begins with."""
     engine = make_engine(recipe, batch, model)
-    facts = {"recipe": _shared(recipe), "data": index.digest(), "from": origin and origin.agreed}
+    facts = {"recipe": shared(recipe), "data": index.digest(), "from": origin and origin.agreed}
     check_agreement(facts, engine.device)
     return engine
 
 
-def _make_run(
-    recipe: Recipe, engine: Engine, index: Index, batch: Batch, batches: Batches, monitor: Monitor, *, begins: bool
+def make_run(
+    recipe: Recipe,
+    engine: Engine,
+    index: Index,
+    batch: Batch,
+    batches: Batches,
+    monitor: Any,
+    *,
+    begins: bool,
+    kind: type[_Run] | None = None,
 ) -> _Run:
-    """The run from the engine's step on."""
+    """The run from the engine's step on.
+
+    Args:
+        monitor: a Monitor, or what can do the same.
+    """
     state, clock = engine.local_steps, batches.clock
     model_is_read: ModelIsRead = nullcontext
     if recipe.batch_norm is not None:
         model_is_read = partial(of_averaged_model, recipe, engine, index, state.watchdog.moved)
     engine.while_model_is_read(model_is_read)
-    return _Run(
+    return (kind or _Run)(
         recipe,
         engine,
         batches,
@@ -194,12 +206,12 @@ def _make_run(
     )
 
 
-def _about(recipe: Recipe, engine: Engine) -> About:
+def about(recipe: Recipe, engine: Engine) -> About:
     points = predicted(engine.local_steps.qsr)
     return About(recipe.model_dump(mode="json", exclude_none=True), dump_recipe(recipe), points)
 
 
-def _shared(recipe: Recipe) -> dict[str, Any]:
+def shared(recipe: Recipe) -> dict[str, Any]:
     """The part of a recipe that must be the same on every rank; hosts may keep shards and runs in other places."""
     return recipe.model_dump(exclude={"data": {"shards", "cache_dir", "cache_gb"}, "logging": {"dir"}})
 
@@ -221,7 +233,7 @@ class _Run:
         evaluation: Evaluation,
         figures: Figures,
         clock: Clock,
-        monitor: Monitor,
+        monitor: Any,
         *,
         accumulation: int,
         data: str,
@@ -271,16 +283,15 @@ class _Run:
             if boundary and (due or ended):
                 self.figures.log_workers(len(self.batches.skipped), due=due)
             evaluated: dict[str, Any] = {}
-            if ended or _is_due(logging.eval_every, state.step):
+            if ended or self._is_due(logging.eval_every, boundary=boundary):
                 evaluated = self._evaluate()
             if self._will_log(state.step):
                 self._log(**before, **evaluated)
             why = "the run was asked to stop" if state.stopping else None
             if ended:
                 why = f"the run stops at step {last_step} (stop_at_step)"
-            if not state.finished and (why or _is_due(logging.checkpoint_every, state.step)):
-                with self.clock.paused(), self._monitor.phase("saving", state.step):
-                    self.checkpoints.save(self.state_dict(), stopping=why)
+            if not state.finished and (why or self._is_due(logging.checkpoint_every, boundary=boundary)):
+                self._save(why)
             if ended:
                 return
             if state.stopping:
@@ -288,6 +299,15 @@ class _Run:
                     f"{self.recipe.run_dir}: the run was asked to stop, and has stopped after step {state.step} of "
                     f"{state.qsr.total_steps}; it goes on with `--resume`"
                 )
+
+    def _save(self, why: str | None) -> None:
+        """Write a checkpoint; `why` the run ends with it, if it does."""
+        with self.clock.paused(), self._monitor.phase("saving", self.engine.local_steps.step):
+            self.checkpoints.save(self.state_dict(), stopping=why)
+
+    def _is_due(self, every: int | None, *, boundary: bool) -> bool:
+        """Whether that which comes every so many steps comes after the step that was taken last."""
+        return _is_due(every, self.engine.local_steps.step)
 
     def _will_log(self, step: int) -> bool:
         """Whether there is a record of a step: every evaluation has one, and a run ends with one."""

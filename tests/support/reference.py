@@ -137,6 +137,8 @@ def simulate(
     mixing: float = 0.0,
     outlier: dict[str, Any] | None = None,
     told: list[tuple[int, int]] | None = None,
+    present: Callable[[int, int], bool] = lambda worker, round_start: True,
+    joins_fresh: bool = False,
 ) -> tuple[list[nn.Module], list[float]]:
     """Train K workers in one process.
 
@@ -170,6 +172,9 @@ def simulate(
             (exponential ones once there are 50, each with a weight of 0.02) tell outliers, which these do not count.
             One that is left out gets the average of the others, and the mean of their optimizer states.
         told: (step, worker) of each outlier is added to it.
+        present: whether a worker takes part in the round that begins after so many steps. One that is absent takes no
+            step and adds nothing to the average; when it comes, it begins the round with the average of the round
+            before, and the mean of the optimizer states that were in it, or none (joins_fresh).
     Returns:
         The K models after the last boundary, and the relative distance of the workers just before each averaging.
     """
@@ -195,8 +200,9 @@ def simulate(
     held = [_flat(model) for model in models]  # of each worker, what each fragment held after its last averaging
     usual: list[float] = []  # mean, variance and number of averagings of what outliers are judged by
     for step in range(total):
-        for worker, model in enumerate(models):
-            ranks = range(worker * worker_size, (worker + 1) * worker_size)
+        there = [worker for worker in range(workers) if present(worker, round_start)]
+        for worker in there:
+            model, ranks = models[worker], range(worker * worker_size, (worker + 1) * worker_size)
             found = []
             for rank in ranks:
                 _set_buffers(model, buffers[rank])
@@ -212,7 +218,8 @@ def simulate(
                 [[p.grad for p in _trained(model)] for model in models],
                 reduce_dtype or gradient_dtype or compute_dtype,
             )
-        for worker, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
+        for worker in there:
+            model, optimizer = models[worker], optimizers[worker]
             for parameter in _trained(model):
                 assert parameter.grad is not None
                 parameter.grad *= 1.0 / loss_scale
@@ -233,7 +240,7 @@ def simulate(
         if due:
             here = torch.isin(fragment_of, torch.tensor(due))
             own = [_flat(model) for model in models]
-            distances.append(relative_distance([x[here] for x in own]))
+            distances.append(relative_distance([own[worker][here] for worker in there]))
             far: dict[int, float] = {}
             if outlier:
                 moved = [float((x - y)[here].double().norm()) for x, y in zip(own, held, strict=True)]
@@ -246,7 +253,7 @@ def simulate(
                 own[worker] = torch.where(here, clipped, own[worker])
             here = here | bool(gone)  # then all fragments are averaged
             due = list(range(fragments)) if gone else due
-            others = [x for worker, x in enumerate(own) if worker not in gone]
+            others = [own[worker] for worker in there if worker not in gone]
             mean = sum(others[1:], start=others[0].clone()) / len(others)
             for worker in gone:
                 own[worker] = mean.clone()
@@ -276,9 +283,31 @@ def simulate(
                 )
             if average_buffers:
                 _average([[b for b in own if b.is_floating_point()] for own in buffers])
+            for worker in set(range(workers)) - set(there):
+                if present(worker, round_start):
+                    _join(worker, there, models, optimizers, make_optimizer, fresh=joins_fresh)
     for worker, model in enumerate(models):
         _set_buffers(model, buffers[worker * worker_size])
     return models, distances
+
+
+def _join(
+    worker: int,
+    members: list[int],
+    models: list[nn.Module],
+    optimizers: list[torch.optim.Optimizer],
+    make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+    *,
+    fresh: bool,
+) -> None:
+    """A worker whose model is the members' average gets an optimizer with the mean of their states, or without any."""
+    optimizers[worker] = made = make_optimizer(_trained(models[worker]))
+    theirs = [[optimizers[one].state[p] for p in _trained(models[one])] for one in members]
+    for place, parameter in enumerate(_trained(models[worker])):
+        states = [of_one[place] for of_one in theirs]
+        for name in [] if fresh else states[0]:
+            values = [state[name] for state in states]
+            made.state[parameter][name] = sum(values[1:], start=values[0].clone()) / len(values)
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:

@@ -43,7 +43,7 @@ from qsr_engine.engines.deepspeed.traffic import parallel_bytes
 from qsr_engine.engines.driver import Driver, Place, Update
 from qsr_engine.engines.groups import OwnGroups
 from qsr_engine.engines.replica import Parameters, Replica, sum_of_squares
-from qsr_engine.engines.start import Agreed
+from qsr_engine.engines.start import Agreed, members_of
 from qsr_engine.engines.surface import Surface
 
 
@@ -95,7 +95,8 @@ class LocalStepEngine(DeepSpeedEngine, Surface):  # type: ignore[misc]  # deepsp
             # Under checkpoint.use_node_local_storage DeepSpeed has only the first rank of every host write a model.
             engine.save_non_zero_checkpoint = True
         workers = dist.get_world_size() // qsr.worker_size if groups else 1
-        place = Place(own, groups.worker_index if groups else 0, workers)
+        members = members_of(qsr, own, agreed, engine="deepspeed", order=order)
+        place = Place(own, groups.worker_index if groups else 0, workers, members)
         engine.__class__ = cls
         taken: LocalStepEngine = engine
         taken.worker_groups = groups
@@ -109,6 +110,7 @@ class LocalStepEngine(DeepSpeedEngine, Surface):  # type: ignore[misc]  # deepsp
             parallel_bytes=parallel_bytes(engine, qsr.worker_size),
             hidden=groups is None and engine.device.type != "cpu",
             record=taken._record,
+            stand_at=taken._stand_at,
         )
         layout = {**_layout(engine, replica, workers), "order": order, "model": agreed.model}
         taken._checkpointer = Checkpointer(

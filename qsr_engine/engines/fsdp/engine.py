@@ -35,7 +35,7 @@ from qsr_engine.engines.fsdp.shards import ComputedInCopies, Shards, local_part,
 from qsr_engine.engines.groups import OwnGroups
 from qsr_engine.engines.learning_rate import base_rate
 from qsr_engine.engines.replica import Parameters, Replica
-from qsr_engine.engines.start import Agreed
+from qsr_engine.engines.start import Agreed, members_of
 from qsr_engine.engines.surface import Surface
 from qsr_engine.local_steps.traffic import fsdp_parallel_bytes
 
@@ -92,12 +92,13 @@ class FSDPEngine(Surface):
         self._driver = Driver(
             config.qsr,
             replica,
-            Place(own, worker, workers),
+            Place(own, worker, workers, members_of(config.qsr, own, agreed, engine="fsdp", order=order)),
             config=agreed.config,
             device=device,
             parallel_bytes=fsdp_parallel_bytes(gradients, mesh.size(0)),
             hidden=self._parallel and dist.get_world_size() > 1,
             record=self._record,
+            stand_at=self._stand_at,
         )
         layout = {
             "engine": "fsdp",

@@ -66,10 +66,20 @@ class Shards(Parameters):
                 parameter.grad = torch.zeros_like(parameter)
         return [gradient for p in parameters if (gradient := local_part(p.grad)).numel()]
 
-    def state(self, name: str) -> list[Tensor | None]:
+    def state(self, name: str) -> list[Any]:
         states = self.optimizer.state
         found = [states[p].get(name) if p in states else None for p in super().masters()]
         return [local_part(value) if isinstance(value, Tensor) else value for value in found]
+
+    def put_state(self, place: int, name: str, value: Any) -> None:
+        parameter = super().masters()[place]
+        if isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.shape == local_part(parameter).shape:
+            shape, stride = parameter.shape, parameter.stride()
+            value = DTensor.from_local(value, parameter.device_mesh, parameter.placements, shape=shape, stride=stride)
+        self.optimizer.state[parameter][name] = value
+
+    def frozen(self) -> list[Tensor]:
+        return [local_part(p) for p in self.module.parameters() if not p.requires_grad]
 
     def whole(self, parameter: Tensor) -> Tensor:
         """Gathered inside the worker. FSDP shards rows, the last shards may be short."""

@@ -20,7 +20,7 @@ from qsr_engine.config.recipe_file import dump_recipe, load_recipe, resolve_reci
 from qsr_engine.config.strict import ConfigError
 from qsr_engine.training.branching import changes_since, find_origin, origin_text, read_origin
 from qsr_engine.training.from_recipe import deepspeed_config, fsdp_config
-from qsr_engine.training.loop import _shared
+from qsr_engine.training.loop import shared
 from tests.support.recipes import small_recipe
 
 BATCH = Batch(96, 48, 1)
@@ -118,7 +118,7 @@ def test_hosts_may_keep_what_a_recipe_names_in_other_places(tmp_path: Path) -> N
     """As where `${DATA}` is another on each: what ranks compare has no path."""
     here = recipe_of(tmp_path)
     there = recipe_of(tmp_path, "data.shards=/b", "data.cache_dir=/c", "logging.dir=/d")
-    assert _shared(here) == _shared(there) != _shared(recipe_of(tmp_path, "data.image_size=9"))
+    assert shared(here) == shared(there) != shared(recipe_of(tmp_path, "data.image_size=9"))
     assert digest(fsdp_config(here, BATCH)) == digest(fsdp_config(there, BATCH))
     assert digest(deepspeed_config(here, BATCH)) == digest(deepspeed_config(there, BATCH))
 

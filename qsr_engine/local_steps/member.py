@@ -1,0 +1,321 @@
+"""A boundary of members: workers that come and go, and agree at each boundary on who is there (membership.members).
+
+    ask           for a quorum; wait until enough are there
+    exchange      the mean of what the members hold, in copies; who joins gets it too, with all else that members hold
+    ask again     did all who are still there get it? Then it counts: copies take the place of the parameters
+                  else exchange again, with what each held before, among those who are there now
+
+Between boundaries nothing crosses workers, and nothing is known of the others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qsr_engine.averaging import Averager, CollectiveError, ring_bytes
+from qsr_engine.averaging.errors import Group
+from qsr_engine.averaging.tentative import Tentative
+from qsr_engine.local_steps.averaged import Averaged, Buffers
+from qsr_engine.local_steps.costs import Costs
+from qsr_engine.local_steps.header import BoundaryError
+from qsr_engine.local_steps.joining import Handover
+from qsr_engine.local_steps.rounds import Rounds
+from qsr_engine.membership.members import Plan, Telling, plan
+from qsr_engine.membership.quorum import Members
+
+log = logging.getLogger(__name__)
+
+_POLL = 0.3  # seconds between quorums of those who wait for others
+
+
+class Loop:
+    """What the loop that trains adds to a worker's part: facts that must be the same, and a state that who joins takes.
+
+    As it stands it adds nothing.
+    """
+
+    def facts(self) -> dict[str, str]:
+        """What must be the same on all members, in short, by what it is a fact of."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """Plain values that are the same on all members."""
+        return {}
+
+    def take(self, state: dict[str, Any]) -> None:
+        """Go on with the state() of the members that this worker joins."""
+
+
+class JoinError(BoundaryError):
+    """This worker cannot join the run: its recipe, model, data, versions or size are others than the members'."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Standing:
+    """Where this worker stands among the members, after a boundary.
+
+    names: of all members, in their order. place: of this one. recorder: whether it writes the records of the run.
+    """
+
+    names: tuple[str, ...] = ()
+    place: int = 0
+    recorder: bool = False
+
+
+class MemberBoundary:
+    """This rank's part in the boundaries of a worker that may lose others, or join them.
+
+    Args:
+        replica: what else belongs to the parameters, in the averager's buckets.
+        everybody: the ranks of this worker.
+        moved: called while others are waited for.
+    """
+
+    def __init__(
+        self,
+        rounds: Rounds,
+        costs: Costs,
+        averager: Averager,
+        replica: Averaged,
+        buffers: Buffers,
+        members: Members,
+        everybody: Group,
+        moved: Callable[[], None],
+    ) -> None:
+        self._rounds, self._costs, self._averager, self._buffers = rounds, costs, averager, buffers
+        self._qsr, self._replica = rounds.qsr, replica
+        self.members, self._everybody, self._moved = members, everybody, moved
+        names = self._qsr.averaging.state
+        self._handover = Handover(replica, averager, self._qsr.on_other_workers)
+        self._state_names = names
+        self._parameters = Tentative(averager.buckets)
+        self._put_rest: Callable[[], None] = lambda: None  # of the exchange that was made, beside the parameters
+        self._loop = Loop()
+        self.joined = False
+        self.begun = False  # with the first step of all, and did not join others
+        self.standing = Standing()
+        self.events: list[dict[str, Any]] = []  # of the run, for whoever records them, and empties this
+        self.repeated = 0  # exchanges that failed
+        self._waited = 0.0
+
+    def join(self, loop: Loop | None = None) -> None:
+        """Take part, before the first step: begin with all others, or get what members hold at their next boundary.
+
+        Raises:
+            JoinError: the members run something else.
+        """
+        if not self.joined:
+            self._loop = loop or self._loop
+            self._meet(self._telling(finite=True, squares=0.0, expected=self.members.expected))
+
+    def average(self, *, squares: float, finite: bool, skipped: int, stop: bool) -> tuple[bool, Tensor | None]:
+        """Average with whoever is there; the parameters are then the same on all members.
+
+        Args:
+            squares: sum of squares of what all ranks of this worker hold. finite: whether it is, and the buffers are.
+        Returns:
+            (Whether this worker fell behind and took over what members hold, at their step; how far the members were
+            from their average, None where it is not known).
+        Raises:
+            BoundaryError: on every member, if parameters are not finite, and faults.not_finite says stop.
+        """
+        telling = self._telling(finite=finite, squares=squares, skipped=skipped, stop=stop)
+        found = self._meet(telling)
+        took_over = telling.name not in found.giving
+        before = sum(one.squares for one in found.members if one.name in found.giving)
+        known = all(name in {one.name for one in found.members} for name in found.giving)
+        return took_over, self._distance(before, len(found.giving)) if known else None
+
+    def seconds_waited(self) -> float:
+        """For the others to come, since this was last called."""
+        waited, self._waited = self._waited, 0.0
+        return waited
+
+    # --------------------------------------------------------------------------------------------------- a meeting
+
+    def _telling(self, *, finite: bool, squares: float, expected: int = 1, **more: Any) -> Telling:
+        members, counted = self.members, self._costs
+        counts = {name: getattr(counted, name) for name in _COUNTS}
+        return Telling(
+            members.name,
+            members.address,
+            self._rounds.step,
+            self.joined,
+            {**members.facts, **self._loop.facts()},
+            group=members.usable,
+            finite=finite,
+            squares=squares if finite else 0.0,
+            expected=expected,
+            recorder=self.standing.recorder,
+            position={**self._rounds.state_dict(), **counts},
+            loop=self._loop.state(),
+            **more,
+        )
+
+    def _meet(self, telling: Telling) -> Plan:
+        """Ask and exchange until an exchange counts in which this worker took part."""
+        patience, last, said = time.monotonic() + self.members.config.timeout_seconds, None, ""
+        while True:
+            asked = time.monotonic()
+            quorum = self.members.ask(telling, self._moved)
+            self._waited += time.monotonic() - asked
+            found = plan(quorum, self.members.config.min_workers)
+            self._check(found, telling)
+            if found.what == "commit" and telling.name in {one.name for one in found.members}:
+                assert last is not None
+                self._commit(last, found, telling)
+                return dataclasses.replace(last, members=found.members)
+            if found.what == "commit":
+                telling = self._behind(telling)
+            elif found.what == "wait":
+                if found.why and found.why != said:
+                    said = found.why
+                    self._say("step %d: %s", telling.step, found.why)
+                time.sleep(_POLL)
+                telling = dataclasses.replace(telling, impatient=time.monotonic() > patience)
+            else:
+                last = found
+                done = self._exchange(quorum.key, found, telling.name)
+                telling = dataclasses.replace(telling, attempt=quorum.key, done=done, group=self.members.usable)
+
+    def _behind(self, telling: Telling) -> Telling:
+        """The others go on without this worker; it joins them at their next boundary."""
+        if telling.joined:
+            self._say("step %d: the members went on without this worker, which joins them again", telling.step)
+        return dataclasses.replace(telling, joined=False, attempt="", done=False)
+
+    def _check(self, found: Plan, telling: Telling) -> None:
+        """Raises JoinError or BoundaryError."""
+        others = found.source.facts
+        if telling.facts != others:
+            keys = sorted({*others, *telling.facts})
+            lines = [
+                f"  {key}: {telling.facts.get(key, 'nothing')} here, {others.get(key, 'nothing')} on the members"
+                for key in keys
+                if telling.facts.get(key) != others.get(key)
+            ]
+            self.members.close()
+            raise JoinError(
+                "this worker cannot join the run, which members run otherwise:\n" + "\n".join(lines) + "\n"
+                "Start it with the same recipe, data, versions and worker_size, or give it another lighthouse"
+            )
+        bad = [one.name for one in found.members if not one.finite and one.joined]
+        if found.what == "exchange" and bad and (self._qsr.faults.not_finite == "stop" or not found.giving):
+            raise BoundaryError(
+                f"after step {telling.step} the parameters are not finite (NaN or infinity) on {', '.join(bad)}, or "
+                "the buffers that are averaged with them have become so, and nothing was averaged. A lower learning "
+                "rate, a longer warm-up or gradient clipping helps against divergence"
+            )
+
+    # ------------------------------------------------------------------------------------------------- an exchange
+
+    def _exchange(self, key: str, found: Plan, name: str) -> bool:
+        """Whether all ranks of this worker have the mean, in copies; what they hold is as it was, unless they join."""
+        names = tuple(one.name for one in found.members)
+        groups = {one.group for one in found.members}
+        usable = groups.pop() if len(groups) == 1 else ""
+        gives, giving = name in found.giving, len(found.giving)
+        done, why = True, ""
+        try:
+            group = self.members.group(key, names, found.source.store, usable)
+            self._parameters.average(group, giving, gives=gives)
+            if found.source.joined:
+                self._average_the_rest(group, giving, gives=gives)
+            if giving < len(names):
+                source = names.index(next(one.name for one in found.members if one.name in found.giving))
+                self._handover.run(group, source, giving, gives=gives)
+            self._costs.bytes_sent += ring_bytes(self._parameters.nbytes, len(names)) * self._qsr.worker_size
+        except CollectiveError as error:
+            done, why = False, str(error).splitlines()[0]
+        if not self.members.agree(done):
+            self.members.forget_group()
+            self.repeated += 1
+            self._happened("failed", "", why)
+            self._say("step %d: averaging with %d members failed, and is repeated: %s", self._rounds.step, giving, why)
+            return False
+        return True
+
+    def _average_the_rest(self, group: dist.ProcessGroup, giving: int, *, gives: bool) -> None:
+        """Buffers, in fp64, and the optimizer's state that `averaging.state` names, in copies as the parameters."""
+        exact = self._buffers.inside_mean()
+        state = [value for name in self._state_names for value in self._replica.state_to_average(name)]
+        rest = Tentative([value for value, _ in exact] + state)
+        rest.average(group, giving, gives=gives)
+
+        def put() -> None:
+            rest.put()
+            with torch.no_grad():
+                for value, buffer in exact:
+                    buffer.copy_(value)
+
+        self._put_rest = put
+
+    def _commit(self, exchanged: Plan, found: Plan, telling: Telling) -> None:
+        """The exchange counts."""
+        begins = not exchanged.source.joined
+        joins = telling.name not in exchanged.giving
+        self._parameters.put()
+        self._put_rest()
+        self._put_rest = lambda: None
+        if not begins:
+            self._averager.average()  # of this worker alone, for the outer optimizer: it moves on from the mean
+        self._replica.refresh()
+        self._buffers.same_everywhere()
+        if joins:
+            self._take_position(exchanged.source, begins=begins)
+        self._take_standing(exchanged, found, telling, begins=begins)
+
+    def _take_position(self, source: Telling, *, begins: bool) -> None:
+        """Stand where the members stand: after their last step, before the round that begins now."""
+        position = dict(source.position)
+        for name in _COUNTS:
+            setattr(self._costs, name, position.pop(name))
+        if not begins and position["step"] < self._qsr.total_steps:
+            position |= {"round": position["round"] + 1, "round_start": position["step"]}
+        elif not begins:
+            position |= {"round_start": position["step"]}
+        self._rounds.load_state_dict(position)
+        self._loop.take(source.loop)
+
+    def _take_standing(self, exchanged: Plan, found: Plan, telling: Telling, *, begins: bool) -> None:
+        names = tuple(one.name for one in found.members)
+        recorders = [one.name for one in found.members if one.recorder and one.name in exchanged.giving]
+        recorders += [one.name for one in found.members if one.name in exchanged.giving] + list(names)
+        before = set(self.standing.names)
+        self.begun = self.begun or begins
+        self.joined = True
+        self.standing = Standing(names, names.index(telling.name), recorders[0] == telling.name)
+        if not before and not begins:  # this one joins now, and does not know who was there
+            before = set(names) - {one.name for one in found.members if not one.joined}
+        for name in names:
+            if name not in before:
+                self._happened("join", name)
+        for name in sorted(before - set(names)):
+            self._happened("leave", name)
+
+    def _happened(self, event: str, member: str, why: str = "") -> None:
+        what = {"step": self._rounds.step, "event": event, "member": member}
+        self.events.append({**what, "members": len(self.standing.names), **({"why": why} if why else {})})
+
+    def _say(self, text: str, *values: Any) -> None:
+        if dist.get_rank() == 0:
+            log.warning(text, *values)
+
+    def _distance(self, before: float, giving: int) -> Tensor:
+        """As averaging.distance.Squares.relative_distance(), from sums of squares over all ranks of every worker."""
+        after = self._parameters.sum_of_squares()
+        if self._qsr.worker_size > 1:
+            after = after.to(self._averager.device)
+            dist.all_reduce(after, group=self._everybody)
+        return torch.where(after > 0, (before / (after * giving) - 1).clamp(min=0).sqrt(), 0.0)
+
+
+_COUNTS = ("averagings", "bytes_sent", "parallel_bytes_so_far")  # of Costs, which who joins goes on with

@@ -1,0 +1,145 @@
+"""Training a recipe as one of several workers that come and go: training.loop, with what attendance.py adds."""
+
+from __future__ import annotations
+
+import os
+from contextlib import closing
+from typing import IO, Any
+
+import torch.distributed as dist
+
+from qsr_engine.config.digest import digest
+from qsr_engine.config.recipe import Recipe
+from qsr_engine.config.recipe_file import dump_recipe
+from qsr_engine.config.strict import ConfigError
+from qsr_engine.data import Index
+from qsr_engine.engines.surface import Surface
+from qsr_engine.local_steps.member import MemberBoundary
+from qsr_engine.membership.roll_call import told_to_all
+from qsr_engine.membership.signals import stops_on_signals
+from qsr_engine.records.monitor import Monitor
+from qsr_engine.records.run_folder import SUMMARY, is_finished, leave_unfinished_run, lock_run_folder, open_run_folder
+from qsr_engine.training.attendance import Attendance, Records, batch_of_worker
+from qsr_engine.training.batches import Batches
+from qsr_engine.training.figures import Clock
+from qsr_engine.training.from_recipe import make_engine, share_cores
+from qsr_engine.training.loop import _Run, about, make_model, make_run, shared
+from qsr_engine.training.resuming import check_same_recipe, load_newest
+from qsr_engine.training.saving import save_model
+
+
+def train_as_member(recipe: Recipe, index: Index, *, resume: bool = False) -> dict[str, Any] | None:
+    """Train a resolved recipe in this process, one rank of a worker that a launcher has started, with other workers.
+
+    Args:
+        index: of recipe.data.shards, whose shards have been checked.
+        resume: where no members are there, go on from the newest whole checkpoint in the run's folder.
+    Returns:
+        The final figures on the worker that records the run; None on the others.
+    Raises:
+        as training.loop.train(); and JoinError.
+    """
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    with told_to_all():
+        if recipe.stop_at_step is not None:
+            raise ConfigError("stop_at_step is given, where members would stop inside a round; leave it out")
+        batch = batch_of_worker(recipe, ranks)
+        check_same_recipe(recipe)
+        share_cores()
+        model, index = make_model(recipe, index)
+    engine = make_engine(recipe, batch, model)
+    assert isinstance(engine, Surface)
+    client = load_newest(engine, recipe, str(index.digest())) if resume else None
+    state = engine.local_steps
+    member = state.boundary.member
+    assert member is not None
+    batches = Batches(recipe, index, batch, engine.device, step=state.step, clock=Clock())
+    batches.load_state_dict(client or {})
+    attendance = Attendance(recipe, {"recipe": digest(shared(recipe)), "data": index.digest()}, batches)
+
+    def begin(step: int) -> IO[str] | None:
+        """The run's folder, which is there where another member has recorded in it, and the lock that this one had."""
+        if step == 0:
+            if resume:
+                leave_unfinished_run(recipe.run_dir)
+            open_run_folder(recipe.run_dir, dump_recipe(recipe))
+        (recipe.run_dir / SUMMARY).unlink(missing_ok=True)
+        try:
+            return lock_run_folder(recipe.run_dir)
+        except ConfigError:  # it is frozen, and others go on without it
+            return None
+
+    def monitor(step: int) -> Monitor:
+        return Monitor(
+            recipe.run_dir,
+            recipe.last_step,
+            tensorboard=recipe.logging.tensorboard,
+            services=recipe.logging.services,
+            from_step=step,
+            about=about(recipe, engine),
+        )
+
+    with state.watchdog.explained():
+        engine.join(attendance)
+    if member.begun and is_finished(recipe.run_dir, recipe.last_step):  # it was started again when all was done
+        member.members.close()
+        return None
+    records = Records(recipe, begin, monitor, writes=rank == 0)
+    with stops_on_signals(state.request_stop), state.watchdog.explained(), closing(records):
+        begins = state.step == 0
+        run = make_run(recipe, engine, index, batch, batches, records, begins=begins, kind=_MemberRun)
+        assert isinstance(run, _MemberRun)
+        run.attend(member, attendance, records, client or {})
+        run.loop()
+        summary = run.finish(rank)
+    state.watchdog.close()
+    member.members.close()
+    return summary
+
+
+class _MemberRun(_Run):
+    """A run in progress on one of several workers."""
+
+    def attend(self, member: MemberBoundary, attendance: Attendance, records: Records, client: dict[str, Any]) -> None:
+        """Take part, after join()."""
+        self._member, self._attendance, self._records = member, attendance, records
+        self._boundary_before = self._last_boundary = self.engine.local_steps.step
+        images_seen = self.batches.images_seen
+        self.load_state_dict(client)
+        self.batches.images_seen = images_seen  # by all members, as those told whom this worker has joined
+        self.figures.begin_at(images_seen)
+        self._stand()
+
+    def _stand(self) -> None:
+        step, member = self.engine.local_steps.step, self._member
+        self._attendance.stand(member.standing, step, dist.get_rank(), dist.get_world_size())
+        self._records.stand(member.standing, step, member.events)
+        member.events = []
+
+    def _step(self) -> bool:
+        boundary = super()._step()
+        if boundary:
+            self._boundary_before, self._last_boundary = self._last_boundary, self.engine.local_steps.step
+            self._stand()
+        return boundary
+
+    def _is_due(self, every: int | None, *, boundary: bool) -> bool:
+        """At the first boundary from there on, where all members hold the same."""
+        return boundary and every is not None and self._last_boundary // every > self._boundary_before // every
+
+    def _evaluate(self) -> dict[str, Any]:
+        return super()._evaluate() if self._member.standing.recorder else {}
+
+    def _save(self, why: str | None) -> None:
+        if self._member.standing.recorder:
+            super()._save(why)
+
+    def finish(self, rank: int) -> dict[str, Any] | None:
+        """The model and the summary, on the recorder."""
+        if not self._member.standing.recorder:
+            return None
+        summary, averaged = self.summary(), self.engine.averaged_state_dict()
+        if rank == 0:
+            save_model(averaged, self.recipe)
+            self._records.summary(**summary)
+        return summary

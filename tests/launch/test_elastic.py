@@ -1,0 +1,115 @@
+"""`qsr train --elastic`: a lighthouse and workers on one host, one of which is killed again and again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from qsr_engine.checkpoint.find import find_alone
+from qsr_engine.records.runs import read_run
+
+pytestmark = pytest.mark.launch
+
+LIMIT = 120.0  # seconds, for anything that is waited for
+STEPS = 600
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, digits: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(f"""
+model:
+  name: timm/vit_tiny_patch16_224
+  kwargs: {{img_size: 8, patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2}}
+engine: fsdp
+data: {{shards: "{digits}", image_size: 8, augment: crop}}
+batch: {{train_batch_size: 24, on_other_ranks: per_rank}}
+optimizer: {{type: AdamW, gradient_clipping: 1.0}}
+qsr:
+  strategy: constant
+  h_base: 20
+  total_steps: {STEPS}
+  lr: {{schedule: cosine, peak: 1e-3}}
+  membership: {{way: torchft, timeout_seconds: 3}}
+logging:
+  {{dir: "{tmp_path / "runs"}", name: run, every: 10, eval_every: 300, checkpoint_every: 100, keep_checkpoints: 2}}
+""")
+    return path
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    started: list[subprocess.Popen[str]] = []
+
+    def make(*words: str) -> subprocess.Popen[str]:
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "QSR_TEST": str(tmp_path)}
+        with (tmp_path / f"output-{len(started)}").open("w") as output:
+            command = [sys.executable, "-m", "qsr_engine", "train", *words]
+            process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, text=True)
+        started.append(process)
+        return process
+
+    yield make
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and process.environ().get("QSR_TEST") == str(tmp_path):
+                process.kill()
+        except psutil.Error:
+            continue
+    for opened in started:
+        opened.wait(LIMIT)
+
+
+def wait_for(what: str, found: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
+    end = time.monotonic() + LIMIT
+    while not (value := found()):
+        assert time.monotonic() < end, f"{what} did not happen"
+        assert process.poll() is None, f"it ended before {what}"
+        time.sleep(0.05)
+    return value
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def worker(process: subprocess.Popen[str], name: str) -> psutil.Process | None:
+    """The newest process of a worker."""
+    found = [child for child in psutil.Process(process.pid).children() if child.environ().get("QSR_WORKER") == name]
+    return max(found, key=lambda child: child.create_time(), default=None)
+
+
+def test_the_recorder_is_killed_and_started_again(
+    tmp_path: Path, recipe: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """One record of the run, without a gap, whoever dies; the others go on, and the one that is started again joins."""
+    run = tmp_path / "runs" / "run"
+    process = start(str(recipe), "--elastic", "--ranks", "3", "--restarts", "2")
+    wait_for("step 100", lambda: any(row["step"] >= 100 for row in lines(run / "metrics.jsonl")), process)
+    (first,) = {row["member"] for row in lines(run / "events.jsonl") if row["member"].startswith("0.")}
+    victim = worker(process, "0")
+    assert victim is not None
+    victim.send_signal(signal.SIGKILL)
+    assert process.wait(LIMIT) == 0, (tmp_path / "output-0").read_text()[-3000:]
+    steps = [row["step"] for row in lines(run / "metrics.jsonl")]
+    assert steps == list(range(10, STEPS + 1, 10))
+    events = [(row["event"], row["member"]) for row in lines(run / "events.jsonl")]
+    assert Counter(event for event, _ in events)["leave"] >= 1
+    assert ("leave", first) in events
+    last = {row["step"]: row for row in lines(run / "metrics.jsonl")}[STEPS]
+    assert last["eval_accuracy"] is not None
+    found = read_run(run)
+    assert found.finished
+    assert find_alone(run / "checkpoints")[1].step == 500
+    assert "worker 0 has died (signal 9) and is started again" in (tmp_path / "output-0").read_text()

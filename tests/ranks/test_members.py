@@ -1,0 +1,157 @@
+"""Workers that come and go: real processes and kills, gloo, torchft's lighthouse, both engines."""
+
+from __future__ import annotations
+
+import signal
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support import reference, training
+from tests.support.members import Cluster, cluster
+from tests.support.training import QSR
+
+TIMEOUT = 2.0
+ROUNDS = [2, 4, 6, 8, 12]  # where QSR's end
+
+
+def qsr(min_workers: int = 1, **more: Any) -> dict[str, Any]:
+    return {**QSR, "membership": {"way": "torchft", "timeout_seconds": TIMEOUT, "min_workers": min_workers}, **more}
+
+
+def simulated(
+    there: dict[str, tuple[int, int]], *, worker_size: int = 1, zero_step: bool = False, **more: Any
+) -> tuple[torch.Tensor, list[float]]:
+    """What the reference gives.
+
+    Args:
+        there: for every worker where the first of its rounds begins, and where the first begins that it is not in.
+    """
+    ranges = list(there.values())
+    models, distances = reference.simulate(
+        lambda: training.make_model(torch.float32),
+        partial(training.make_optimizer, "adamw"),
+        lambda rank, step: [training.batch(10 * (rank // worker_size) + rank % worker_size, step, dtype=torch.float32)],
+        {**QSR, **{key: value for key, value in more.items() if key in QSR}},
+        len(there),
+        worker_size=worker_size,
+        zero_step=zero_step,
+        present=lambda worker, start: ranges[worker][0] <= start < ranges[worker][1],
+        **{key: value for key, value in more.items() if key not in QSR},
+    )
+    return training.flat(models[0].parameters()), distances
+
+
+def flat(values: list[list[float]]) -> torch.Tensor:
+    return torch.tensor([value for of_one in values for value in of_one])
+
+
+def check_equal(run: Cluster, names: str, expected: torch.Tensor, worker_size: int = 1) -> None:
+    """The members ended with the reference's parameters, held the same after every boundary, and took no step twice."""
+    for rank in range(worker_size):
+        found = [run.boundaries(name, rank) for name in names]
+        for step in ROUNDS:
+            here = {one[step]["digest"] for one in found if step in one}
+            assert len(here) <= 1, f"step {step}: {here}"
+    for name in names:
+        steps = [line["step"] for line in run.said(name) if line["what"] == "step"]
+        assert steps == sorted(set(steps)), f"{name} took {steps}"
+        (end,) = (line for line in run.said(name) if line["what"] == "finished")
+        # K = 3 adds up in another order than the reference.
+        torch.testing.assert_close(flat(end["values"]), expected, rtol=2e-5, atol=2e-6)
+
+
+WAYS = [  # engine's ZeRO stage (None: FSDP), ranks in a worker
+    pytest.param(None, 1, "mean", id="fsdp, 1"),
+    pytest.param(None, 2, "mean", id="fsdp, 2", marks=pytest.mark.slow),
+    pytest.param(0, 1, "fresh", id="deepspeed, 1", marks=pytest.mark.slow),
+    pytest.param(2, 2, "mean", id="deepspeed, 2", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("stage", "worker_size", "states"), WAYS)
+def test_workers_die_inside_rounds_and_another_joins(
+    tmp_path: Path, stage: int | None, worker_size: int, states: str
+) -> None:
+    """b dies in the third round, c in the fourth; a waits for a second worker, and d begins the fifth round with it."""
+    block = qsr(min_workers=2, worker_size=worker_size, on_other_workers=states)
+    with cluster(tmp_path, TIMEOUT, expected=3) as run:
+        start = partial(run.start, worker_size=worker_size, qsr=block, stage=stage)
+        start("a", part=0)
+        start("b", part=10, dies_at=5)
+        start("c", part=20, dies_at=7)
+        run.ended("c")
+        start("d", part=30, seed=9)
+        assert run.ended("a", "d") == [0] * 2 * worker_size
+        there = {"a": (0, 12), "b": (0, 4), "c": (0, 6), "d": (8, 12)}
+        expected, _ = simulated(
+            there, worker_size=worker_size, joins_fresh=states == "fresh", zero_step=stage == 2 and worker_size == 2
+        )
+        check_equal(run, "ad", expected, worker_size)
+        at = run.boundaries("a")
+        assert [len(at[step]["names"]) for step in ROUNDS] == [3, 3, 2, 2, 2]
+        assert at[6]["took"] < TIMEOUT + 3  # what a death costs
+        assert [line["round"] for line in run.said("d") if line["what"] == "joined"] == [4]
+        events = [(one["step"], one["event"], one["member"][0]) for step in ROUNDS for one in at[step]["events"]]
+        later = [event for event in events if event[0] > 2]
+        assert later == [(6, "leave", "b"), (8, "join", "d"), (8, "leave", "c")]
+
+
+@pytest.mark.parametrize(
+    ("where", "in_round"),
+    [pytest.param("exchange", False, id="in the averaging"), pytest.param("commit", True, id="after it")],
+)
+def test_a_worker_dies_at_a_boundary(tmp_path: Path, where: str, in_round: bool) -> None:
+    """While buckets are averaged: those who are left do it again. After it: what the dead worker gave counts."""
+    with cluster(tmp_path, TIMEOUT, expected=3) as run:
+        run.start("a", qsr=qsr(), part=0)
+        run.start("b", qsr=qsr(), part=10, dies_in=(where, 6))
+        run.start("c", qsr=qsr(), part=20)
+        assert run.ended("a", "c") == [0, 0]
+        expected, _ = simulated({"a": (0, 12), "b": (0, 6 if in_round else 4), "c": (0, 12)})
+        check_equal(run, "ac", expected)
+        events = [(one["event"], one["member"][:1]) for one in run.boundaries("a")[6]["events"]]
+        assert events == ([] if in_round else [("failed", "")]) + [("leave", "b")]
+
+
+def test_the_lighthouse_dies_and_a_worker_freezes(tmp_path: Path) -> None:
+    """Without a lighthouse members wait at the boundary, together. One that was frozen joins as a new one."""
+    block = qsr(total_steps=60, alpha=0.0, h_base=5)
+    with cluster(tmp_path, TIMEOUT, expected=3) as run:
+        for number, name in enumerate("abc"):
+            run.start(name, qsr=block, part=10 * number, seconds=0.1, freezes_at=22 if name == "c" else None)
+        run.wait("a", lambda line: line["what"] == "step" and line["step"] == 6)
+        run.darken()
+        time.sleep(1.5)
+        run.light()
+        at = run.wait("a", lambda line: line["what"] == "boundary" and line["step"] == 10)
+        assert len(at["names"]) == 3  # nobody went on alone
+        run.wait("a", lambda line: line["what"] == "boundary" and line["step"] == 30)
+        run.send("c", signal.SIGCONT)
+        assert run.ended("a", "b", "c") == [0, 0, 0]
+        of_each = [run.boundaries(name) for name in "abc"]
+        assert [len(of_each[0][step]["names"]) for step in (20, 25, 30, 60)] == [3, 2, 2, 3]
+        for step in range(5, 61, 5):
+            assert len({one[step]["digest"] for one in of_each if step in one}) == 1
+        ends = [next(line for line in run.said(name) if line["what"] == "finished") for name in "abc"]
+        assert ends[0]["values"] == ends[1]["values"] == ends[2]["values"]
+
+
+def test_who_runs_something_else_is_refused_and_who_is_not_finite_joins_anew(tmp_path: Path) -> None:
+    block = qsr(faults={"not_finite": "leave_out"})
+    with cluster(tmp_path, TIMEOUT, expected=2) as run:
+        run.start("a", qsr=block, part=0, seconds=0.2)
+        run.start("b", qsr=block, part=10, nan_at=3)
+        run.start("z", qsr={**block, "alpha": 0.05}, part=20)
+        assert run.ended("a", "b") == [0, 0]
+        (error,) = (line for line in run.said("z") if line["what"] == "error")
+        assert error["type"] == "JoinError"
+        assert "configuration" in error["text"]
+        expected, _ = simulated({"a": (0, 12), "b": (0, 2)})
+        assert run.boundaries("a")[4]["digest"] == run.boundaries("b")[4]["digest"]
+        assert [line["what"] for line in run.said("b")].count("finished") == 1
+        assert expected.isfinite().all()

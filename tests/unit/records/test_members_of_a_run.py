@@ -1,0 +1,73 @@
+"""events.jsonl, of a run whose workers come and go: what `qsr report` says of it and draws."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qsr_engine.records.members import MemberEvent
+from qsr_engine.records.monitor import Monitor
+from qsr_engine.records.plots import plots
+from qsr_engine.records.records import Record
+from qsr_engine.records.run_folder import EVENTS, leave_unfinished_run, open_run_folder
+from qsr_engine.records.runs import read_run
+
+LINES = [
+    {"step": 0, "event": "join", "member": "0.a", "members": 2},
+    {"step": 0, "event": "join", "member": "1.b", "members": 2},
+    {"step": 10, "event": "failed", "member": "", "members": 2, "why": "gloo"},
+    {"step": 10, "event": "leave", "member": "1.b", "members": 1},
+]
+
+
+def write_run(folder: Path) -> Path:
+    open_run_folder(folder, yaml.safe_dump({"qsr": {"strategy": "constant", "h_base": 10, "total_steps": 20}}))
+    costs: dict[str, Any] = {
+        "averagings": 1,
+        "bytes_sent": 1,
+        "averagings_percent": 10.0,
+        "communication_percent": 10.0,
+    }
+    with Monitor(folder, 20, tensorboard=False, stream=io.StringIO()) as monitor:
+        record = Record(
+            step=20,
+            images_seen=1,
+            round=1,
+            period=10,
+            lr=0.1,
+            loss=1.0,
+            bytes_percent=1.0,
+            seconds_compute=1.0,
+            **costs,
+        )
+        monitor.log(record)
+    torn = '{"step": 20, "ev'
+    (folder / EVENTS).write_text("".join(json.dumps(line) + "\n" for line in LINES) + torn)
+    return folder
+
+
+def test_who_came_and_went_is_a_note_and_a_picture(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run"))
+    assert run.events == [MemberEvent(line["step"], line["event"], line["member"]) for line in LINES]
+    assert "members: 1 left, 1 averagings failed and were repeated (events.jsonl)" in run.notes
+    drawn = plots([run], tmp_path)
+    assert "members_over_steps.png" in {file.name for file in drawn}
+
+
+def test_a_run_of_fixed_workers_has_neither(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    (folder / EVENTS).unlink()
+    run = read_run(folder)
+    assert not [note for note in run.notes if "members" in note]
+    assert "members_over_steps.png" not in {file.name for file in plots([run], tmp_path)}
+
+
+def test_a_run_that_begins_anew_keeps_them_aside(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    leave_unfinished_run(folder)
+    assert not (folder / EVENTS).exists()
+    assert list(folder.glob(f"before-*/{EVENTS}"))
