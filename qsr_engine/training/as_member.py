@@ -113,7 +113,7 @@ class _MemberRun(_Run):
     def _stand(self) -> None:
         step, member = self.engine.local_steps.step, self._member
         self._attendance.stand(member.standing, step, dist.get_rank(), dist.get_world_size())
-        self._records.stand(member.standing, step, member.events)
+        self._records.stand(member.standing, step, self._boundary_before, member.events)
         member.events = []
 
     def _step(self) -> bool:
