@@ -88,12 +88,20 @@ class Records:
     Args:
         begin: begins the run's folder at step 0, and gives its lock, if there is one.
         make: the monitor that goes on from a step.
+        has_left: whether this worker was frozen, and another one records the run by now.
     """
 
     def __init__(
-        self, recipe: Recipe, begin: Callable[[int], IO[str] | None], make: Callable[[int], Monitor], *, writes: bool
+        self,
+        recipe: Recipe,
+        begin: Callable[[int], IO[str] | None],
+        make: Callable[[int], Monitor],
+        has_left: Callable[[], bool],
+        *,
+        writes: bool,
     ) -> None:
-        self._recipe, self._begin, self._make, self._writes = recipe, begin, make, writes
+        self._recipe, self._begin, self._make, self._has_left = recipe, begin, make, has_left
+        self._writes = writes
         self._kept: list[Record] = []  # of the round under way, where another member records it
         self._monitor: Monitor | None = None
         self._events: JsonLines | None = None
@@ -129,7 +137,8 @@ class Records:
 
     def log(self, record: Record) -> None:
         if self._monitor is not None:
-            self._monitor.log(record)
+            if not self._has_left():
+                self._monitor.log(record)
         elif self._writes:
             self._kept.append(record)
 
