@@ -10,7 +10,6 @@ from qsr_engine.cli.arguments import add_command, whole_number
 from qsr_engine.cli.errors import CommandError
 from qsr_engine.config.membership import MembershipConfig
 from qsr_engine.config.strict import validate
-from qsr_engine.membership.quorum import LIGHTHOUSE, start_lighthouse
 
 PORT = 29510  # as torchft's own
 
@@ -21,8 +20,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         commands,
         "lighthouse",
         "Tell the workers of `qsr train --elastic` on several hosts who is there.",
-        more=f"It runs until it is ended, on one of the hosts, and prints the address to give to all of them as "
-        f"{LIGHTHOUSE}. It keeps nothing: one that was killed is started again at the same port, and the run goes on.",
+        more="It runs until it is ended, on one of the hosts, and prints the address to give to all of them as "
+        "TORCHFT_LIGHTHOUSE. It keeps nothing: one that was killed is started again at its port, and the run goes on.",
         examples=["qsr lighthouse", "qsr lighthouse --port 29600 --timeout-seconds 30"],
     )
     command.add_argument("--port", type=whole_number, default=PORT, help=f"default: {PORT}")
@@ -37,6 +36,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until the process is ended."""
+    from qsr_engine.membership.quorum import LIGHTHOUSE, start_lighthouse
+
     given = {"way": "torchft", "timeout_seconds": args.timeout_seconds}
     seconds = validate(MembershipConfig, given, where="qsr lighthouse").timeout_seconds
     try:

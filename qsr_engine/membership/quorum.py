@@ -87,6 +87,7 @@ class Lighthouse:
         self.address, self.name, self._timeout = address, name, timeout_seconds
         self.interval = min(1.0, timeout_seconds / 20)
         self._beating, self._closed = threading.Event(), threading.Event()
+        self._last = time.monotonic()  # when this process was awake
         self._returned = 0.0  # when the lighthouse was back, the last time
         try:
             self._client = self._connect()
@@ -107,11 +108,10 @@ class Lighthouse:
         """Until it is closed. A process that was frozen for so long that it has left does not beat before it asks
         again: nobody should wait for the end of its round."""
         client: Any = self._connect()
-        last = time.monotonic()
         while not self._closed.wait(self.interval):
-            if time.monotonic() - last > self._timeout:
+            if self.has_left:
                 self._beating.clear()
-            last = time.monotonic()
+            self._last = time.monotonic()
             if not self._beating.is_set():
                 continue
             try:
@@ -123,6 +123,11 @@ class Lighthouse:
                     client.heartbeat(self.name, timedelta(seconds=self._timeout))
             except Exception:  # it is down, and may come back
                 client = None
+
+    @property
+    def has_left(self) -> bool:
+        """Whether this process was frozen, and the others go on without it until it asks again."""
+        return not self._beating.is_set() or time.monotonic() - self._last > self._timeout
 
     def ask(self, telling: Telling, waiting: Callable[[], None]) -> Quorum:
         """The quorum of everybody who is there; while none answers, `waiting` is called twice a second.
@@ -269,6 +274,10 @@ class Members:
     def usable(self) -> str:
         """The exchange for which the group was made that this worker can use again; "" for none."""
         return self._key
+
+    def has_left(self) -> bool:
+        """On the first rank of this worker: whether it was frozen, and the others go on without it for now."""
+        return self._line is not None and self._line.has_left
 
     def forget_group(self) -> None:
         """A collective in it has failed, or its members are others now."""

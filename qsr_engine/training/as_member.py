@@ -84,7 +84,7 @@ def train_as_member(recipe: Recipe, index: Index, *, resume: bool = False) -> di
     if member.begun and is_finished(recipe.run_dir, recipe.last_step):  # it was started again when all was done
         member.members.close()
         return None
-    records = Records(recipe, begin, monitor, writes=rank == 0)
+    records = Records(recipe, begin, monitor, member.members.has_left, writes=rank == 0)
     with stops_on_signals(state.request_stop), state.watchdog.explained(), closing(records):
         begins = state.step == 0
         run = make_run(recipe, engine, index, batch, batches, records, begins=begins, kind=_MemberRun)
@@ -113,7 +113,7 @@ class _MemberRun(_Run):
     def _stand(self) -> None:
         step, member = self.engine.local_steps.step, self._member
         self._attendance.stand(member.standing, step, dist.get_rank(), dist.get_world_size())
-        self._records.stand(member.standing, step, member.events)
+        self._records.stand(member.standing, step, self._boundary_before, member.events)
         member.events = []
 
     def _step(self) -> bool:

@@ -9,9 +9,11 @@ Every worker runs the same loop. At a boundary it learns who is there (`engine.s
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import IO, Any
 
 import torch
@@ -24,7 +26,7 @@ from qsr_engine.local_steps.member import Loop, Standing
 from qsr_engine.membership.quorum import EXPECTED
 from qsr_engine.records.monitor import Monitor
 from qsr_engine.records.records import Record, WorkersRecord
-from qsr_engine.records.run_folder import EVENTS
+from qsr_engine.records.run_folder import EVENTS, METRICS
 from qsr_engine.records.trackers import JsonLines
 from qsr_engine.training.batches import Batches
 
@@ -86,34 +88,59 @@ class Records:
     Args:
         begin: begins the run's folder at step 0, and gives its lock, if there is one.
         make: the monitor that goes on from a step.
+        has_left: whether this worker was frozen, and another one records the run by now.
     """
 
     def __init__(
-        self, recipe: Recipe, begin: Callable[[int], IO[str] | None], make: Callable[[int], Monitor], *, writes: bool
+        self,
+        recipe: Recipe,
+        begin: Callable[[int], IO[str] | None],
+        make: Callable[[int], Monitor],
+        has_left: Callable[[], bool],
+        *,
+        writes: bool,
     ) -> None:
-        self._recipe, self._begin, self._make, self._writes = recipe, begin, make, writes
+        self._recipe, self._begin, self._make, self._has_left = recipe, begin, make, has_left
+        self._writes = writes
+        self._kept: list[Record] = []  # of the round under way, where another member records it
         self._monitor: Monitor | None = None
         self._events: JsonLines | None = None
         self._lock: IO[str] | None = None
 
-    def stand(self, standing: Standing, step: int, events: list[dict[str, Any]]) -> None:
-        """At a boundary: take over the records, leave them to another member, or write what has happened."""
+    def stand(self, standing: Standing, step: int, before: int, events: list[dict[str, Any]]) -> None:
+        """At a boundary: take over the records, leave them to another member, or write what has happened.
+
+        Args:
+            before: the step of the boundary before, from which on this worker has kept records of its own.
+        """
         if not self._writes:
             return
         if not standing.recorder:
             self.close()
-            return
-        if self._monitor is None:
-            self._lock = self._begin(step)
-            self._monitor = self._make(step)
-            self._events = JsonLines(self._recipe.run_dir / EVENTS, from_step=step)
-        assert self._events is not None
-        for event in events:
-            self._events.log(event, event["step"])
+        elif self._monitor is None:
+            self._take_over(step, before)
+        self._kept.clear()
+        if self._events is not None:
+            for event in events:
+                self._events.log(event, event["step"])
+
+    def _take_over(self, step: int, before: int) -> None:
+        """What the member has written that recorded the run, up to the boundary before; then what this one has kept."""
+        self._lock = self._begin(step)
+        known = min(step, max(1, before))  # a file that is there is not opened at step 0
+        self._monitor = self._make(known)
+        self._events = JsonLines(self._recipe.run_dir / EVENTS, from_step=known)
+        written = _last_step(self._recipe.run_dir / METRICS)
+        for record in self._kept:
+            if record.step > written:
+                self._monitor.log(record)
 
     def log(self, record: Record) -> None:
         if self._monitor is not None:
-            self._monitor.log(record)
+            if not self._has_left():
+                self._monitor.log(record)
+        elif self._writes:
+            self._kept.append(record)
 
     def log_workers(self, record: WorkersRecord) -> None:
         if self._monitor is not None:
@@ -137,3 +164,10 @@ class Records:
             if file is not None:
                 file.close()
         self._monitor = self._events = self._lock = None
+
+
+def _last_step(path: Path) -> int:
+    """Of the last whole line of a file of records; 0 where there is none."""
+    with suppress(OSError, ValueError, IndexError, KeyError):
+        return int(json.loads(path.read_text(encoding="utf-8").splitlines()[-1])["step"])
+    return 0

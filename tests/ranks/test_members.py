@@ -24,7 +24,7 @@ def qsr(min_workers: int = 1, **more: Any) -> dict[str, Any]:
 
 
 def simulated(
-    there: dict[str, tuple[int, int]], *, worker_size: int = 1, zero_step: bool = False, **more: Any
+    there: dict[str, tuple[int, int]], *, worker_size: int = 1, **more: Any
 ) -> tuple[torch.Tensor, list[float]]:
     """What the reference gives.
 
@@ -39,7 +39,6 @@ def simulated(
         {**QSR, **{key: value for key, value in more.items() if key in QSR}},
         len(there),
         worker_size=worker_size,
-        zero_step=zero_step,
         present=lambda worker, start: ranges[worker][0] <= start < ranges[worker][1],
         **{key: value for key, value in more.items() if key not in QSR},
     )
@@ -88,9 +87,7 @@ def test_workers_die_inside_rounds_and_another_joins(
         start("d", part=30, seed=9)
         assert run.ended("a", "d") == [0] * 2 * worker_size
         there = {"a": (0, 12), "b": (0, 4), "c": (0, 6), "d": (8, 12)}
-        expected, _ = simulated(
-            there, worker_size=worker_size, joins_fresh=states == "fresh", zero_step=stage == 2 and worker_size == 2
-        )
+        expected, _ = simulated(there, worker_size=worker_size, joins_fresh=states == "fresh")
         check_equal(run, "ad", expected, worker_size)
         at = run.boundaries("a")
         assert [len(at[step]["names"]) for step in ROUNDS] == [3, 3, 2, 2, 2]

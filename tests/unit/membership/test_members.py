@@ -58,7 +58,6 @@ def test_fewer_than_min_workers_wait_and_say_for_what() -> None:
     found = of(told("a"), min_workers=2)
     assert found.what == "wait"
     assert "1 of at least 2 workers" in found.why
-    assert of(told("a"), new("b"), min_workers=2).what == "wait"
     assert of(told("a"), new("b"), min_workers=2).what == "exchange"
 
 

@@ -31,6 +31,9 @@ def write_run(folder: Path) -> Path:
         "bytes_sent": 1,
         "averagings_percent": 10.0,
         "communication_percent": 10.0,
+        "seconds_averaging": 1.0,
+        "seconds_data": 1.0,
+        "images_per_second": 1.0,
     }
     with Monitor(folder, 20, tensorboard=False, stream=io.StringIO()) as monitor:
         record = Record(
