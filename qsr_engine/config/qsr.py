@@ -147,6 +147,11 @@ class OuterConfig(StrictModel):
     """of the outer SGD"""
     nesterov: bool = False
     """of the outer SGD"""
+    unit_steps: PositiveInt | None = None
+    """`null`: every round has this lr and momentum, whatever its length. A number: they are those of a round of so many
+    steps at `lr.peak`; one in which the learning rates add up to p times as much has momentum^p and 1 - (1 - lr)^p.
+    Needs the block `lr` and an outer lr of at most 1; not with `averaging.fragments` or
+    `mixing`"""
 
     @property
     def is_plain_average(self) -> bool:
@@ -157,6 +162,11 @@ class OuterConfig(StrictModel):
     def _consistent(self) -> OuterConfig:
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov is true and momentum is 0; write a momentum such as 0.9, or nesterov false")
+        if self.unit_steps is not None and self.lr > 1:
+            raise ValueError(
+                f"unit_steps is {self.unit_steps} and lr is {self.lr:g}: in a round p times as long lr becomes "
+                "1 - (1 - lr)^p, which needs an lr of at most 1; write one, or unit_steps null"
+            )
         return self
 
 
@@ -239,11 +249,27 @@ class QSRConfig(StrictModel):
                 "outer is set and averaging.overlap is 'delayed', which leaves the workers at different parameters; "
                 "write outer null, or the overlap 'none' or 'next_forward'"
             )
+        if self.outer is not None and self.outer.unit_steps is not None:
+            _check_unit_steps(self)
         _check_faults(self)
         _check_strategy(self)
         _check_periods(self)
         _check_steps(self)
         return self
+
+
+def _check_unit_steps(qsr: QSRConfig) -> None:
+    if qsr.lr is None:
+        raise ValueError(
+            "outer.unit_steps is set and there is no block lr, from which the rates of a round follow; write the "
+            "block, or unit_steps null"
+        )
+    for key, free, why in (("fragments", 1, "boundaries lie inside rounds"), ("mixing", 0.0, "workers never meet")):
+        if (value := getattr(qsr.averaging, key)) != free:
+            raise ValueError(
+                f"outer.unit_steps is set and averaging.{key} is {value}, with which {why}; write {key} {free:g}, or "
+                "unit_steps null"
+            )
 
 
 def _check_parallel(qsr: QSRConfig) -> None:

@@ -114,6 +114,7 @@ class Boundary:
         options, everything = self._qsr.averaging, tuple(self.averager.fragments)
         with self._timed():
             self.averager.step = self._rounds.step
+            self.averager.round_lasted(self._rounds.units)
             self._left_out, self._before = self._meeting.before_averaging(purpose, fragments)
             left_out = self._left_out
             self._fragments = everything if left_out.ranks else tuple(fragments)

@@ -84,6 +84,20 @@ class Rounds:
             return tuple(range(fragments))
         return due_fragments(current.length, self.step - current.start, fragments)
 
+    @property
+    def units(self) -> float:
+        """Length of the current round up to here, in units of outer.unit_steps; 1 where there are none.
+
+        The learning rates of its steps add up to so many times unit_steps x lr.peak.
+        """
+        qsr = self.qsr
+        if qsr.lr is None or qsr.outer is None or qsr.outer.unit_steps is None:
+            return 1.0
+        steps = range(self._current.start, self.step)
+        return math.fsum(learning_rate(qsr.lr, s, qsr.total_steps) for s in steps) / (
+            qsr.outer.unit_steps * qsr.lr.peak
+        )
+
     def check_unfinished(self) -> None:
         """Raises RuntimeError if the run has taken its total_steps."""
         if self.finished:

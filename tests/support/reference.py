@@ -133,6 +133,7 @@ def simulate(
     average_buffers: bool = False,
     gradient_dtype: torch.dtype | None = None,
     outer: dict[str, Any] | None = None,
+    outer_unit: int | None = None,
     fragment_of: Tensor | None = None,
     mixing: float = 0.0,
 ) -> tuple[list[nn.Module], list[float]]:
@@ -157,6 +158,8 @@ def simulate(
         gradient_dtype: type to which a rank's gradient goes before it is averaged, and in which it stays.
         outer: arguments of torch.optim.SGD, which at each boundary of local steps takes (what the round began with -
             the average) for the gradient of what the round began with; one optimizer a fragment.
+        outer_unit: steps at the peak learning rate for which outer's lr and momentum are meant. After a round in which
+            the learning rates add up to p times as much they are 1 - (1 - lr)^p and momentum^p.
         delay: steps from a boundary until its average takes effect, as x += average - x at the boundary; at the latest
             at the next boundary, and at once at the last one.
         fragment_of: the fragment of every element, in the order of the parameters: a whole number from 0. Number p of P
@@ -232,6 +235,11 @@ def simulate(
                 differences = [torch.where(here, (1 - share) * (mean - x), 0.0) for x in own]
             else:
                 for p in due if outer else []:
+                    if outer and outer_unit:
+                        rates = [learning_rate(qsr["lr"], s, total) for s in range(round_start, step + 1)]
+                        length = sum(rates) / (outer_unit * qsr["lr"]["peak"])
+                        outer_optimizers[p].param_groups[0]["lr"] = 1 - (1 - outer["lr"]) ** length
+                        outer_optimizers[p].param_groups[0]["momentum"] = outer.get("momentum", 0.0) ** length
                     began[p].grad = began[p] - mean[fragment_of == p]
                     outer_optimizers[p].step()
                     mean[fragment_of == p] = began[p]
