@@ -87,13 +87,22 @@ class AveragingConfig(StrictModel):
     Another algorithm; the run ends with the average all the same"""
     cuda_graph: bool = False
     """NCCL only: capture the averaging once and replay it"""
-    state: list[str] = []
+    state: list[str] | dict[str, PositiveInt] = []
     """names of optimizer state that is averaged with the parameters, in fp32 and before anything else goes on:
-    `[exp_avg]` or `[exp_avg, exp_avg_sq]` of Adam, `[momentum_buffer]` of SGD. `[]` leaves it to each worker, as in the
-    paper"""
+    `[exp_avg]` or `[exp_avg, exp_avg_sq]` of Adam, `[momentum_buffer]` of SGD. `{exp_avg: 3, exp_avg_sq: 6}`: at the
+    end of every third round, and of every sixth (DES-LOC). `[]` leaves it to each worker, as in the paper"""
     buffers: Literal["average", "local"] = "average"
     """persistent floating-point buffers (batch-norm statistics): `average` them at boundaries, where all ranks must
     have the same ones, or leave them `local`"""
+
+    @property
+    def state_periods(self) -> dict[str, int]:
+        """Name of each state that is averaged: every so many rounds."""
+        return self.state if isinstance(self.state, dict) else dict.fromkeys(self.state, 1)
+
+    def states_due(self, number: int) -> list[str]:
+        """Names of the states to average at the end of round `number`, which counts from 0."""
+        return [name for name, period in self.state_periods.items() if (number + 1) % period == 0]
 
     @model_validator(mode="after")
     def _consistent(self) -> AveragingConfig:

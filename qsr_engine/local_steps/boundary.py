@@ -131,8 +131,8 @@ class Boundary:
 
     def _average_the_rest(self, left_out: LeftOut) -> None:
         """Buffers and optimizer state."""
-        sent = self.buffers.average(left_out) + self._traffic.state * self._optimizer_state.average(left_out)
-        self._costs.bytes_sent += sent
+        states = self._optimizer_state.average(left_out, self._rounds.round)
+        self._costs.bytes_sent += self.buffers.average(left_out) + self._traffic.state * states
         self.buffers.same_everywhere()
 
     def _averaged(self) -> None:

@@ -129,7 +129,7 @@ def simulate(
     reduce_dtype: torch.dtype | None = None,
     zero_step: bool = False,
     skipped: Callable[[int, int], bool] = lambda worker, step: False,
-    state: tuple[str, ...] = (),
+    state: tuple[str, ...] | dict[str, int] = (),
     average_buffers: bool = False,
     gradient_dtype: torch.dtype | None = None,
     outer: dict[str, Any] | None = None,
@@ -152,7 +152,8 @@ def simulate(
         reduce_dtype: type in which gradients are averaged, in a worker and in parallel; without it, the compute type.
         zero_step: DeepSpeed makes the state of some optimizers by a step with a gradient of zero before the first one.
         skipped: whether a worker skips its update at a step, as after an overflow.
-        state: names of the optimizer's state that is averaged with the parameters.
+        state: names of the optimizer's state that is averaged with the parameters; with numbers, at the end of every
+            so manieth round.
         average_buffers: floating-point buffers (batch-norm statistics), of which every rank has its own, are averaged
             over all ranks at a boundary of local steps; the models returned hold those of each worker's first rank.
         gradient_dtype: type to which a rank's gradient goes before it is averaged, and in which it stays.
@@ -248,7 +249,8 @@ def simulate(
         if step + 1 in ends:
             round_start = step + 1
         if step + 1 in ends and not parallel:
-            for name in state:
+            rounds = sum(1 for end in ends if end <= step + 1)
+            for name in [n for n in state if rounds % (state[n] if isinstance(state, dict) else 1) == 0]:
                 _average(
                     [
                         [optimizer.state[p][name] for p in _trained(model)]
