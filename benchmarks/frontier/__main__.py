@@ -31,7 +31,7 @@ from benchmarks.frontier.study import Runs, main_cases, picture_cases, run_all, 
 from benchmarks.report import Report, parser
 
 PARTS = {"main": main_cases, "varied": varied_cases, "pictures": picture_cases}
-SHARES = {"main": (0.08, 0.02, 0.005, 0.002), "varied": (0.02, 0.005), "pictures": (0.02, 0.005)}
+SHARES = {"main": (0.04, 0.01, 0.0025), "varied": (0.01,), "pictures": (0.01,)}
 
 
 def table(rows: Sequence[Row]) -> str:

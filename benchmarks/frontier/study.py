@@ -36,11 +36,11 @@ class Case:
 
 
 MAIN = Problem("digits", steps=16_000)
-SHORT = dataclasses.replace(MAIN, steps=6_000)
+SHORT = dataclasses.replace(MAIN, steps=4_000)
 FEW = ("constant", "power 1", "QSR", "power 3")
 # One thing of the short problem is changed at a time.
 VARIED: dict[str, dict[str, Any]] = {
-    "6,000 steps": {},
+    "4,000 steps": {},
     "no label noise": {"noise": 0.0},
     "label noise 0.8": {"noise": 0.8},
     "cross-entropy": {"loss": "cross_entropy", "rate": 0.2},
@@ -58,9 +58,9 @@ VARIED: dict[str, dict[str, Any]] = {
     "three hidden layers": {"hidden": (32, 32, 32)},
     "width 128": {"hidden": (128,)},
     "1,000 pictures": {"samples": 1000},
-    "1,500 steps": {"steps": 1_500},
+    "1,000 steps": {"steps": 1_000},
 }
-PICTURES = dataclasses.replace(MAIN, name="cifar10", data="cifar10", samples=1_000, noise=0.2, steps=8_000, rate=0.05)
+PICTURES = dataclasses.replace(MAIN, name="cifar10", data="cifar10", samples=1_000, noise=0.2, steps=4_000, rate=0.05)
 
 
 def main_cases(shares: Sequence[float]) -> list[Case]:

@@ -80,6 +80,12 @@ class Workers:
 def train(batches: Batches, qsr: QSRConfig) -> Outcome:
     """Train every trial to the end by the rule, and test the average."""
     began = time.process_time()
+    rows, averagings, longest = end_of(batches, qsr)
+    return Outcome(batches.errors(rows), averagings, longest, round(time.process_time() - began, 2))
+
+
+def end_of(batches: Batches, qsr: QSRConfig) -> tuple[Tensor, int, int]:
+    """The averaged models of all trials at the end [trials, size], averagings, and the steps of the longest round."""
     rounds = Rounds(qsr, lambda: 0.0)
     workers = Workers(batches, rounds.mode == "parallel")
     bucket = batches.start.flatten().clone()
@@ -108,6 +114,4 @@ def train(batches: Batches, qsr: QSRConfig) -> Outcome:
                 workers.put(held, workers.mean(held))
         if not rounds.finished:
             rounds.begin_next()
-    return Outcome(
-        batches.errors(workers.mean(workers.rows)), averagings, longest, round(time.process_time() - began, 2)
-    )
+    return workers.mean(workers.rows), averagings, longest
