@@ -2,6 +2,7 @@
 
     python -m benchmarks.frontier --runs FOLDER                       # digits, 16,000 steps, every rule
     python -m benchmarks.frontier --runs FOLDER --part varied         # what theory says matters, one at a time
+    python -m benchmarks.frontier --runs FOLDER --part sparse         # where only the drift along minimizers learns
     python -m benchmarks.frontier --runs FOLDER --part pictures --data CIFAR10_FOLDER
 
 K workers and 30 trials are the rows of one tensor in one process, on one core; the position, the schedule, the rule and
@@ -9,8 +10,8 @@ the outer step are the package's own (`Rounds`, `Outer`), and the mean is the su
 all-reduce has it. A trial is a draw of training pictures, a start and batches, the same under every rule.
 
 Every rule gets the smallest period at the peak rate with which it averages in no more than a share of the steps, for
-each of the shares; its peak rate is tuned for each share by itself, on 8 other trials, by factors of 2 until the best is
-not the smallest or largest tried. Errors are on the pictures that a trial did not draw, with their true labels.
+each of the shares; its peak rate is tuned for each share by itself, on 8 other trials, by factors of 2 until the best
+is not the smallest or largest tried. Errors are on the pictures that a trial did not draw, with their true labels.
 
 What has run is kept in FOLDER, line by line: stop it at any time, and run it again to go on. --seconds ends a process
 early.
@@ -27,11 +28,11 @@ import torch
 from benchmarks import report
 from benchmarks.frontier.rules import RULES
 from benchmarks.frontier.statements import Row, difference, interval, pairs, verdict, with_interval
-from benchmarks.frontier.study import Runs, main_cases, picture_cases, run_all, varied_cases
+from benchmarks.frontier.study import Runs, main_cases, picture_cases, run_all, sparse_cases, varied_cases
 from benchmarks.report import Report, parser
 
-PARTS = {"main": main_cases, "varied": varied_cases, "pictures": picture_cases}
-SHARES = {"main": (0.04, 0.01, 0.0025), "varied": (0.01,), "pictures": (0.01,)}
+PARTS = {"main": main_cases, "varied": varied_cases, "sparse": sparse_cases, "pictures": picture_cases}
+SHARES = {"main": (0.04, 0.01, 0.0025), "varied": (0.01,), "sparse": (0.04, 0.01, 0.0025), "pictures": (0.01,)}
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -70,7 +71,9 @@ def statements(rows: Sequence[Row]) -> str:
 
 def main() -> None:
     made = parser(__doc__)
-    made.add_argument("--runs", type=Path, required=True, metavar="FOLDER", help="of the raw outcomes; made if not there")
+    made.add_argument(
+        "--runs", type=Path, required=True, metavar="FOLDER", help="of the raw outcomes; made if not there"
+    )
     made.add_argument("--part", nargs="+", choices=list(PARTS), default=["main"])
     made.add_argument("--data", type=Path, metavar="FOLDER", help="CIFAR-10 as train/CLASS/*.jpg, for `pictures`")
     made.add_argument("--seconds", type=float, default=1e9, help="of one core, after which it ends, to be run again")
@@ -90,7 +93,7 @@ def main() -> None:
         kept.add(f"## {part}\n\n{table(rows)}")
     for part, rows in found.items():
         kept.add(f"## Pairs: {part}\n\n{statements(rows)}")
-    kept.save(rows={part: rows for part, rows in found.items()})
+    kept.save(rows=found)
 
 
 if __name__ == "__main__":

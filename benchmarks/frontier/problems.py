@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,12 @@ class Problem:
     """A task, its network and its local optimizer; every rule is compared within one.
 
     Args:
-        data: "digits" (scikit-learn's, 8 x 8) or "cifar10" (8 x 8 x 3, shrunk from a folder that --data names).
+        data: "digits" (scikit-learn's, 8 x 8), "cifar10" (8 x 8 x 3, shrunk from a folder that --data names), or
+            "sparse" (frontier.sparse, which reads no hidden and no loss).
         samples: training pictures of a trial, drawn from all; the others test it.
         hidden: sizes of the hidden layers.
-        noise: share of labels that are drawn anew at every step, uniformly over the classes.
+        noise: share of labels that are drawn anew at every step, uniformly over the classes; of "sparse" the standard
+            deviation of what is added to them.
         batch: pictures a worker and step.
         optimizer: "sgd", "momentum" (0.9) or "adamw".
         rate: the peak learning rate with which tuning begins; cosine to 0.
@@ -59,7 +62,7 @@ def load(problem: Problem, folder: Path | None) -> Pictures:
         pixels, labels = torch.tensor(digits.data, dtype=torch.float32), torch.tensor(digits.target)
     else:
         if folder is None:
-            raise SystemExit(f"{problem.name} needs pictures: give --data FOLDER with train/CLASS/*.jpg and test/")
+            raise SystemExit(f"{problem.name} needs pictures: give --data FOLDER with train/CLASS/*.jpg")
         pixels, labels = _shrunk(folder)
     pixels = pixels - pixels.mean()
     return Pictures(pixels / pixels.std(), labels)
@@ -71,7 +74,9 @@ def _shrunk(folder: Path, each: int = 600) -> tuple[Tensor, Tensor]:
     from PIL import Image
 
     names = sorted(path.name for path in (folder / "train").iterdir() if path.is_dir())
-    paths = [(label, path) for label, name in enumerate(names) for path in sorted((folder / "train" / name).iterdir())[:each]]
+    paths = [
+        (label, path) for label, name in enumerate(names) for path in sorted((folder / "train" / name).iterdir())[:each]
+    ]
     whole = np.stack([np.asarray(Image.open(path).convert("RGB"), dtype=np.float32) for _, path in paths])
     small = whole.reshape(len(paths), 8, 4, 8, 4, 3).mean((2, 4)).reshape(len(paths), -1)
     return torch.from_numpy(small), torch.tensor([label for label, _ in paths])
@@ -85,7 +90,7 @@ class Network:
 
     def __init__(self, inputs: int, problem: Problem) -> None:
         widths = [inputs, *problem.hidden, CLASSES]
-        self.shapes = list(zip(widths[:-1], widths[1:], strict=True))
+        self.shapes = list(itertools.pairwise(widths))
         self.size = sum((before + 1) * after for before, after in self.shapes)
         self._entropy = problem.loss == "cross_entropy"
 
@@ -157,9 +162,7 @@ class Batches:
         chosen = torch.randint(problem.samples, shape, generator=generator)
         index = self._training[torch.arange(self.trials)[None, None, :, None], chosen]
         wrong = torch.rand(shape, generator=generator) < problem.noise
-        labels = torch.where(
-            wrong, torch.randint(CLASSES, shape, generator=generator), self.pictures.labels[index]
-        )
+        labels = torch.where(wrong, torch.randint(CLASSES, shape, generator=generator), self.pictures.labels[index])
         self._drawn = list(zip(index.unbind(), labels.unbind(), strict=True))
 
     def errors(self, rows: Tensor) -> list[float]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.frontier.problems import Batches, Pictures, Problem, load
 from benchmarks.frontier.rules import RULES, block, period_for
+from benchmarks.frontier.sparse import SparseBatches
 from benchmarks.frontier.workers import Outcome, train
 
 TUNING, COUNTING = 1, 2  # blocks of trials
@@ -49,17 +50,18 @@ VARIED: dict[str, dict[str, Any]] = {
     "batch 8": {"batch": 8},
     "momentum 0.9": {"optimizer": "momentum", "rate": 0.02},
     "AdamW": {"optimizer": "adamw", "rate": 0.003},
-    "AdamW, both moments averaged": {
-        "optimizer": "adamw", "rate": 0.003, "state": (("exp_avg", 1), ("exp_avg_sq", 1))
-    },
+    "AdamW, both moments averaged": {"optimizer": "adamw", "rate": 0.003, "state": (("exp_avg", 1), ("exp_avg_sq", 1))},
     "AdamW, moments every 3rd and 6th round": {
-        "optimizer": "adamw", "rate": 0.003, "state": (("exp_avg", 3), ("exp_avg_sq", 6))
+        "optimizer": "adamw",
+        "rate": 0.003,
+        "state": (("exp_avg", 3), ("exp_avg_sq", 6)),
     },
     "three hidden layers": {"hidden": (32, 32, 32)},
     "width 128": {"hidden": (128,)},
     "1,000 pictures": {"samples": 1000},
     "1,000 steps": {"steps": 1_000},
 }
+SPARSE = Problem("sparse", 20_000, "sparse", samples=25, hidden=(), noise=3.0, batch=1, rate=0.003)
 PICTURES = dataclasses.replace(MAIN, name="cifar10", data="cifar10", samples=1_000, noise=0.2, steps=4_000, rate=0.05)
 
 
@@ -80,6 +82,10 @@ def picture_cases(shares: Sequence[float]) -> list[Case]:
     return [Case(PICTURES, "parallel", 1.0), *(Case(PICTURES, rule, share) for share in shares for rule in FEW)]
 
 
+def sparse_cases(shares: Sequence[float]) -> list[Case]:
+    return [Case(SPARSE, "parallel", 1.0), *(Case(SPARSE, rule, share) for share in shares for rule in FEW)]
+
+
 class Runs:
     """Trains what is asked for once, and keeps every outcome as a line of JSON; a later process goes on from there.
 
@@ -98,7 +104,7 @@ class Runs:
     @property
     def seconds(self) -> float:
         """Of one core, in all."""
-        return sum(found["seconds"] for found in self._known.values())
+        return float(sum(found["seconds"] for found in self._known.values()))
 
     def outcome(self, case: Case, factor: float, which: int) -> Outcome:
         """Args: factor: of the problem's rate; which: TUNING or COUNTING."""
@@ -107,8 +113,7 @@ class Runs:
         told = {"problem": dataclasses.asdict(case.problem) | {"name": ""}, "qsr": qsr.model_dump(), "trials": which}
         key = hashlib.sha256(json.dumps([told, TRIALS[which]], sort_keys=True).encode()).hexdigest()[:16]
         if key not in self._known:
-            batches = Batches(case.problem, pictures_of(case.problem, self._folder), TRIALS[which], which)
-            outcome = train(batches, qsr)
+            outcome = train(self._batches(case.problem, TRIALS[which], which), qsr)
             line = {"key": key, "case": f"{case.problem.name}, {case.rule}, {case.share:g}, {rate:g}, block {which}"}
             self._known[key] = {**line, **dataclasses.asdict(outcome)}
             with self._file.open("a") as stream:
@@ -116,6 +121,11 @@ class Runs:
             print(f"{line['case']}: {mean(outcome.errors):.2f} % ({outcome.seconds:.1f} s)", flush=True)
         kept = self._known[key]
         return Outcome(**{field.name: kept[field.name] for field in dataclasses.fields(Outcome)})
+
+    def _batches(self, problem: Problem, trials: int, which: int) -> Batches | SparseBatches:
+        if problem.data == "sparse":
+            return SparseBatches(problem, trials, which)
+        return Batches(problem, pictures_of(problem, self._folder), trials, which)
 
     def tune(self, case: Case) -> dict[float, float]:
         """Mean error at each factor of the rate that was tried: the best lies between two others, or at the end."""

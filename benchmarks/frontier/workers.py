@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.frontier.problems import Batches
+from benchmarks.frontier.sparse import SparseBatches
 from qsr_engine.averaging.buckets import pieces_in_place
 from qsr_engine.averaging.outer import Outer
 from qsr_engine.config.qsr import QSRConfig
@@ -26,9 +27,9 @@ class Outcome:
 
 
 class Workers:
-    """The copies of the model: row k x trials + t is that of worker k in trial t; under `parallel` all k are one row."""
+    """The models: row k x trials + t is that of worker k in trial t; under `parallel` all workers of a trial are one."""
 
-    def __init__(self, batches: Batches, together: bool) -> None:
+    def __init__(self, batches: Batches | SparseBatches, together: bool) -> None:
         self._batches, self._trials = batches, batches.trials
         self._make(batches.start.clone(), {}, 1)
         if not together:
@@ -77,14 +78,14 @@ class Workers:
         values.detach().view(self.workers, self._trials, -1).copy_(mean)
 
 
-def train(batches: Batches, qsr: QSRConfig) -> Outcome:
+def train(batches: Batches | SparseBatches, qsr: QSRConfig) -> Outcome:
     """Train every trial to the end by the rule, and test the average."""
     began = time.process_time()
     rows, averagings, longest = end_of(batches, qsr)
     return Outcome(batches.errors(rows), averagings, longest, round(time.process_time() - began, 2))
 
 
-def end_of(batches: Batches, qsr: QSRConfig) -> tuple[Tensor, int, int]:
+def end_of(batches: Batches | SparseBatches, qsr: QSRConfig) -> tuple[Tensor, int, int]:
     """The averaged models of all trials at the end [trials, size], averagings, and the steps of the longest round."""
     rounds = Rounds(qsr, lambda: 0.0)
     workers = Workers(batches, rounds.mode == "parallel")

@@ -19,8 +19,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """`torch.optim.Muon` on matrices and `torch.optim.AdamW` on every other parameter.
 
     Muon's steps are scaled to the size of AdamW's (`adjust_lr_fn: match_rms_adamw`), so that both take one learning
-    rate. Muon is for the matrices of hidden layers: give embeddings and the last layer to AdamW, in a group of their own
-    with `"muon": False`.
+    rate. Muon is for the matrices of hidden layers: give embeddings and the last layer to AdamW, in a group of their
+    own with `"muon": False`.
 
     Args:
         parameters: tensors, or groups of them as torch has them; of a group, `muon` says which optimizer takes it,
@@ -34,14 +34,14 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     def __init__(
         self,
-        parameters: Iterable[Tensor] | Iterable[dict[str, Any]],
+        parameters: Iterable[Any],
         lr: float = 1e-3,
         weight_decay: float = 0.1,
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
     ) -> None:
-        common = {"lr": lr, "weight_decay": weight_decay}
+        common: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
         given = list(parameters)
         groups = given if given and isinstance(given[0], dict) else [{"params": given}]
         parts = [part for group in groups for part in _by_optimizer(group)]
@@ -76,8 +76,8 @@ def _by_optimizer(group: Any) -> list[dict[str, Any]]:
     if group.get("muon") and len(matrices) < len(own):
         strange = next(parameter for parameter in own if parameter.ndim != 2)
         raise ConfigError(
-            f"a group with muon True has a parameter of shape {list(strange.shape)}, and Muon takes matrices; give that "
-            "one in a group with muon False, or leave muon out"
+            f"a group with muon True has a parameter of shape {list(strange.shape)}, and Muon takes matrices; give "
+            "that one in a group with muon False, or leave muon out"
         )
     to_muon = matrices if group.get("muon", True) else []
     taken = {id(parameter) for parameter in to_muon}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from benchmarks.frontier import study
 from benchmarks.frontier.problems import CLASSES, Batches, Network, Pictures, Problem
 from benchmarks.frontier.rules import RULES, block, period_for
+from benchmarks.frontier.sparse import SparseBatches
 from benchmarks.frontier.statements import difference, verdict
 from benchmarks.frontier.workers import Outcome, end_of
 from qsr_engine.schedule import rounds
@@ -61,7 +62,7 @@ def end_of_reference(problem: Problem, rule: str, trial: int, **told: Any) -> Te
         loss=half_squared_error if problem.loss == "squared" else nn.functional.cross_entropy,
         **told,
     )
-    layers = [layer for layer in models[0] if isinstance(layer, nn.Linear)]
+    layers = [layer for layer in models[0].modules() if isinstance(layer, nn.Linear)]
     return torch.cat([values.detach().flatten() for one in layers for values in (one.weight.T, one.bias)])
 
 
@@ -160,3 +161,17 @@ def test_a_verdict_says_no_more_than_the_interval() -> None:
     assert verdict(other, one).startswith("QSR errs less than constant by 0.90 ± 0.03")
     assert verdict(same, other) == "power 3 and constant cannot be told apart (+0.00 ± 0.38)"
     assert difference(one, other)[0] == pytest.approx(-0.9)
+
+
+def test_gradients_of_sparse_regression_are_autograds() -> None:
+    drawn = SparseBatches(dataclasses.replace(study.SPARSE, workers=2, batch=3), 4, block=1)
+    inputs, labels = (values[1] for values in drawn.next())
+    rows = drawn.start + torch.randn(drawn.start.shape, generator=torch.Generator().manual_seed(2))
+    into = torch.zeros_like(rows)
+    drawn.network.gradient(drawn.network.layers(rows), drawn.network.layers(into), inputs, labels)
+    rows.requires_grad_()
+    u, v = drawn.network.layers(rows)[0]
+    errors = torch.einsum("cbi,ci->cb", inputs, u * u - v * v) - labels
+    (errors.square().mean(1) / 2).sum().backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(into, rows.grad, rtol=1e-4, atol=1e-4)
+    assert drawn.errors(torch.cat([drawn.coefficients.clamp(min=0), (-drawn.coefficients).clamp(min=0)], 1)) == [0] * 4

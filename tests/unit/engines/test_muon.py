@@ -29,7 +29,7 @@ def take_steps(made: nn.Module, optimizers: list[torch.optim.Optimizer], seed: i
             optimizer.step()
 
 
-def torchs(made: nn.Sequential, matrices: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
+def torchs(made: nn.Sequential, matrices: list[Any]) -> list[torch.optim.Optimizer]:
     rest = [p for p in made.parameters() if all(p is not matrix for matrix in matrices)]
     return [
         torch.optim.Muon(matrices, **OPTIONS, adjust_lr_fn="match_rms_adamw"),
