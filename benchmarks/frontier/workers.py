@@ -27,7 +27,7 @@ class Outcome:
 
 
 class Workers:
-    """The models: row k x trials + t is that of worker k in trial t; under `parallel` all workers of a trial are one."""
+    """The models: row k x trials + t is that of worker k in trial t; under `parallel` a trial has one row."""
 
     def __init__(self, batches: Batches | SparseBatches, together: bool) -> None:
         self._batches, self._trials = batches, batches.trials
