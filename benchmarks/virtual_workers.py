@@ -205,9 +205,8 @@ def make_model(name: str, seed: int, small: bool) -> nn.Module:
         )
         return transformer
     shape: dict[str, Any] = {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)} if small else {"layers": (2, 2, 2, 2)}
-    width = 8 if small else 64
-    made: nn.Module = ResNet(BasicBlock, num_classes=10, stem_width=width, **shape)
-    made.conv1, made.maxpool = nn.Conv2d(3, width, 3, padding=1, bias=False), nn.Identity()
+    made: nn.Module = ResNet(BasicBlock, num_classes=10, **shape)
+    made.conv1, made.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
     return made
 
 

@@ -42,31 +42,28 @@ FEW = ("constant", "power 1", "QSR", "power 3")
 # One thing of the short problem is changed at a time.
 VARIED: dict[str, dict[str, Any]] = {
     "4,000 steps": {},
+    "1,000 steps": {"steps": 1_000},
     "no label noise": {"noise": 0.0},
-    "label noise 0.8": {"noise": 0.8},
     "cross-entropy": {"loss": "cross_entropy", "rate": 0.2},
     "K = 2": {"workers": 2},
     "K = 16": {"workers": 16},
-    "batch 8": {"batch": 8},
-    "momentum 0.9": {"optimizer": "momentum", "rate": 0.02},
+    "momentum 0.9": {"optimizer": "momentum", "rate": 0.005},
     "AdamW": {"optimizer": "adamw", "rate": 0.003},
-    "AdamW, both moments averaged": {"optimizer": "adamw", "rate": 0.003, "state": (("exp_avg", 1), ("exp_avg_sq", 1))},
     "AdamW, moments every 3rd and 6th round": {
         "optimizer": "adamw",
         "rate": 0.003,
         "state": (("exp_avg", 3), ("exp_avg_sq", 6)),
     },
     "three hidden layers": {"hidden": (32, 32, 32)},
-    "width 128": {"hidden": (128,)},
-    "1,000 pictures": {"samples": 1000},
-    "1,000 steps": {"steps": 1_000},
 }
 SPARSE = Problem("sparse", 20_000, "sparse", samples=25, hidden=(), noise=3.0, batch=1, rate=0.003)
 PICTURES = dataclasses.replace(MAIN, name="cifar10", data="cifar10", samples=1_000, noise=0.2, steps=4_000, rate=0.05)
 
 
 def main_cases(shares: Sequence[float]) -> list[Case]:
-    return [Case(MAIN, "parallel", 1.0), *(Case(MAIN, rule, share) for share in shares for rule in RULES)]
+    """With an outer optimizer not at the smallest budget: it is behind at the others."""
+    rules = {share: [rule for rule in RULES if share > min(shares) or "outer" not in rule] for share in shares}
+    return [Case(MAIN, "parallel", 1.0), *(Case(MAIN, rule, share) for share in shares for rule in rules[share])]
 
 
 def varied_cases(shares: Sequence[float]) -> list[Case]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from qsr_engine.config.strict import Count, NonNegative, Positive, PositiveInt, StrictModel
 
@@ -94,6 +94,18 @@ class AveragingConfig(StrictModel):
     buffers: Literal["average", "local"] = "average"
     """persistent floating-point buffers (batch-norm statistics): `average` them at boundaries, where all ranks must
     have the same ones, or leave them `local`"""
+
+    @field_validator("state", mode="before")
+    @classmethod
+    def _names_or_periods(cls, state: Any) -> Any:
+        numbers = state.values() if isinstance(state, dict) else ()
+        named = isinstance(state, list | dict) and all(isinstance(name, str) for name in state)
+        if not named or not all(type(number) is int and 0 < number < 2**63 for number in numbers):
+            raise ValueError(
+                f"found {state!r}; write names of optimizer state, such as [exp_avg], or how many rounds lie between "
+                "two averagings of each, such as {exp_avg: 3, exp_avg_sq: 6}"
+            )
+        return state
 
     @property
     def state_periods(self) -> dict[str, int]:

@@ -101,7 +101,7 @@ def test_a_run_in_pieces_of_a_step_is_the_run(tmp_path: Path, monkeypatch: pytes
 
 
 def test_pictures_move_by_at_most_four_pixels() -> None:
-    pixels = torch.zeros(64, 3, 32, 32, dtype=torch.uint8)
+    pixels = torch.zeros(500, 3, 32, 32, dtype=torch.uint8)
     pixels[:, :, 10, 20] = 255
     places = augmented(pixels, torch.Generator().manual_seed(0))[:, 0].flatten(1).argmax(1)
     rows, columns = places // 32, places % 32

@@ -95,6 +95,11 @@ def refusal(**changes: Any) -> str:
             {"averaging": {"state": ["exp_avg"], "overlap": "delayed", "delay_steps": 1}},
             ["qsr.averaging", "the state would be averaged steps before the parameters"],
         ),
+        (
+            {"averaging": {"state": {"exp_avg": 0}}},
+            ["qsr.averaging.state: found {'exp_avg': 0}", "write names of optimizer state, such as [exp_avg]"],
+        ),
+        ({"averaging": {"state": "exp_avg"}}, ["qsr.averaging.state: found 'exp_avg'", "{exp_avg: 3, exp_avg_sq: 6}"]),
         ({"on_other_workers": "sum"}, ["qsr.on_other_workers", "'mean' or 'fresh'"]),
         ({"outer": {"lr": 0.7, "nesterov": True}}, ["qsr.outer: nesterov is true and momentum is 0"]),
         ({"outer": {"lr": 0.7, "momentum": 1}}, ["qsr.outer.momentum", "less than 1"]),
