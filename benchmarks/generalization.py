@@ -16,6 +16,8 @@ images in batches of the same size.
 The rates are factors of the model's own, and every strategy is tuned by the same procedure. QSR's
 alpha follows the rate: alpha / peak stays the same, so the periods do too.
 
+On one GPU, with 200 epochs and K workers in one process: `benchmarks.virtual_workers`.
+
 Results: a table with mean and standard deviation over the seeds, the share of averagings, and the sharpness of the
 averaged model (largest eigenvalue of the Hessian of the training loss). `qsr report` draws the final runs.
 """

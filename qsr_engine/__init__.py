@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from qsr_engine.engines.attach import attach
     from qsr_engine.engines.deepspeed.initialize import initialize, zero_init
     from qsr_engine.engines.fsdp.initialize import initialize_fsdp
+    from qsr_engine.engines.muon import MuonWithAdamW
 
 __all__ = [
     "ConfigError",
     "EvalLoader",
     "HostError",
+    "MuonWithAdamW",
     "TrainLoader",
     "attach",
     "initialize",
@@ -31,6 +33,7 @@ __all__ = [
 
 _PLACES = {
     "EvalLoader": "qsr_engine.data.loader",
+    "MuonWithAdamW": "qsr_engine.engines.muon",
     "TrainLoader": "qsr_engine.data.loader",
     "attach": "qsr_engine.engines.attach",
     "initialize": "qsr_engine.engines.deepspeed.initialize",

@@ -32,6 +32,7 @@ PARTS = {
         ("engines/fsdp/initialize.py", "initialize_fsdp", "qsr_engine.initialize_fsdp"),
         ("engines/attach.py", "attach", "qsr_engine.attach"),
         ("engines/deepspeed/initialize.py", "zero_init", "qsr_engine.zero_init"),
+        ("engines/muon.py", "MuonWithAdamW", "qsr_engine.MuonWithAdamW"),
     ],
     "The engine": [("engines/surface.py", f"Surface.{name}", f"engine.{name}") for name in ENGINE.split()],
     "Where a run is: `engine.local_steps`": [

@@ -1,19 +1,24 @@
-"""The pictures of README.md: workers' timelines, and seconds of whole runs on slow networks.
+"""The pictures of README.md: workers' timelines, seconds of whole runs on slow networks, and error over averagings.
 
     python -m docs.scripts.pictures      # in the repository's root
 
-The timelines are those of the rule itself, on a run of 96 steps. The bars are the table of a committed report.
+The timelines are those of the rule itself, on a run of 96 steps. The bars and the curves are those of committed
+reports.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from pathlib import Path
 
+from benchmarks.frontier.statements import interval
 from qsr_engine.config.qsr import LearningRateConfig, QSRConfig
 from qsr_engine.schedule import learning_rate, rounds
 
 PICTURES = Path(__file__).parents[1] / "pictures"
+FRONTIER = Path(__file__).parents[2] / "benchmarks" / "results" / "frontier-2026-11-29.json"
 REPORT = Path(__file__).parents[2] / "benchmarks" / "results" / "wallclock-2026-11-25.md"
 WIDTH = 860
 INK, GREY, LINE, LOCAL, BAR = "#1f2933", "#616e7c", "#cbd2d9", "#9ecae8", "#d1495b"
@@ -115,7 +120,66 @@ def wallclock() -> str:
     return _svg(int(y) + 42, "Seconds of whole runs as a multiple of compute alone", parts)
 
 
+CURVES = {
+    "constant": ("constant H", "#b36b00"),
+    "QSR": ("QSR", BAR),
+    "power 3": ("power 3", "#7b4fa3"),
+    "post_local": ("post-local SGD", "#2f7d4f"),
+    "swap": ("SWAP", "#3f6f9f"),
+}
+
+
+def frontier() -> str:
+    """Test error over averagings, a curve a rule; bands are 95 % intervals, of parallel all across."""
+    rows = json.loads(FRONTIER.read_text(encoding="utf-8"))["rows"]["main"]
+    left, right, top, bottom = 60.0, WIDTH - 200.0, 50.0, 330.0
+    shown = [row for row in rows if row["rule"] in CURVES or row["rule"] == "parallel"]
+    ends = [mean + sign * half for mean, half in (interval(row["errors"]) for row in shown) for sign in (-1, 1)]
+    low, high = math.floor(min(ends) * 2) / 2, math.ceil(max(ends) * 2) / 2
+    most, least = 5.0, 0.2  # per cent
+
+    def x(percent: float) -> float:
+        return left + (right - left) * math.log(most / percent) / math.log(most / least)
+
+    def y(error: float) -> float:
+        return bottom - (bottom - top) * (error - low) / (high - low)
+
+    parts = [
+        _text(20, 26, "Test error in % (digits, 8 workers, 30 trials, rates tuned for each) over averagings", GREY)
+    ]
+    for tick in range(round(2 * low), round(2 * high) + 1):
+        parts.append(f'<path d="M{left} {y(tick / 2):.1f}H{right}" stroke="{LINE}" stroke-width="0.5"/>')
+        parts.append(_text(left - 8, y(tick / 2) + 4, f"{tick / 2:g}", GREY, 11, "end"))
+    for percent in (4, 2, 1, 0.5, 0.25):
+        parts.append(_text(x(percent), bottom + 18, f"{percent:g} %", GREY, 11, "middle"))
+    parts.append(
+        _text((left + right) / 2, bottom + 38, "averagings in 100 steps (data parallel: 100)", GREY, 12, "middle")
+    )
+    mean, half = interval(next(row["errors"] for row in rows if row["rule"] == "parallel"))
+    parts.append(
+        f'<rect x="{left}" y="{y(mean + half):.1f}" width="{right - left}" '
+        f'height="{y(mean - half) - y(mean + half):.1f}" fill="{LOCAL}" opacity="0.35"/>'
+    )
+    parts.append(f'<path d="M{left} {y(mean):.1f}H{right}" stroke="#5a7fa3" stroke-dasharray="4 3"/>')
+    key = [("data parallel", "#5a7fa3")]
+    for rule, (name, color) in CURVES.items():
+        own = sorted((row for row in rows if row["rule"] == rule), key=lambda row: -row["averagings_percent"])
+        points = [(x(row["averagings_percent"]), *interval(row["errors"])) for row in own]
+        line = " ".join(f"{place:.1f},{y(value):.1f}" for place, value, _ in points)
+        if rule in ("constant", "QSR"):
+            upper = [f"{place:.1f},{y(value + wide):.1f}" for place, value, wide in points]
+            lower = [f"{place:.1f},{y(value - wide):.1f}" for place, value, wide in reversed(points)]
+            parts.append(f'<polygon points="{" ".join(upper + lower)}" fill="{color}" opacity="0.15"/>')
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>')
+        parts += [f'<circle cx="{place:.1f}" cy="{y(value):.1f}" r="3" fill="{color}"/>' for place, value, _ in points]
+        key.append((name, color))
+    for number, (name, color) in enumerate(key):
+        parts.append(_box(right + 30, top + 24 * number, 14, 4, color))
+        parts.append(_text(right + 52, top + 24 * number + 7, name, INK, 13))
+    return _svg(int(bottom) + 54, "Test error over averagings for each rule, with 95 % intervals", parts)
+
+
 if __name__ == "__main__":
     PICTURES.mkdir(exist_ok=True)
-    for name, picture in (("timelines", timelines()), ("wallclock", wallclock())):
+    for name, picture in (("timelines", timelines()), ("wallclock", wallclock()), ("frontier", frontier())):
         (PICTURES / f"{name}.svg").write_text(picture, encoding="utf-8")

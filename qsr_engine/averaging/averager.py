@@ -267,6 +267,10 @@ class Averager:
             return None
         return self._squares.relative_distance(before, ranks, left_out, self._pieces_of(fragments))
 
+    def round_lasted(self, units: float) -> None:
+        """How long the round is that the next averaging ends, in units of qsr.outer.unit_steps."""
+        self._reducer.round_lasted(units)
+
     def begin_local(self) -> None:
         """Local steps begin after `parallel` ones: the buckets hold the same values on every worker."""
         self._reducer.begin_round()

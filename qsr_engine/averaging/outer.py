@@ -6,6 +6,16 @@ With x the parameters that all workers began the round with, x' their mean at it
     m = mu m + g
     x = x - lr m          with Nesterov: x = x - lr (g + mu m)
 
+Where rounds differ in length (outer.unit_steps), lr and mu are those of a round of one unit. A round of p units, p
+counted in the learning rates that its steps add up to, has
+
+    mu_p = mu^p           lr_p = 1 - (1 - lr)^p
+
+Both follow from one demand: two rounds of p and q units shall leave of the momentum, and without momentum of the
+distance to a mean that stands still, what one of p + q leaves. So long rounds end at their plain average (lr_p -> 1,
+mu_p -> 0), where a fixed lr and mu would carry the parameters lr / (1 - mu) times as far as the workers went. AutoLoCo
+(arXiv 2609.36662) is reported to take mu^p with the rate accumulated in a round; lr_p is derived here.
+
 lr 1 and mu 0 give x', the plain average. Sources: SlowMo (Wang et al., ICLR 2020, arXiv 1910.00643) and DiLoCo
 (Douillard et al., arXiv 2311.08105, which takes lr 0.7, mu 0.9 and Nesterov). Every rank computes it for the elements
 that it holds, from the same numbers, so that workers stay equal bit for bit, and where ZeRO or FSDP shards the
@@ -40,6 +50,14 @@ class Outer:
         self._buckets = list(buckets)
         self._begun_with = [bucket.detach().clone() for bucket in buckets]  # x
         self._momentum = [torch.zeros_like(bucket) for bucket in buckets] if config.momentum else []
+        self._lr, self._mu = config.lr, config.momentum  # of this round
+
+    def round_lasted(self, units: float) -> None:
+        """The round whose end step() takes was so many units long."""
+        if self.config.unit_steps is not None:
+            # Two hosts may round a power or a cosine otherwise in the last digit, and all workers must get the same.
+            self._lr = float(f"{1 - (1 - self.config.lr) ** units:.9g}")
+            self._mu = float(f"{self.config.momentum**units:.9g}")
 
     @torch.no_grad()
     def begin_round(self) -> None:
@@ -63,10 +81,10 @@ class Outer:
             gradient = kept.sub_(mean)
             step = gradient
             if self._momentum:
-                momentum = self._momentum[index][start:stop].mul_(self.config.momentum).add_(gradient)
-                step = gradient.add(momentum, alpha=self.config.momentum) if self.config.nesterov else momentum
+                momentum = self._momentum[index][start:stop].mul_(self._mu).add_(gradient)
+                step = gradient.add(momentum, alpha=self._mu) if self.config.nesterov else momentum
             # x - lr step, written so that it is exactly the mean where lr is 1 and step is the gradient.
-            mean.add_(gradient.sub(step, alpha=self.config.lr))
+            mean.add_(gradient.sub(step, alpha=self._lr))
             kept.copy_(mean)
 
     def state_dict(self, *, inside_round: bool = False) -> dict[str, Any]:
@@ -127,6 +145,9 @@ class OuterStep(Reducer):
 
     def _add_nothing(self) -> None:
         self._reducer._add_nothing()
+
+    def round_lasted(self, units: float) -> None:
+        self._outer.round_lasted(units)
 
     def begin_round(self) -> None:
         self._outer.begin_round()

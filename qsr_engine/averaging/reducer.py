@@ -121,6 +121,9 @@ class Reducer(abc.ABC):
     def moved(self, index: int) -> None:  # noqa: B027
         """A piece that run() has yielded was changed, alike on every rank, before the next run begins."""
 
+    def round_lasted(self, units: float) -> None:  # noqa: B027
+        """The round that the next run() ends was so long, in units of qsr.outer.unit_steps; without it, 1."""
+
     def begin_round(self) -> None:  # noqa: B027
         """The pieces hold the same values on every rank, to which no run has brought them: local steps begin."""
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from qsr_engine.config.membership import MembershipConfig
 from qsr_engine.config.strict import Count, NonNegative, Positive, PositiveInt, StrictModel
@@ -88,13 +88,34 @@ class AveragingConfig(StrictModel):
     Another algorithm; the run ends with the average all the same"""
     cuda_graph: bool = False
     """NCCL only: capture the averaging once and replay it"""
-    state: list[str] = []
+    state: list[str] | dict[str, PositiveInt] = []
     """names of optimizer state that is averaged with the parameters, in fp32 and before anything else goes on:
-    `[exp_avg]` or `[exp_avg, exp_avg_sq]` of Adam, `[momentum_buffer]` of SGD. `[]` leaves it to each worker, as in the
-    paper"""
+    `[exp_avg]` or `[exp_avg, exp_avg_sq]` of Adam, `[momentum_buffer]` of SGD. `{exp_avg: 3, exp_avg_sq: 6}`: at the
+    end of every third round, and of every sixth (DES-LOC). `[]` leaves it to each worker, as in the paper"""
     buffers: Literal["average", "local"] = "average"
     """persistent floating-point buffers (batch-norm statistics): `average` them at boundaries, where all ranks must
     have the same ones, or leave them `local`"""
+
+    @field_validator("state", mode="before")
+    @classmethod
+    def _names_or_periods(cls, state: Any) -> Any:
+        numbers = state.values() if isinstance(state, dict) else ()
+        named = isinstance(state, list | dict) and all(isinstance(name, str) for name in state)
+        if not named or not all(type(number) is int and 0 < number < 2**63 for number in numbers):
+            raise ValueError(
+                f"found {state!r}; write names of optimizer state, such as [exp_avg], or how many rounds lie between "
+                "two averagings of each, such as {exp_avg: 3, exp_avg_sq: 6}"
+            )
+        return state
+
+    @property
+    def state_periods(self) -> dict[str, int]:
+        """Name of each state that is averaged: every so many rounds."""
+        return self.state if isinstance(self.state, dict) else dict.fromkeys(self.state, 1)
+
+    def states_due(self, number: int) -> list[str]:
+        """Names of the states to average at the end of round `number`, which counts from 0."""
+        return [name for name, period in self.state_periods.items() if (number + 1) % period == 0]
 
     @model_validator(mode="after")
     def _consistent(self) -> AveragingConfig:
@@ -148,6 +169,11 @@ class OuterConfig(StrictModel):
     """of the outer SGD"""
     nesterov: bool = False
     """of the outer SGD"""
+    unit_steps: PositiveInt | None = None
+    """`null`: every round has this lr and momentum, whatever its length. A number: they are those of a round of so many
+    steps at `lr.peak`; one in which the learning rates add up to p times as much has momentum^p and 1 - (1 - lr)^p.
+    Needs the block `lr` and an outer lr of at most 1; not with `averaging.fragments` or
+    `mixing`"""
 
     @property
     def is_plain_average(self) -> bool:
@@ -158,6 +184,11 @@ class OuterConfig(StrictModel):
     def _consistent(self) -> OuterConfig:
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov is true and momentum is 0; write a momentum such as 0.9, or nesterov false")
+        if self.unit_steps is not None and self.lr > 1:
+            raise ValueError(
+                f"unit_steps is {self.unit_steps} and lr is {self.lr:g}: in a round p times as long lr becomes "
+                "1 - (1 - lr)^p, which needs an lr of at most 1; write one, or unit_steps null"
+            )
         return self
 
 
@@ -260,6 +291,8 @@ class QSRConfig(StrictModel):
                 "outer is set and averaging.overlap is 'delayed', which leaves the workers at different parameters; "
                 "write outer null, or the overlap 'none' or 'next_forward'"
             )
+        if self.outer is not None and self.outer.unit_steps is not None:
+            _check_unit_steps(self)
         _check_faults(self)
         _check_strategy(self)
         if self.membership.elastic:
@@ -267,6 +300,20 @@ class QSRConfig(StrictModel):
         _check_periods(self)
         _check_steps(self)
         return self
+
+
+def _check_unit_steps(qsr: QSRConfig) -> None:
+    if qsr.lr is None:
+        raise ValueError(
+            "outer.unit_steps is set and there is no block lr, from which the rates of a round follow; write the "
+            "block, or unit_steps null"
+        )
+    for key, free, why in (("fragments", 1, "boundaries lie inside rounds"), ("mixing", 0.0, "workers never meet")):
+        if (value := getattr(qsr.averaging, key)) != free:
+            raise ValueError(
+                f"outer.unit_steps is set and averaging.{key} is {value}, with which {why}; write {key} {free:g}, or "
+                "unit_steps null"
+            )
 
 
 def _check_parallel(qsr: QSRConfig) -> None:

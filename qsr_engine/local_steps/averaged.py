@@ -74,30 +74,38 @@ class OptimizerState:
     """Averages the optimizer's state that `averaging.state` names, and mends that of workers that were left out."""
 
     def __init__(self, replica: Averaged, options: AveragingConfig, group: Group) -> None:
-        self._replica, self._names, self._group = replica, options.state, group
+        self._replica, self._options, self._group = replica, options, group
         self._bucket_mb = options.bucket_mb
 
-    def average(self, left_out: LeftOut) -> int:
-        """Every rank calls it. Returns how many states were averaged; each is as large as the masters."""
-        tensors = [tensor for name in self._names for tensor in self._replica.state_to_average(name)]
+    def average(self, left_out: LeftOut, number: int) -> int:
+        """At the end of round `number`; every rank calls it.
+
+        With periods of its own a state is averaged at the ends of the rounds whose count they divide, as DES-LOC has it
+        (Iacob et al., arXiv 2505.22549): moments change more slowly than parameters, and may be averaged less often.
+
+        Returns:
+            How many states were averaged; each is as large as the masters.
+        """
+        names = self._options.states_due(number)
+        tensors = [tensor for name in names for tensor in self._replica.state_to_average(name)]
         capacity = bucket_bytes(self._bucket_mb, self._group)
         if tensors:
             average_in_place(tensors, self._group, capacity, left_out)
-        return len(self._names) + (self._give_mean(capacity, left_out) if left_out.ranks else 0)
+        return len(names) + (self._give_mean(capacity, left_out, names) if left_out.ranks else 0)
 
     @torch.no_grad()
-    def _give_mean(self, capacity: int, left_out: LeftOut) -> int:
+    def _give_mean(self, capacity: int, left_out: LeftOut, averaged: list[str]) -> int:
         """Give the workers that are left out of an averaging the mean of the others' optimizer state.
 
         What is not finite in their parameters has been in their moments first, and has made others huge. Zeros would
         not do: Adam corrects its moments by a count of steps, and with zeros late in a run its steps are six times too
-        large. The others' state stays as it is, and so do counts and averaging.state, which are averaged by themselves.
+        large. The others' state stays as it is, and so do counts and the states that are averaged by themselves.
         What has not a master's shape (Adafactor's) becomes zero where it is not finite.
         """
         replica = self._replica
         names: list[set[str]] = [set()] * dist.get_world_size(self._group)
         dist.all_gather_object(names, {name for _, name, _ in replica.state_tensors()}, group=self._group)
-        others = sorted(set().union(*names) - set(self._names))
+        others = sorted(set().union(*names) - set(averaged))
         for name in others:
             average_packed(replica.state_to_average(name), self._group, capacity, left_out, give=True)
         if left_out.here:

@@ -134,6 +134,7 @@ class Boundary:
         options, everything = self._qsr.averaging, tuple(self.averager.fragments)
         with self._timed():
             self.averager.step = self._rounds.step
+            self.averager.round_lasted(self._rounds.units)
             self._left_out, self._before = self._meeting.before_averaging(purpose, fragments)
             left_out = self._left_out
             self._fragments = everything if left_out.ranks else tuple(fragments)
@@ -161,8 +162,8 @@ class Boundary:
 
     def _average_the_rest(self, left_out: LeftOut) -> None:
         """Buffers and optimizer state."""
-        sent = self.buffers.average(left_out) + self._traffic.state * self._optimizer_state.average(left_out)
-        self._costs.bytes_sent += sent
+        states = self._optimizer_state.average(left_out, self._rounds.round)
+        self._costs.bytes_sent += self.buffers.average(left_out) + self._traffic.state * states
         self.buffers.same_everywhere()
 
     def _averaged(self) -> None:

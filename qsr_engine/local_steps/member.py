@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -93,9 +93,7 @@ class MemberBoundary:
         self._rounds, self._costs, self._averager, self._buffers = rounds, costs, averager, buffers
         self._qsr, self._replica = rounds.qsr, replica
         self.members, self._everybody, self._moved = members, everybody, moved
-        names = self._qsr.averaging.state
         self._handover = Handover(replica, averager, self._qsr.on_other_workers)
-        self._state_names = names
         self._parameters = Tentative(averager.buckets)
         self._put_rest: Callable[[], None] = lambda: None  # of the exchange that was made, beside the parameters
         self._loop = Loop()
@@ -228,7 +226,8 @@ class MemberBoundary:
             group = self.members.group(key, names, found.source.store, usable)
             self._parameters.average(group, giving, gives=gives)
             if found.source.joined:
-                self._average_the_rest(group, giving, gives=gives)
+                due = self._qsr.averaging.states_due(found.source.position["round"])
+                self._average_the_rest(group, giving, due, gives=gives)
             if giving < len(names):
                 source = names.index(next(one.name for one in found.members if one.name in found.giving))
                 self._handover.run(group, source, giving, gives=gives)
@@ -243,10 +242,10 @@ class MemberBoundary:
             return False
         return True
 
-    def _average_the_rest(self, group: dist.ProcessGroup, giving: int, *, gives: bool) -> None:
-        """Buffers, in fp64, and the optimizer's state that `averaging.state` names, in copies as the parameters."""
+    def _average_the_rest(self, group: dist.ProcessGroup, giving: int, due: Iterable[str], *, gives: bool) -> None:
+        """Buffers, in fp64, and the optimizer's state that is due, in copies as the parameters."""
         exact = self._buffers.inside_mean()
-        state = [value for name in self._state_names for value in self._replica.state_to_average(name)]
+        state = [value for name in due for value in self._replica.state_to_average(name)]
         rest = Tentative([value for value, _ in exact] + state)
         rest.average(group, giving, gives=gives)
 
@@ -266,6 +265,8 @@ class MemberBoundary:
         self._put_rest()
         self._put_rest = lambda: None
         if not begins:
+            at = exchanged.source.position
+            self._averager.round_lasted(self._rounds.units_of(at["round_start"], at["step"]))
             self._averager.average()  # of this worker alone, for the outer optimizer: it moves on from the mean
         self._replica.refresh()
         self._buffers.same_everywhere()

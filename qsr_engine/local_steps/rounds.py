@@ -84,6 +84,20 @@ class Rounds:
             return tuple(range(fragments))
         return due_fragments(current.length, self.step - current.start, fragments)
 
+    @property
+    def units(self) -> float:
+        """Length of the current round up to here, in units of outer.unit_steps; 1 where there are none."""
+        return self.units_of(self._current.start, self.step)
+
+    def units_of(self, start: int, stop: int) -> float:
+        """Length of a round of the steps from start to stop, the latter excluded: their rates add up to so many
+        times unit_steps x lr.peak."""
+        qsr = self.qsr
+        if qsr.lr is None or qsr.outer is None or qsr.outer.unit_steps is None:
+            return 1.0
+        rates = math.fsum(learning_rate(qsr.lr, step, qsr.total_steps) for step in range(start, stop))
+        return rates / (qsr.outer.unit_steps * qsr.lr.peak)
+
     def check_unfinished(self) -> None:
         """Raises RuntimeError if the run has taken its total_steps."""
         if self.finished:

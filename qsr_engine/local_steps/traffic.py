@@ -64,7 +64,7 @@ def averaging_bytes(
     *,
     sharded: bool = True,
     wire: Wire = "fp32",
-    states: int = 0,
+    states: float = 0,
     buffers: int = 0,
     tensors: Sequence[Sequence[int]] | None = None,
     piece: int = PIECE,
@@ -77,7 +77,8 @@ def averaging_bytes(
         masters: of the whole model; with the wire "fp32" they travel in their own types.
         sharded: whether each rank of a worker has a part of them (ZeRO 1 to 3, FSDP) or all (stage 0), and sends it.
         wire: averaging.wire_dtype. Of fewer bits, each piece of what travels is rounded up to equal blocks.
-        states: how many states of the optimizer are averaged as well, in the masters' types (averaging.state).
+        states: how many states of the optimizer are averaged as well, in the masters' types (averaging.state); one that
+            is averaged every third round is a third.
         buffers: elements of buffers that are averaged as well, over all ranks and in fp64.
         tensors: elements of each flat tensor that travels by itself, for every rank of a worker; None: one holds all.
         piece: bytes of a tensor that travel as one at most.
@@ -90,7 +91,7 @@ def averaging_bytes(
         of_ranks = [[held]] * worker_size if tensors is None else tensors
         pieces = (part for rank in of_ranks for tensor in small_first(rank, piece) for part in split(tensor, piece))
         sent = sum(exchange_bytes(part, workers, wire) for part in pieces)
-    return sent + states * plain + _over_all_ranks(2, buffers * ELEMENT_BYTES["fp64"], workers, worker_size)
+    return sent + round(states * plain) + _over_all_ranks(2, buffers * ELEMENT_BYTES["fp64"], workers, worker_size)
 
 
 def small_first(tensors: Sequence[int], piece: int = PIECE) -> list[int]:

@@ -151,7 +151,7 @@ def _sizes(qsr: QSRConfig, size: Size, workers: int, engine: _Engine) -> Sizes:
             ranks,
             sharded=sharded,
             wire=averaging.wire_dtype,
-            states=len(averaging.state),
+            states=sum(1 / period for period in averaging.state_periods.values()),
             buffers=size.buffers if averaging.buffers == "average" else 0,
             tensors=averaged_tensors(size.shapes, engine.stage, ranks, piece) if size.shapes else None,
             piece=piece,

@@ -177,13 +177,15 @@ def test_clipping_is_per_worker_and_silent(processes: Processes, strategy: str, 
 @pytest.mark.fast_cells(1)
 @pytest.mark.parametrize(
     ("optimizer", "state", "worker_size"),
-    [("adamw", ["exp_avg", "exp_avg_sq"], 2), ("adamw", ["exp_avg"], 1), ("sgd", ["momentum_buffer"], 1)],
+    [("adamw", {"exp_avg": 2, "exp_avg_sq": 3}, 2), ("adamw", ["exp_avg"], 1), ("sgd", ["momentum_buffer"], 1)],
 )
-def test_averaged_optimizer_state(processes: Processes, optimizer: str, state: list[str], worker_size: int) -> None:
+def test_averaged_optimizer_state(
+    processes: Processes, optimizer: str, state: list[str] | dict[str, int], worker_size: int
+) -> None:
     qsr = {**QSR, "worker_size": worker_size}
     averaged = {**qsr, "averaging": {"state": state}}
     results = processes.run(train_job, ranks=2 * worker_size, qsr=averaged, optimizer=optimizer)
-    oracle = expected(qsr, 2, optimizer=optimizer, state=tuple(state))
+    oracle = expected(qsr, 2, optimizer=optimizer, state=state if isinstance(state, dict) else tuple(state))
     assert furthest(results[0]["state"], oracle) == 0
     assert furthest(oracle, expected(qsr, 2, optimizer=optimizer)) > 0
     assert_silent(results, worker_size)

@@ -37,6 +37,40 @@ def test_it_is_torchs_sgd_on_the_mean_movement(processes: Processes, strategy: s
         assert results[0]["distances"] == pytest.approx(oracle["distances"], rel=1e-6)
 
 
+@pytest.mark.fast_cells(2)
+@pytest.mark.parametrize("unit", [3, 8])
+@pytest.mark.parametrize("strategy", ["qsr", "post_local"])
+def test_in_rounds_of_other_lengths_than_its_unit(processes: Processes, strategy: str, unit: int) -> None:
+    """The factors are rounded to 9 digits, which 22 steps add up."""
+    outer = OUTERS["DiLoCo"]
+    qsr = block(strategy, "adamw", outer={**outer, "unit_steps": unit})
+    results = processes.run(train, ranks=2, qsr=qsr, optimizer="adamw")
+    assert_all_equal(results)
+    oracle = expected(qsr, "adamw", workers=2, outer=outer, outer_unit=unit)
+    torch.testing.assert_close(results[0]["parameters"], oracle["parameters"], rtol=1e-8, atol=1e-8)
+    fixed = expected(qsr, "adamw", workers=2, outer=outer)
+    assert (oracle["parameters"] - fixed["parameters"]).abs().max() > 1e-3, "the length was meant to matter"
+
+
+def test_two_rounds_leave_what_one_as_long_as_both_leaves() -> None:
+    """Towards a mean that stands still, without momentum: a third of the distance after one unit, and so on."""
+    from qsr_engine.averaging.buckets import pieces_in_place
+    from qsr_engine.averaging.outer import Outer
+    from qsr_engine.config.qsr import OuterConfig
+
+    left = []
+    for lengths in ([0.25, 1.75], [2.0]):
+        bucket = torch.ones(8, dtype=torch.float64)
+        outer = Outer(OuterConfig(lr=2 / 3, unit_steps=1), [bucket])
+        for length in lengths:
+            bucket.zero_()
+            outer.round_lasted(length)
+            for piece in pieces_in_place([bucket], 1024):
+                outer.step(piece)
+        left.append(float(bucket[0]))
+    assert left == pytest.approx([1 / 9, 1 / 9], rel=1e-7)
+
+
 def test_lr_1_without_momentum_is_the_plain_average_bit_for_bit(processes: Processes) -> None:
     plain, outer = (
         processes.run(train, ranks=3, qsr=block("qsr", "adamw", **more), optimizer="adamw", dtype=torch.float32)
@@ -125,7 +159,7 @@ KINDS = ["fsdp", "zero0", "zero2", "zero3"]
 def test_workers_of_two_ranks_shard_its_state_and_resume_to_the_same_bits(
     processes: Processes, tmp_path: Path, kind: str
 ) -> None:
-    qsr = {**training.QSR, "worker_size": 2, "outer": OUTERS["DiLoCo"]}
+    qsr = {**training.QSR, "worker_size": 2, "outer": {**OUTERS["DiLoCo"], "unit_steps": 4}}
     whole = processes.run(job, ranks=4, kind=kind, qsr=qsr, folder=str(tmp_path), save_at=4)
     elements = sum(parameter.numel() for parameter in mlp().parameters())
     for result in whole:
@@ -145,6 +179,7 @@ def test_workers_of_two_ranks_shard_its_state_and_resume_to_the_same_bits(
         workers=2,
         worker_size=2,
         outer=OUTERS["DiLoCo"],
+        outer_unit=4,
     )
     found = torch.cat([whole[0]["state"][name].flatten() for name, _ in mlp().named_parameters()])
     # AdamW in fp32, gradients of two ranks: as the tests of the engines without it.

@@ -129,10 +129,11 @@ def simulate(
     reduce_dtype: torch.dtype | None = None,
     zero_step: bool = False,
     skipped: Callable[[int, int], bool] = lambda worker, step: False,
-    state: tuple[str, ...] = (),
+    state: tuple[str, ...] | dict[str, int] = (),
     average_buffers: bool = False,
     gradient_dtype: torch.dtype | None = None,
     outer: dict[str, Any] | None = None,
+    outer_unit: int | None = None,
     fragment_of: Tensor | None = None,
     mixing: float = 0.0,
     outlier: dict[str, Any] | None = None,
@@ -155,12 +156,15 @@ def simulate(
         reduce_dtype: type in which gradients are averaged, in a worker and in parallel; without it, the compute type.
         zero_step: DeepSpeed makes the state of some optimizers by a step with a gradient of zero before the first one.
         skipped: whether a worker skips its update at a step, as after an overflow.
-        state: names of the optimizer's state that is averaged with the parameters.
+        state: names of the optimizer's state that is averaged with the parameters; with numbers, at the end of every
+            so manieth round.
         average_buffers: floating-point buffers (batch-norm statistics), of which every rank has its own, are averaged
             over all ranks at a boundary of local steps; the models returned hold those of each worker's first rank.
         gradient_dtype: type to which a rank's gradient goes before it is averaged, and in which it stays.
         outer: arguments of torch.optim.SGD, which at each boundary of local steps takes (what the round began with -
             the average) for the gradient of what the round began with; one optimizer a fragment.
+        outer_unit: steps at the peak learning rate for which outer's lr and momentum are meant. After a round in which
+            the learning rates add up to p times as much they are 1 - (1 - lr)^p and momentum^p.
         delay: steps from a boundary until its average takes effect, as x += average - x at the boundary; at the latest
             at the next boundary, and at once at the last one.
         fragment_of: the fragment of every element, in the order of the parameters: a whole number from 0. Number p of P
@@ -264,6 +268,11 @@ def simulate(
                 differences = [torch.where(here, (1 - share) * (mean - x), 0.0) for x in own]
             else:
                 for p in due if outer else []:
+                    if outer and outer_unit:
+                        rates = [learning_rate(qsr["lr"], s, total) for s in range(round_start, step + 1)]
+                        length = sum(rates) / (outer_unit * qsr["lr"]["peak"])
+                        outer_optimizers[p].param_groups[0]["lr"] = 1 - (1 - outer["lr"]) ** length
+                        outer_optimizers[p].param_groups[0]["momentum"] = outer.get("momentum", 0.0) ** length
                     began[p].grad = began[p] - mean[fragment_of == p]
                     outer_optimizers[p].step()
                     mean[fragment_of == p] = began[p]
@@ -274,7 +283,8 @@ def simulate(
         if step + 1 in ends:
             round_start = step + 1
         if step + 1 in ends and not parallel:
-            for name in state:
+            rounds = sum(1 for end in ends if end <= step + 1)
+            for name in [n for n in state if rounds % (state[n] if isinstance(state, dict) else 1) == 0]:
                 _average(
                     [
                         [optimizer.state[p][name] for p in _trained(model)]

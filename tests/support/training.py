@@ -45,6 +45,10 @@ def batch(part: int, step: int, micro: int = 0, dtype: torch.dtype = torch.float
 def make_optimizer(name: str, parameters: Any) -> torch.optim.Optimizer:
     if name == "sgd":
         return torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=1e-3)
+    if name == "muon":
+        from qsr_engine.engines.muon import MuonWithAdamW
+
+        return MuonWithAdamW(parameters, lr=0.0, weight_decay=0.05)
     return torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.05)
 
 

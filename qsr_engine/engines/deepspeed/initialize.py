@@ -37,7 +37,7 @@ from qsr_engine.engines.deepspeed.internals import (
     deepspeed_zero_init,
     leave_out_shared_memory_collective,
 )
-from qsr_engine.engines.deepspeed.models import check_model, check_sparse_gradients
+from qsr_engine.engines.deepspeed.models import check_model, check_sparse_gradients, with_muon_checked
 from qsr_engine.engines.deepspeed.replicas import trained_groups
 from qsr_engine.engines.groups import OwnGroups
 from qsr_engine.engines.start import agree, agree_on_optimizer, check_scheduler, join_ranks, order_label
@@ -92,7 +92,7 @@ def initialize(
     with deepspeed_uses(groups), autocast_of_this_engine():
         engine, ds_optimizer, _, lr_scheduler = deepspeed_initialize(
             model=model,
-            optimizer=optimizer,
+            optimizer=with_muon_checked(optimizer, resolved),
             model_parameters=model_parameters,
             lr_scheduler=lr_scheduler,
             mpu=groups,

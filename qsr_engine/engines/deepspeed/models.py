@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from qsr_engine.config.strict import ConfigError
+from qsr_engine.engines.muon import MuonWithAdamW
 from qsr_engine.engines.start import with_sparse_gradients
 
 # Modules of DeepSpeed's that spread one model over ranks by groups of their own, by the start of their class's module
@@ -64,6 +66,29 @@ def check_sparse_gradients(model: nn.Module, optimizer: Any, stage: int, strateg
     else:
         return
     raise ConfigError(f"{sparse} has sparse gradients, which {why}")
+
+
+def with_muon_checked(optimizer: Any, config: Mapping[str, Any]) -> Any:
+    """The optimizer, or the function that makes it, where DeepSpeed leaves matrices as they are.
+
+    Raises:
+        ConfigError: it is Muon, and DeepSpeed would give it flat masters; of a function, when DeepSpeed calls it.
+    """
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    low = next((name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")), None)
+
+    def checked(made: Any) -> Any:
+        if isinstance(made, torch.optim.Muon | MuonWithAdamW) and (stage or low):
+            found = f"zero_optimization.stage is {stage}" if stage else f"{low} is enabled"
+            raise ConfigError(
+                f"the optimizer is {type(made).__name__} and {found}, under which DeepSpeed gives an optimizer flat "
+                "parts of the parameters, and Muon needs matrices; write stage 0 in fp32, or use initialize_fsdp()"
+            )
+        return made
+
+    if isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer):
+        return checked(optimizer)
+    return lambda parameters: checked(optimizer(parameters))
 
 
 def _check_not_spread(model: nn.Module) -> None:

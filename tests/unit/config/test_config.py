@@ -95,10 +95,22 @@ def refusal(**changes: Any) -> str:
             {"averaging": {"state": ["exp_avg"], "overlap": "delayed", "delay_steps": 1}},
             ["qsr.averaging", "the state would be averaged steps before the parameters"],
         ),
+        (
+            {"averaging": {"state": {"exp_avg": 0}}},
+            ["qsr.averaging.state: found {'exp_avg': 0}", "write names of optimizer state, such as [exp_avg]"],
+        ),
+        ({"averaging": {"state": "exp_avg"}}, ["qsr.averaging.state: found 'exp_avg'", "{exp_avg: 3, exp_avg_sq: 6}"]),
         ({"on_other_workers": "sum"}, ["qsr.on_other_workers", "'mean' or 'fresh'"]),
         ({"outer": {"lr": 0.7, "nesterov": True}}, ["qsr.outer: nesterov is true and momentum is 0"]),
         ({"outer": {"lr": 0.7, "momentum": 1}}, ["qsr.outer.momentum", "less than 1"]),
         ({"outer": {"lr": 0.7, "speed": 1}}, ["qsr.outer.speed: unknown key"]),
+        ({"outer": {"lr": 1.5, "unit_steps": 8}}, ["qsr.outer: unit_steps is 8 and lr is 1.5", "at most 1"]),
+        (
+            {"outer": {"unit_steps": 8}, "averaging": {"fragments": 2}},
+            ["averaging.fragments is 2", "write fragments 1"],
+        ),
+        ({"outer": {"unit_steps": 8}, "averaging": {"mixing": 0.5}}, ["averaging.mixing is 0.5", "write mixing 0"]),
+        ({"outer": {"unit_steps": 8}, "lr": None}, ["outer.unit_steps is set", "no block lr"]),
         ({"strategy": "parallel", "averaging": {"wire_dtype": "bf16"}}, ["qsr.averaging.wire_dtype is 'bf16', and"]),
         (
             {"strategy": "parallel", "averaging": {"overlap": "next_forward"}},

@@ -29,6 +29,7 @@ BF16 = ["precision={dtype: bf16, zero_stage: 1}"]
         (["precision={dtype: fp32}", "qsr.worker_size=2"], 2, 8 * P, 2 * 3 * P),  # each of the 2 ranks sends all of it
         (["qsr.averaging={wire_dtype: bf16}", *BF16], 2, 2 * P, 3 * P),
         (["qsr.averaging={state: [exp_avg]}", *BF16], 2, 8 * P, 3 * P),
+        (["qsr.averaging={state: {exp_avg: 2, exp_avg_sq: 4}}", *BF16], 2, 7 * P, 3 * P),
     ],
 )
 def test_a_recipe(overrides: list[str], workers: int, averaging: int, gradients: int) -> None:

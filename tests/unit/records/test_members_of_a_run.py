@@ -16,7 +16,7 @@ from qsr_engine.records.records import Record
 from qsr_engine.records.run_folder import EVENTS, leave_unfinished_run, open_run_folder
 from qsr_engine.records.runs import read_run
 
-LINES = [
+LINES: list[dict[str, Any]] = [
     {"step": 0, "event": "join", "member": "0.a", "members": 2},
     {"step": 0, "event": "join", "member": "1.b", "members": 2},
     {"step": 10, "event": "failed", "member": "", "members": 2, "why": "gloo"},

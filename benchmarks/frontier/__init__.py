@@ -1,0 +1,1 @@
+"""How much accuracy does each rule give for how much communication?"""

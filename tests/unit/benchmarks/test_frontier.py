@@ -1,0 +1,177 @@
+"""The frontier's workers, batched in one process, are the reference's; and what it says of them follows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.frontier import study
+from benchmarks.frontier.problems import CLASSES, Batches, Network, Pictures, Problem
+from benchmarks.frontier.rules import RULES, block, period_for
+from benchmarks.frontier.sparse import SparseBatches
+from benchmarks.frontier.statements import difference, verdict
+from benchmarks.frontier.workers import Outcome, end_of
+from qsr_engine.schedule import rounds
+from tests.support import reference
+
+INPUTS = 6
+TINY = Problem("tiny", steps=24, samples=20, hidden=(7, 5), workers=3, rate=0.2)
+
+
+def pictures() -> Pictures:
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.arange(60) % CLASSES
+    return Pictures(torch.randn(60, INPUTS, generator=generator) + labels[:, None] / 5, labels)
+
+
+def as_module(row: Tensor, problem: Problem) -> nn.Sequential:
+    """torch's own layers with the parameters of one copy."""
+    parts: list[nn.Module] = []
+    for weights, biases in Network(INPUTS, problem).layers(row[None]):
+        linear = nn.Linear(*weights.shape[1:])
+        linear.weight.data, linear.bias.data = weights[0].T.clone(), biases[0, 0].clone()
+        parts += [linear, nn.ReLU()]
+    return nn.Sequential(*parts[:-1])
+
+
+def half_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs - targets).square().sum(1).mean() / 2
+
+
+def end_of_reference(problem: Problem, rule: str, trial: int, **told: Any) -> Tensor:
+    drawn = Batches(problem, pictures(), 2, block=5)
+    seen = [drawn.next() for _ in range(problem.steps)]
+    qsr = block(rule, 2, 0.5, problem, problem.rate)
+    kinds: dict[str, Any] = {
+        "sgd": lambda parameters: torch.optim.SGD(parameters),
+        "momentum": lambda parameters: torch.optim.SGD(parameters, momentum=0.9),
+        "adamw": lambda parameters: torch.optim.AdamW(parameters),
+    }
+    models, _ = reference.simulate(
+        lambda: as_module(drawn.start[trial], problem),
+        kinds[problem.optimizer],
+        lambda rank, step: [(seen[step][0][rank, trial], seen[step][1][rank, trial])],
+        qsr.model_dump(exclude_none=True),
+        workers=problem.workers,
+        loss=half_squared_error if problem.loss == "squared" else nn.functional.cross_entropy,
+        **told,
+    )
+    layers = [layer for layer in models[0].modules() if isinstance(layer, nn.Linear)]
+    return torch.cat([values.detach().flatten() for one in layers for values in (one.weight.T, one.bias)])
+
+
+DILOCO = {"lr": 0.7, "momentum": 0.9, "nesterov": True}
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # rule, changes of the problem, told to the reference
+    "QSR": ("QSR", {}, {}),
+    "parallel": ("parallel", {"optimizer": "momentum", "rate": 0.05}, {}),
+    "post_local": ("post_local", {"optimizer": "momentum", "rate": 0.05}, {}),
+    "swap, entropy": ("swap", {"loss": "cross_entropy"}, {}),
+    "outer": ("QSR, outer in units", {"rate": 0.05}, {"outer": DILOCO, "outer_unit": 2}),
+    "moments": (
+        "constant",
+        {"optimizer": "adamw", "rate": 0.02, "state": (("exp_avg", 2), ("exp_avg_sq", 3))},
+        {"state": {"exp_avg": 2, "exp_avg_sq": 3}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_batched_workers_end_where_the_reference_ends(name: str) -> None:
+    """In fp32, with sums in another order."""
+    rule, changes, told = CASES[name]
+    problem = dataclasses.replace(TINY, **changes)
+    batches = Batches(problem, pictures(), 2, block=5)
+    found, _, _ = end_of(batches, block(rule, 2, 0.5, problem, problem.rate))
+    wanted = torch.stack([end_of_reference(problem, rule, trial, **told) for trial in range(2)])
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert (found - batches.start).abs().max() > 0.05
+    errors = batches.errors(found)
+    with torch.no_grad():
+        held, labels = batches.held_out[1], pictures().labels
+        out = as_module(found[1], problem)(pictures().pixels[held])
+    assert errors[1] == pytest.approx(100 * float((out.argmax(1) != labels[held]).float().mean()), abs=1e-3)
+
+
+@pytest.mark.parametrize("loss", ["squared", "cross_entropy"])
+def test_gradients_by_hand_are_autograds(loss: str) -> None:
+    problem = dataclasses.replace(TINY, loss=loss)
+    network, drawn = Network(INPUTS, problem), Batches(problem, pictures(), 3, block=5)
+    inputs, targets = (values[0] for values in drawn.next())
+    into = torch.zeros_like(drawn.start)
+    network.gradient(network.layers(drawn.start), network.layers(into), inputs, targets)
+    rows = drawn.start.clone().requires_grad_()
+    out = network.outputs(network.layers(rows), inputs)[-1]
+    each = half_squared_error if loss == "squared" else nn.functional.cross_entropy
+    total = sum(each(out[copy], targets[copy]) for copy in range(3))
+    assert isinstance(total, Tensor)
+    total.backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(into, rows.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_keeps_its_budget_with_the_smallest_period(rule: str) -> None:
+    problem = dataclasses.replace(TINY, steps=2_000)
+    period = period_for(rule, 0.05, problem)
+    counts = [sum(1 for _ in rounds(block(rule, h, 0.05, problem, 1.0))) for h in (period, period - 1)]
+    assert counts[0] <= 100 < counts[1]
+    assert counts[0] > 60, "near its budget"
+
+
+def test_batches_do_not_depend_on_the_rule_and_differ_between_blocks() -> None:
+    one, other, third = (Batches(TINY, pictures(), 2, block) for block in (1, 1, 2))
+    assert torch.equal(one.start, other.start)
+    assert not torch.equal(one.start, third.start)
+    seen = one.next()
+    assert all(torch.equal(a, b) for a, b in zip(seen, other.next(), strict=True))
+    assert seen[0].shape == (TINY.workers, 2, TINY.batch, INPUTS)
+
+
+def test_tuning_goes_on_until_the_best_rate_lies_between_two_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def trained(batches: Any, qsr: Any) -> Outcome:
+        asked.append(qsr.lr.peak)
+        return Outcome([abs(qsr.lr.peak - 0.8)] * batches.trials, 24, 1, 0.0)
+
+    monkeypatch.setattr(study, "train", trained)
+    monkeypatch.setattr(study, "load", lambda problem, folder: pictures())
+    case = study.Case(TINY, "parallel", 1.0)
+    row = study.Runs(tmp_path / "raw", None).result(case)
+    assert row["rate"] == 0.8
+    assert not row["edge"]
+    assert asked == [0.1, 0.2, 0.4, 0.8, 1.6, 0.8], "the last one counts"
+    again = study.Runs(tmp_path / "raw", None).result(case)
+    assert len(asked) == 6, "what has run is kept"
+    assert json.dumps(again) == json.dumps(row)
+
+
+def test_a_verdict_says_no_more_than_the_interval() -> None:
+    base = [10.0 + trial % 5 for trial in range(30)]
+    one = {"rule": "QSR", "errors": [value - 1 + 0.1 * (trial % 3) for trial, value in enumerate(base)]}
+    same = {"rule": "power 3", "errors": [value + (-1) ** trial for trial, value in enumerate(base)]}
+    other = {"rule": "constant", "errors": base}
+    assert verdict(other, one).startswith("QSR errs less than constant by 0.90 ± 0.03")
+    assert verdict(same, other) == "power 3 and constant cannot be told apart (+0.00 ± 0.38)"
+    assert difference(one, other)[0] == pytest.approx(-0.9)
+
+
+def test_gradients_of_sparse_regression_are_autograds() -> None:
+    drawn = SparseBatches(dataclasses.replace(study.SPARSE, workers=2, batch=3), 4, block=1)
+    inputs, labels = (values[1] for values in drawn.next())
+    rows = drawn.start + torch.randn(drawn.start.shape, generator=torch.Generator().manual_seed(2))
+    into = torch.zeros_like(rows)
+    drawn.network.gradient(drawn.network.layers(rows), drawn.network.layers(into), inputs, labels)
+    rows.requires_grad_()
+    u, v = drawn.network.layers(rows)[0]
+    errors = torch.einsum("cbi,ci->cb", inputs, u * u - v * v) - labels
+    (errors.square().mean(1) / 2).sum().backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(into, rows.grad, rtol=1e-4, atol=1e-4)
+    assert drawn.errors(torch.cat([drawn.coefficients.clamp(min=0), (-drawn.coefficients).clamp(min=0)], 1)) == [0] * 4
