@@ -16,6 +16,7 @@ This package knows tensors, modules and process groups, and no engine. Its files
     chunks         sums, quotients and squares of large tensors, in chunks that stay in a core's cache
     gloo_threads   what ends a process cleanly after a collective of gloo
     reducer        the interface of what replaces pieces by their mean over a group, and who is left out of it
+    exchange       an all-reduce by hand, between few ranks on CPUs
     allreduce      the mean by all-reduce: in place, or packed through at most two staging buckets
     compressed     the mean of differences in bf16, fp16 or int8
     shared_memory  the mean inside one host on CPUs, where every rank sees the buckets of the others
@@ -23,7 +24,7 @@ This package knows tensors, modules and process groups, and no engine. Its files
     cuda_graph     the mean captured in a CUDA graph
     outer          what becomes of the mean: SGD on the workers' mean movement
     choose         which of these it is, and on which hosts the ranks are
-    background     an averaging beside its caller
+    background     averagings beside their caller, in one thread for good
     gate           a model that waits for each parameter when it reads it
     next_forward   the model whose next forward hides an averaging
     snapshot       the mean of what the buckets held some steps ago

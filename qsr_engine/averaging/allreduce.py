@@ -12,16 +12,19 @@ from torch import Tensor
 from qsr_engine.averaging.buckets import PIECE, Piece, packed_pieces, pieces_in_place
 from qsr_engine.averaging.chunks import CHUNK, divide, squares_of_piece, sum_of_squares
 from qsr_engine.averaging.errors import Group, collective
+from qsr_engine.averaging.exchange import MOST_RANKS, Exchange
 from qsr_engine.averaging.reducer import NOBODY, LeftOut, Reducer, backend_of, piece_name, ring_bytes
 
 STAGING_BUCKETS = 2
+IN_FLIGHT = 2  # pieces in each half of an exchange
 
 
 class AllReduce(Reducer):
     """The mean by all-reduce: every in-place piece in flight at once, packed ones through two staging buckets.
 
-    NCCL divides on the way (AVG); gloo adds up, and each piece is divided while later ones are still in flight. So
-    does NCCL where a rank is left out.
+    NCCL divides on the way (AVG), unless a rank is left out. Gloo adds up, and each piece is divided while later ones
+    are still in flight; between few ranks with all pieces on CPUs it is done by hand instead (see Exchange), with two
+    pieces in each of its two halves. What that needs to receive into is freed after each run.
 
     Args:
         difference: leave (mean - own value) in the pieces instead of the mean; all pieces are packed then.
@@ -34,6 +37,8 @@ class AllReduce(Reducer):
         self.group = group
         self._difference = difference
         self._give = give
+        on_cpus = all(piece.device.type == "cpu" for piece in pieces)
+        self._by_hand = on_cpus and 1 < ranks <= MOST_RANKS and backend_of(group, torch.device("cpu")) == "gloo"
         self._staging: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         self._views: dict[tuple[int, int], list[Tensor]] = {}  # of a piece's tensors in a staging bucket
 
@@ -45,6 +50,9 @@ class AllReduce(Reducer):
                     squares = squares_of_piece(self.pieces[index])
                     torch._foreach_zero_(list(self.pieces[index].tensors))
                 yield index, squares
+            return
+        if self._by_hand:
+            yield from self._exchange(order, divisor)
             return
         in_flight: deque[tuple[int, Tensor, dist.Work]] = deque()
         staged = 0
@@ -64,6 +72,43 @@ class AllReduce(Reducer):
         while in_flight:
             done, flat, work = in_flight.popleft()
             yield done, self._finish(done, flat, work, divisor)
+
+    def _exchange(self, order: Sequence[int], divisor: int) -> Iterator[tuple[int, Tensor | None]]:
+        """As _run(), by hand. At the end a tiny all-reduce makes the sums of squares those of whole pieces."""
+        squares = torch.zeros(len(order), dtype=torch.float64)
+        free, incoming = self._free_staging(), self._room_to_receive(order)
+        begun: deque[tuple[int, int, Tensor, Exchange]] = deque()
+        given: deque[tuple[int, int, Tensor, Exchange]] = deque()
+        waiting = deque(enumerate(order))
+        while waiting or begun or given:
+            staged = sum(not self._is_in_place(self.pieces[index]) for _, index, *_ in (*begun, *given))
+            if waiting and len(begun) < IN_FLIGHT and staged < STAGING_BUCKETS:
+                number, index = waiting.popleft()
+                buffer = self._buffer(index, free)
+                room = incoming[self.pieces[index].dtype][number % IN_FLIGHT]
+                with collective(piece_name(self.pieces, index), self.group):
+                    begun.append((number, index, buffer, Exchange(self._flat(index, buffer), room, self.group, number)))
+            elif begun and len(given) < IN_FLIGHT:
+                number, index, buffer, exchange = begun.popleft()
+                with collective(piece_name(self.pieces, index), self.group):
+                    squares[number] = exchange.add_up(divisor)
+                given.append((number, index, buffer, exchange))
+            else:
+                number, index, buffer, exchange = given.popleft()
+                self._finish(index, buffer, exchange, divisor)
+                if not self._is_in_place(self.pieces[index]):
+                    free[self.pieces[index].device, self.pieces[index].dtype].append(buffer)
+                yield index, squares[number]
+        with collective("adding up squares", self.group):
+            dist.all_reduce(squares, group=self.group)
+
+    def _room_to_receive(self, order: Sequence[int]) -> dict[torch.dtype, list[Tensor]]:
+        """Of each type, where the others' values of this rank's part of a piece arrive, of IN_FLIGHT pieces."""
+        sizes: dict[torch.dtype, int] = {}
+        for piece in (self.pieces[index] for index in order):
+            size = (self.ranks - 1) * -(-piece.numel // self.ranks)
+            sizes[piece.dtype] = max(sizes.get(piece.dtype, 0), size)
+        return {dtype: [torch.empty(size, dtype=dtype) for _ in range(IN_FLIGHT)] for dtype, size in sizes.items()}
 
     def _is_in_place(self, piece: Piece) -> bool:
         return piece.in_place and not (self._difference or self._give)
@@ -85,17 +130,25 @@ class AllReduce(Reducer):
                 ]
         return {kind: list(buffers) for kind, buffers in self._staging.items()}
 
+    def _flat(self, index: int, buffer: Tensor) -> Tensor:
+        return buffer[: self.pieces[index].numel]
+
+    @torch.no_grad()
+    def _buffer(self, index: int, free: dict[tuple[torch.device, torch.dtype], list[Tensor]]) -> Tensor:
+        """What a piece travels in: itself, or a staging bucket into which it is packed."""
+        piece = self.pieces[index]
+        if self._is_in_place(piece):
+            return piece.tensors[0]
+        buffer = free[piece.device, piece.dtype].pop()
+        torch._foreach_copy_(self._views_of(index, buffer), list(piece.tensors))
+        return buffer
+
     @torch.no_grad()
     def _launch(
         self, index: int, free: dict[tuple[torch.device, torch.dtype], list[Tensor]], divisor: int
     ) -> tuple[Tensor, dist.Work]:
-        piece = self.pieces[index]
-        if self._is_in_place(piece):
-            flat = buffer = piece.tensors[0]
-        else:
-            buffer = free[piece.device, piece.dtype].pop()
-            flat = buffer[: piece.numel]
-            torch._foreach_copy_(self._views_of(index, buffer), list(piece.tensors))
+        buffer = self._buffer(index, free)
+        flat = self._flat(index, buffer)
         op = dist.ReduceOp.AVG if self._divides_on_the_way(flat, divisor) else dist.ReduceOp.SUM
         with collective(piece_name(self.pieces, index), self.group):
             work = dist.all_reduce(flat, op=op, group=self.group, async_op=True)
@@ -103,24 +156,26 @@ class AllReduce(Reducer):
         return buffer, work
 
     @torch.no_grad()
-    def _finish(self, index: int, buffer: Tensor, work: dist.Work, divisor: int) -> Tensor | None:
+    def _finish(self, index: int, buffer: Tensor, work: dist.Work | Exchange, divisor: int) -> Tensor | None:
+        """Wait, divide, and unpack. Gives the sum of squares where that costs little."""
         piece = self.pieces[index]
         with collective(piece_name(self.pieces, index), self.group):
             work.wait()
-        flat = buffer[: piece.numel]
+        flat = self._flat(index, buffer)
         if self._give:
             return None
-        divided = self._divides_on_the_way(flat, divisor)
+        divided = isinstance(work, Exchange) or self._divides_on_the_way(flat, divisor)
         if self._is_in_place(piece):
             return None if divided else divide(flat, flat, divisor)
         views, tensors = self._views_of(index, buffer), list(piece.tensors)
-        whole = not (flat.is_cuda or self._difference) and flat.numel() > len(views) * CHUNK
+        whole = not (divided or flat.is_cuda or self._difference) and flat.numel() > len(views) * CHUNK
         if whole and all(tensor.is_contiguous() for tensor in tensors):
             parts = [divide(view.view(-1), out.view(-1), divisor) for out, view in zip(tensors, views, strict=True)]
             return torch.stack([squares for squares in parts if squares is not None]).sum()
         if not divided:
             flat.div_(divisor)
-        squares = sum_of_squares(flat) if self._difference else None  # of the mean, which nobody sees afterwards
+        known = isinstance(work, Exchange) or not self._difference  # or nobody sees the mean afterwards
+        squares = None if known else sum_of_squares(flat)
         if self._difference:
             torch._foreach_sub_(views, tensors)
         torch._foreach_copy_(tensors, views)

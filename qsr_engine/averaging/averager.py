@@ -79,7 +79,8 @@ class Averager:
         self.step = 0  # of the boundary; errors name it
         self._places = Places(tensors)
         self._squares = Squares(self.pieces, self.workers, shard_group, self.device)
-        self._background: Background | None = None
+        self._background = Background(self.home)
+        self.in_background = False  # from start() or snapshot() to finish()
         self._forward: NextForward | None = None
         self._refresh: Callable[[Tensor], None] = lambda part: None
         self._snapshot: Snapshot | None = None
@@ -143,7 +144,7 @@ class Averager:
         Raises:
             CollectiveError: as average(); the buckets hold what they held.
         """
-        assert self._background is None, "finish() comes first"
+        assert not self.in_background, "finish() comes first"
         held = [bucket.to("cpu", copy=True) for bucket in self.buckets]
         try:
             average_in_place(self.buckets, self.group, bucket_bytes(self.options.bucket_mb, self.group))
@@ -184,7 +185,7 @@ class Averager:
     def begin_forward(self) -> None:
         """A forward begins."""
         if self._forward is not None:
-            self._forward.begin(lambda: self._background.finish() if self._background is not None else None)
+            self._forward.begin(self._background.wait_for_all)
 
     def start(self, left_out: LeftOut = NOBODY, fragments: Collection[int] | None = None, mixing: float = 0.0) -> bool:
         """Begin to average() in the background, in the order in which the first forward read the parameters.
@@ -198,13 +199,13 @@ class Averager:
             return False
         self._order = order
         chosen = self._pieces_of(fragments)
-        self._background = Background(self._run(chosen, left_out, mixing), chosen, self.home)
+        self._begin(self._run(chosen, left_out, mixing), chosen)
         self._forward.guard(self._background.wait)
         return True
 
-    @property
-    def in_background(self) -> bool:
-        return self._background is not None
+    def _begin(self, run: Iterator[int], pieces: Sequence[int]) -> None:
+        self._background.begin(run, pieces)
+        self.in_background = True
 
     def finish(self) -> None:
         """Wait for what start() or snapshot() began. Again is harmless.
@@ -212,19 +213,19 @@ class Averager:
         Raises:
             CollectiveError: as average().
         """
-        if self._background is None:
+        if not self.in_background:
             return
         try:
             self._background.finish()
         finally:
-            self._background = None
+            self.in_background = False
             if self._forward is not None:
                 self._forward.end()
 
     def snapshot(self, fragments: Collection[int] | None = None) -> None:
         """Begin to average a copy of the buckets in the background; the buckets may then be changed."""
         averaged, order = self._room_for_a_snapshot().take(self.fragments if fragments is None else fragments)
-        self._background = Background(self._squares.noted(averaged), order, self.home)
+        self._begin(self._squares.noted(averaged), order)
 
     def _room_for_a_snapshot(self) -> Snapshot:
         if self._snapshot is None:
@@ -311,6 +312,9 @@ class Averager:
             self._room_for_a_snapshot().load_state_dict(state["snapshot"])
 
     def close(self) -> None:
-        """Wait for the background and free what must not outlive the process group."""
-        self.finish()
-        self._reducer.close()
+        """Wait for the background, end its thread and free what must not outlive the process group."""
+        try:
+            self.finish()
+        finally:
+            self._background.close()
+            self._reducer.close()

@@ -103,7 +103,8 @@ def flat_buckets(tensors: Iterable[Tensor], bucket_bytes: int) -> list[Tensor]:
         tensors: floating-point tensors; their `.data` is replaced, once.
         bucket_bytes: size of a bucket; a larger tensor has a bucket of its own.
     Returns:
-        The buckets, 1-d and contiguous, each of one data type and device. Gaps between segments are zero.
+        The buckets, 1-d and contiguous, each of one data type and device. Gaps between segments are zero. On a CPU
+        they are views of one storage, so that another process needs one mapping to see them.
     Raises:
         TypeError: a tensor is not a dense floating-point tensor.
     """
@@ -115,16 +116,29 @@ def flat_buckets(tensors: Iterable[Tensor], bucket_bytes: int) -> list[Tensor]:
                 "averaged; only dense floating-point tensors can"
             )
         by_kind[tensor.device, tensor.dtype].append(tensor)
-    buckets = []
+    planned = []
     for (device, dtype), same in by_kind.items():
         segments = _segments(same)
         sizes = [segment.stop - segment.start for segment in segments]
         for plan in plan_buckets(sizes, bucket_bytes // dtype.itemsize, max(1, ALIGNMENT // dtype.itemsize)):
-            flat = torch.zeros(plan.numel, dtype=dtype, device=device)
-            for index, offset in plan.slots:
-                _move(segments[index], flat, offset)
-            buckets.append(flat)
+            planned.append((plan.numel * dtype.itemsize, device, dtype, [(segments[i], at) for i, at in plan.slots]))
+    room = iter(torch.split(*_arena([nbytes for nbytes, device, *_ in planned if device.type == "cpu"])))
+    buckets = []
+    for nbytes, device, dtype, slots in planned:
+        memory = next(room)[:nbytes] if device.type == "cpu" else torch.zeros(nbytes, dtype=torch.uint8, device=device)
+        buckets.append(memory.view(dtype))
+        for segment, offset in slots:
+            _move(segment, buckets[-1], offset)
     return buckets
+
+
+def _arena(sizes: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """Zeros, as bytes, with room for parts of so many bytes, and the lengths of these, which end on cache lines.
+
+    Nothing is taken from the system before it is written to.
+    """
+    lengths = [math.ceil(size / ALIGNMENT) * ALIGNMENT for size in sizes]
+    return torch.zeros(sum(lengths), dtype=torch.uint8), lengths
 
 
 @torch.no_grad()
@@ -133,7 +147,7 @@ def _move(segment: _Segment, flat: Tensor, offset: int) -> None:
     source = torch.as_strided(segment.tensors[0].detach(), (size,), (1,), segment.start)
     flat[offset : offset + size].copy_(source)
     for tensor in segment.tensors:
-        start = offset + tensor.storage_offset() - segment.start
+        start = flat.storage_offset() + offset + tensor.storage_offset() - segment.start
         tensor.data = torch.as_strided(flat, tensor.shape, tensor.stride(), start)
 
 

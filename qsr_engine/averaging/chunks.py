@@ -31,8 +31,10 @@ def add_up(sources: Sequence[Tensor], targets: Sequence[Tensor], divisor: int = 
         total = first if first.dtype in _ACCURATE or not others else first.float()
         for other in others:
             total.add_(other)
-        if divisor != 1:
+        if divisor & (divisor - 1):
             total.div_(divisor)
+        elif divisor > 1:
+            total.mul_(1 / divisor)  # the same bits, and sooner
         for chunk in written:
             if chunk.data_ptr() != total.data_ptr():
                 chunk.copy_(total)
@@ -65,7 +67,7 @@ def beside_compute() -> Iterator[None]:
 
 def _chunk() -> int:
     """Elements of a chunk, on which all threads of this rank work together, or this one alone."""
-    return CHUNK // 2 if _this_thread.beside_compute else CHUNK * max(1, torch.get_num_threads() // 2)
+    return CHUNK // 2 if _this_thread.beside_compute else CHUNK // 2 * max(2, torch.get_num_threads())
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import abc
 import atexit
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -36,6 +37,15 @@ def backend_of(group: Group, device: torch.device) -> str:
     made = group if group is not None else dist.group.WORLD
     assert made is not None
     return str(made._get_backend(device).name())
+
+
+def time_out(group: Group) -> timedelta | None:
+    """That of the group now: what is made without it would wait for the half hour that torch has as default."""
+    made = group if group is not None else dist.group.WORLD
+    assert made is not None
+    device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+    options = getattr(made._get_backend(device), "options", None)
+    return getattr(options, "_timeout", None)
 
 
 def piece_name(pieces: Sequence[Piece], index: int) -> str:
@@ -89,7 +99,7 @@ class Reducer(abc.ABC):
 
         Yields:
             (index of a piece that now is the mean, its sum of squares where that was measured on the way, an fp64
-            scalar on the device of the piece).
+            scalar on the device of the piece, whose value is there when the run has ended).
         Raises:
             CollectiveError: a collective failed.
         """

@@ -1,8 +1,9 @@
 """The mean inside one host, on CPUs: every rank maps the buckets of the others and computes its share of the mean.
 
-The buckets' storages move into shared memory once, in place: views of them stay views. At a boundary rank r of n reads
-the r-th part of every piece in all n buckets, and writes the mean of it into all of them. Nothing is copied, and each
-byte crosses the memory bus about as often as in one copy. The order of summation is that of the ranks.
+The buckets' storages, as a rule one a rank, move into shared memory once, in place: views of them stay views. At a
+boundary rank r of n reads the r-th part of every piece in all n buckets, and writes the mean of it into all of them.
+Nothing is copied, and each byte crosses the memory bus about as often as in one copy. The order of summation is that of
+the ranks.
 
 DeepSpeed ships a shared-memory all-reduce for CPUs (`deepspeed.comm.inference_all_reduce`). It is compiled at the first
 start, works over all ranks only, stages every byte through buffers of its own, and waits for a dead rank for ever;
@@ -11,8 +12,10 @@ this one needs torch's own shared storages, any group, and waits in gloo, which 
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -21,39 +24,56 @@ from torch import Tensor
 from qsr_engine.averaging.buckets import PIECE, Piece
 from qsr_engine.averaging.chunks import add_up, squares_of_chunks
 from qsr_engine.averaging.errors import Group, collective
+from qsr_engine.averaging.exchange import part_of
 from qsr_engine.averaging.reducer import Reducer, piece_name, ring_bytes
 
-Offer = tuple[int, list[tuple[int, int, int]]]  # process, and (file descriptor, offset, size) in elements of each piece
+
+@dataclasses.dataclass(frozen=True)
+class Offer:
+    """Memory of one process that others can map.
+
+    files: the file descriptor and the bytes of each storage; of flat_buckets() there is one.
+    places: for every piece the number of its file, and the byte where it begins.
+    """
+
+    process: int
+    files: list[tuple[int, int]]
+    places: list[tuple[int, int]]
 
 
 def offer(pieces: Sequence[Piece]) -> Offer:
     """Move the storages of in-place pieces into shared memory, for other processes to map().
 
+    The files have no names, so that the memory is free again when the last process that maps it is gone, however it
+    ends.
+
     Raises:
         OSError, RuntimeError: it cannot be done; some storages may have moved.
     """
-    places = []
-    descriptors: dict[int, int] = {}
+    numbers: dict[int, int] = {}
+    files: list[tuple[int, int]] = []
+    places: list[tuple[int, int]] = []
     for piece in pieces:
         tensor = piece.tensors[0]
         storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in descriptors:
-            storage.share_memory_()
-            descriptors[key], _ = storage._share_fd_cpu_()
-        places.append((descriptors[key], int(tensor.storage_offset()), tensor.numel()))
-    return os.getpid(), places
+        if storage._cdata not in numbers:
+            numbers[storage._cdata] = len(files)
+            descriptor, _ = storage._share_fd_cpu_()
+            files.append((descriptor, storage.nbytes()))
+        places.append((numbers[storage._cdata], int(tensor.storage_offset()) * tensor.element_size()))
+    return Offer(os.getpid(), files, places)
 
 
 def map_offered(offered: Offer, pieces: Sequence[Piece]) -> list[Tensor]:
     """The elements of each piece in the memory of the process that offers them. Raises as offer()."""
-    process, places = offered
-    found = []
-    for (descriptor, offset, numel), piece in zip(places, pieces, strict=True):
-        end = (offset + numel) * piece.dtype.itemsize
-        flat = torch.from_file(f"/proc/{process}/fd/{descriptor}", shared=True, size=end, dtype=torch.uint8)
-        found.append(flat.view(piece.dtype)[offset:])
-    return found
+    files = [
+        torch.from_file(f"/proc/{offered.process}/fd/{descriptor}", shared=True, size=size, dtype=torch.uint8)
+        for descriptor, size in offered.files
+    ]
+    return [
+        files[number][start : start + piece.nbytes].view(piece.dtype)
+        for (number, start), piece in zip(offered.places, pieces, strict=True)
+    ]
 
 
 class HostMemory:
@@ -70,15 +90,19 @@ class HostMemory:
 
     def part(self, index: int) -> list[Tensor]:
         """This rank's part of a piece, in the memory of every rank."""
-        copies = self._everywhere[index]
-        size = -(-copies[0].numel() // self._ranks)
-        start = min(self._rank * size, copies[0].numel())
-        return [copy[start : start + size] for copy in copies]
+        return [part_of(copy, self._rank, self._ranks) for copy in self._everywhere[index]]
 
-    def meet(self, values: Tensor, what: str) -> None:
-        """Wait until every rank has come; the values become their sum."""
+    def meet(self, values: Tensor, what: str) -> Callable[[], None]:
+        """Tell every rank that this one has come. What is returned waits for all; the values are their sum then."""
         with collective(what, self._group):
-            dist.all_reduce(values, group=self._group)
+            work = dist.all_reduce(values, group=self._group, async_op=True)
+
+        def wait() -> None:
+            assert work is not None
+            with collective(what, self._group):
+                work.wait()
+
+        return wait
 
 
 class SharedMemory(Reducer):
@@ -92,18 +116,27 @@ class SharedMemory(Reducer):
 
     def _run(self, order: Sequence[int], divisor: int) -> Iterator[tuple[int, Tensor | None]]:
         """The mean of a piece is there when all ranks have computed their parts, which a tiny all-reduce tells; it
-        carries the sums of squares."""
-        self._memory.meet(torch.zeros(1, dtype=torch.float64), "meeting before the averaging")
+        carries the sums of squares. Meanwhile this rank goes on with its parts of the next pieces."""
+        self._memory.meet(torch.zeros(1, dtype=torch.float64), "meeting before the averaging")()
+        met: deque[tuple[list[int], Tensor, Callable[[], None]]] = deque()
         for batch in batches(self.pieces, order):
             squares = torch.stack([self._average_part(index, divisor) for index in batch])
-            self._memory.meet(squares, piece_name(self.pieces, batch[-1]))
-            yield from zip(batch, squares.unbind(), strict=True)
+            met.append((batch, squares, self._memory.meet(squares, piece_name(self.pieces, batch[-1]))))
+            if len(met) == 2:
+                yield from _end(*met.popleft())
+        while met:
+            yield from _end(*met.popleft())
 
     @torch.no_grad()
     def _average_part(self, index: int, divisor: int) -> Tensor:
         """Average this rank's part of a piece, for everybody. Returns the sum of squares of the part, in fp64."""
         copies = self._memory.part(index)
         return squares_of_chunks(add_up(copies, copies, divisor), self.pieces[index].numel)
+
+
+def _end(batch: list[int], squares: Tensor, wait: Callable[[], None]) -> Iterator[tuple[int, Tensor]]:
+    wait()
+    yield from zip(batch, squares.unbind(), strict=True)
 
 
 def batches(pieces: Sequence[Piece], order: Sequence[int]) -> Iterator[list[int]]:

@@ -25,7 +25,6 @@ import dataclasses
 import functools
 from collections import deque
 from collections.abc import Iterator, Sequence
-from datetime import timedelta
 from typing import Any, cast
 
 import torch
@@ -35,7 +34,7 @@ from torch import Tensor
 from qsr_engine.averaging.buckets import Piece
 from qsr_engine.averaging.chunks import add_up, squares_of_chunks
 from qsr_engine.averaging.errors import Group, collective
-from qsr_engine.averaging.reducer import Reducer, all_gather_flat, piece_name, ring_bytes
+from qsr_engine.averaging.reducer import Reducer, all_gather_flat, piece_name, ring_bytes, time_out
 from qsr_engine.averaging.shared_memory import HostMemory, batches
 
 # torch 2.14 calls it so, and warns of the name that 2.11 has.
@@ -56,7 +55,7 @@ class Levels:
         rank = dist.get_rank()
         here = next(ranks for ranks in hosts if rank in ranks)
         there = [ranks[here.index(rank)] for ranks in hosts]
-        options: dict[str, Any] = {"backend": dist.get_backend_config(group), "timeout": _time_out(group)}
+        options: dict[str, Any] = {"backend": dist.get_backend_config(group), "timeout": time_out(group)}
         # Every rank makes that of its host first, so nobody waits for somebody who waits for him.
         inside = dist.new_group(list(here), use_local_synchronization=True, **options)
         between = dist.new_group(there, use_local_synchronization=True, **options)
@@ -70,15 +69,6 @@ class Levels:
     @property
     def parts(self) -> int:
         return dist.get_world_size(self.inside)
-
-
-def _time_out(group: Group) -> timedelta | None:
-    """That of the group: a new group would otherwise wait for the half hour that torch has as default."""
-    made = group if group is not None else dist.group.WORLD
-    assert made is not None
-    device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
-    options = getattr(made._get_backend(device), "options", None)
-    return getattr(options, "_timeout", None)
 
 
 BATCHES = 4  # of PIECE bytes or more between the hosts at once: enough for a link, and the first is ready early
@@ -107,7 +97,7 @@ class TwoLevelSharedMemory(_TwoLevel):
 
     def _run(self, order: Sequence[int], divisor: int) -> Iterator[tuple[int, Tensor | None]]:
         """Only the ranks of a host meet, before they read one another's memory and when they have written into it."""
-        self._memory.meet(torch.zeros(1, dtype=torch.float64), "meeting on this host before the averaging")
+        self._memory.meet(torch.zeros(1, dtype=torch.float64), "meeting on this host before the averaging")()
         between: deque[list[tuple[int, dist.Work | None]]] = deque()
         for batch in batches(self.pieces, order):
             between.append([(index, self._add_up(index)) for index in batch])
@@ -118,7 +108,7 @@ class TwoLevelSharedMemory(_TwoLevel):
 
     def _finish_batch(self, batch: list[tuple[int, dist.Work | None]], divisor: int) -> Iterator[tuple[int, Tensor]]:
         squares = torch.stack([self._finish(index, work, divisor) for index, work in batch])
-        self._memory.meet(squares, piece_name(self.pieces, batch[-1][0]))
+        self._memory.meet(squares, piece_name(self.pieces, batch[-1][0]))()
         yield from zip((index for index, _ in batch), squares.unbind(), strict=True)
 
     @torch.no_grad()

@@ -74,7 +74,8 @@ def test_a_forward_waits_on_the_device_for_what_it_reads() -> None:
         yield 0
 
     gate = Gate(layer, {layer.weight: (0,)})
-    background = Background(slow(), [0], torch.device("cuda", 0))
+    background = Background(torch.device("cuda", 0))
+    background.begin(slow(), [0])
     gate.guard(background.wait)
     out = layer(torch.ones(1, 64, device="cuda"))
     background.finish()

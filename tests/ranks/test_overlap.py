@@ -6,6 +6,7 @@ import contextlib
 import copy
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,32 @@ def nothing_job() -> tuple[float, float]:
 
 def test_a_rank_with_nothing_to_average_takes_part(processes: Processes) -> None:
     assert processes.run(nothing_job) == [(0.0, 0.0)] * 2
+
+
+def threads_job() -> list[int]:
+    """Threads of averagings, after each of three of them and after close()."""
+    from qsr_engine.averaging.background import THREAD
+
+    def count() -> int:
+        return sum(thread.name.startswith(THREAD) for thread in threading.enumerate())
+
+    dist.init_process_group("gloo")
+    before, model = count(), nn.Linear(30, 30)
+    options = AveragingConfig(overlap="next_forward")
+    averager = Averager([model.weight.data.view(-1)], None, options)
+    averager.overlap_with(model, [(model.weight, 0, 0, 900)], lambda part: None)
+    found = []
+    for _ in range(3):
+        model(torch.ones(1, 30))
+        assert averager.start()
+        averager.finish()
+        found.append(count() - before)
+    averager.close()
+    return [*found, count() - before]
+
+
+def test_an_averager_has_one_thread_until_it_closes(processes: Processes) -> None:
+    assert processes.run(threads_job) == [[1, 1, 1, 0]] * 2
 
 
 LEAVES_EARLY = """

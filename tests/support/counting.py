@@ -63,11 +63,24 @@ def bytes_leaving(worker_size: int) -> Iterator[Counter[str]]:
 
         return call
 
+    def counting_sends(function: Any) -> Any:
+        """What goes to one rank, whole."""
+
+        def call(tensor: Any, *args: Any, group: Any = None, group_dst: int, **kwargs: Any) -> Any:
+            ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+            if tensor.numel() >= _PAYLOAD and ranks[group_dst] // worker_size != dist.get_rank() // worker_size:
+                sent["isend"] += tensor.nbytes
+            return function(tensor, *args, group=group, group_dst=group_dst, **kwargs)
+
+        return call
+
     replaced = [(dist, name) for name in _PASSES if hasattr(dist, name)]
     originals = [(module, name, getattr(module, name)) for module, name in replaced]
     originals.append((compressed, "all_gather_flat", all_gather_flat))
     for module, name, function in originals:
         setattr(module, name, counting(function, function.__name__))
+    originals.append((dist, "isend", dist.isend))
+    dist.isend = counting_sends(dist.isend)
     try:
         yield sent
     finally:

@@ -31,7 +31,10 @@ def test_a_thread_beside_the_compute_takes_no_other_core(monkeypatch: pytest.Mon
         found.extend(chunk.numel() for chunk in add_up([flat], [flat], 2))
         yield 0
 
-    Background(run(), [0], flat.device).finish()
+    background = Background(flat.device)
+    background.begin(run(), [0])
+    background.finish()
+    background.close()
     assert max(found) == 32_768
     assert sum(found) == flat.numel()
     assert max(chunk.numel() for chunk in add_up([flat], [flat], 3)) == CHUNK * 4, "all threads work on it again"

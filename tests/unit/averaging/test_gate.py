@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qsr_engine.averaging.background import Background
+from qsr_engine.averaging.background import THREAD, Background
 from qsr_engine.averaging.gate import Gate
 
 CPU = torch.device("cpu")
@@ -239,21 +239,50 @@ def slow(log: list[int], fail_at: int | None = None) -> Iterator[int]:
 
 def test_the_background_gives_each_piece_when_it_is_there() -> None:
     log: list[int] = []
-    background = Background(slow(log), range(4), CPU)
+    background = Background(CPU)
+    background.begin(slow(log), range(4))
     assert log == []
     background.wait(1)
     assert log[:2] == [0, 1]
     assert len(log) < 4, "it waited for the pieces up to 1 only"
     background.finish()
     assert log == [0, 1, 2, 3]
+    background.close()
 
 
 def test_what_fails_in_the_background_is_raised_where_somebody_waits() -> None:
-    before = threading.active_count()  # other tests may have left theirs
-    background = Background(slow([], fail_at=2), range(4), CPU)
-    for _ in range(2):
-        with pytest.raises(ValueError, match="the third piece"):
-            background.wait(3)
+    background = Background(CPU)
+    background.begin(slow([], fail_at=2), range(4))
     with pytest.raises(ValueError, match="the third piece"):
+        background.wait(3)
+    for wait in (background.wait_for_all, background.finish):
+        with pytest.raises(ValueError, match="the third piece"):
+            wait()
+    background.finish()
+    background.begin(iter([0]), [0])
+    background.finish()  # the next one knows nothing of it
+    background.close()
+
+
+def test_all_averagings_have_one_thread_that_ends_with_the_background() -> None:
+    """There was a new one for each averaging."""
+
+    def run(found: list[int | None]) -> Iterator[int]:
+        yield 0
+        time.sleep(0.02)  # it ends after its last piece
+        found.append(threading.get_ident())
+
+    before, found = set(threading.enumerate()), list[int | None]()
+    background, idle = Background(CPU), Background(CPU)
+    for number in range(3):
+        background.begin(run(found), [0])
         background.finish()
-    assert threading.active_count() <= before
+        assert len(found) == number + 1, "finish() waits for the end"
+    mine = [thread for thread in threading.enumerate() if thread not in before]
+    assert [thread.ident for thread in mine] == found[:1]
+    assert len(set(found)) == 1
+    assert mine[0].name.startswith(THREAD)
+    for _ in range(2):
+        background.close()
+        idle.close()
+    assert set(threading.enumerate()) <= before
