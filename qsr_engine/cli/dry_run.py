@@ -49,7 +49,7 @@ def _model(recipe: Recipe, index: Index) -> str:
 
     from qsr_engine.averaging.fragments import check_fragments
     from qsr_engine.training.loop import make_model
-    from qsr_engine.training.task import make_task
+    from qsr_engine.training.make_task import make_task
 
     with torch.device("meta"):
         model = make_model(recipe, make_task(recipe, index))

@@ -190,13 +190,14 @@ def read_index(places: Places, retry: Retry = RETRY) -> Index:
             raise DataError(
                 f"{place}: its index has no shard {min(wanted)!r}; write names that it has, or index it again"
             )
+    joined = {name: Split(samples=sum(s.samples for s in shards), shards=shards) for name, shards in splits.items()}
+    text = _joined_text(parts, joined)
     classes = [index.classes for _, index in parts]
     if any(one != classes[0] for one in classes):
         raise DataError(
             f"{parts[0][0]}: its classes are others than those of another part; labels would not mean the same"
         )
-    joined = {name: Split(samples=sum(s.samples for s in shards), shards=shards) for name, shards in splits.items()}
-    whole = JoinedIndex(classes=classes[0], splits=joined, text=_joined_text(parts, joined))
+    whole = JoinedIndex(classes=classes[0], splits=joined, text=text)
     whole._parts = parts
     return whole
 

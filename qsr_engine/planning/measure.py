@@ -26,7 +26,7 @@ from qsr_engine.config.recipe import Recipe
 from qsr_engine.config.recipe_batch import resolve_recipe_batch
 from qsr_engine.planning.sizes import index_of
 from qsr_engine.training.from_recipe import Engine, autocast, make_engine, share_cores
-from qsr_engine.training.task import make_task
+from qsr_engine.training.make_task import make_task
 
 UNCOUNTED = 2  # steps at the beginning of each part
 AVERAGINGS = 6

@@ -174,7 +174,7 @@ def _block(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def model_size(recipe: Recipe) -> tuple[Size, list[str]]:
     """Size of a recipe's model, which is made for that, and what was assumed. Raises ConfigError: no such model."""
     from qsr_engine.checkpoint.buffers import persistent_buffers
-    from qsr_engine.training.task import make_task
+    from qsr_engine.training.make_task import make_task
 
     index, assumed = index_of(recipe)
     model = make_task(recipe, index).create_model()

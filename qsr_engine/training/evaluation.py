@@ -18,8 +18,9 @@ from qsr_engine.data.device import on_device
 from qsr_engine.data.loader import EvalLoader, TrainLoader
 from qsr_engine.training.batches import warn_of
 from qsr_engine.training.from_recipe import Engine, autocast
+from qsr_engine.training.make_task import make_task
 from qsr_engine.training.sharpness import largest_eigenvalue
-from qsr_engine.training.task import Task, make_task
+from qsr_engine.training.task import Task
 
 ModelIsRead = Callable[[], AbstractContextManager[None]]
 

@@ -50,9 +50,10 @@ from qsr_engine.training.branching import Origin, begin_from, changes_since, ori
 from qsr_engine.training.evaluation import Evaluation, ModelIsRead
 from qsr_engine.training.figures import Clock, Figures, predicted
 from qsr_engine.training.from_recipe import Engine, autocast, make_engine, share_cores
+from qsr_engine.training.make_task import make_task
 from qsr_engine.training.resuming import batch_for, check_same_recipe, load_newest
 from qsr_engine.training.saving import Checkpoints, save_model
-from qsr_engine.training.task import Task, make_task
+from qsr_engine.training.task import Task
 
 
 class DivergenceError(RuntimeError):

@@ -1,7 +1,8 @@
 """What a run trains, apart from how: a `Task` has its model, its batches, its loss and the figures of an evaluation.
 
-    images.py    classes of pictures
-    text.py      language models
+    images.py      classes of pictures
+    text.py        language models
+    make_task.py   the one that a recipe names
 
 The loop, the evaluation, plans and measurements ask a task, and no name of one.
 """
@@ -14,8 +15,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from qsr_engine.config.recipe import Recipe
-from qsr_engine.config.strict import ConfigError
 from qsr_engine.data import Index
 from qsr_engine.data.batches import ImageBatch
 
@@ -63,22 +62,3 @@ class Task(Protocol):
 
     def random_batch(self, size: int, generator: torch.Generator) -> Batch:
         """So many samples of no meaning, as a model reads them, on the CPU."""
-
-
-def make_task(recipe: Recipe, index: Index) -> Task:
-    """The task of a recipe.
-
-    Raises:
-        ConfigError: the data are of another task, or their classes or vocabulary do not fit the model.
-    """
-    if (index.text is not None) != (recipe.task == "text"):
-        hold = "text" if recipe.task == "images" else "pictures"
-        write = "task: text" if recipe.task == "images" else "shards of `qsr shards text`"
-        raise ConfigError(f"task is {recipe.task!r}, and {recipe.data.shards} holds {hold}; write {write}")
-    if index.text is not None:
-        from qsr_engine.training.text import TextTask
-
-        return TextTask(recipe, index)
-    from qsr_engine.training.images import ImageTask
-
-    return ImageTask(recipe, index)
