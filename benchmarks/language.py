@@ -232,7 +232,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--runs", type=Path, required=True, metavar="FOLDER", help="what is finished there is kept")
-    made.add_argument("--steps", type=int, default=800)
+    made.add_argument("--steps", type=int, default=500)
     made.add_argument("--seeds", type=int, default=3, choices=sorted(T_95))
     made.add_argument("--minutes", type=float, default=600.0, help="no run begins that would end after them")
     args = made.parse_args()
