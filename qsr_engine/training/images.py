@@ -40,6 +40,9 @@ class ImageTask:
     def create_model(self) -> nn.Module:
         return create_model(self._recipe.model, self._classes, self._recipe.data.image_size)
 
+    def files(self, model: nn.Module) -> dict[str, str]:
+        return {}
+
     def batch(self, loaded: ImageBatch) -> Batch:
         if self._normalise is None:
             self._normalise = Normalise(loaded.images.device, DTYPES[self._recipe.precision.dtype])

@@ -116,7 +116,7 @@ def train(recipe: Recipe, index: Index, *, resume: bool = False, origin: Origin 
             summary = run.summary()
             averaged = engine.averaged_state_dict()
             if rank == 0:
-                save_model(averaged, recipe)
+                save_model(averaged, recipe, task.files(engine.module))
                 monitor.summary(**summary)
     if lock is not None:
         lock.close()

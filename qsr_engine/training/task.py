@@ -36,6 +36,9 @@ class Task(Protocol):
             ConfigError: there is no such model, or it does not take these data.
         """
 
+    def files(self, model: nn.Module) -> dict[str, str]:
+        """What stands beside the model in the run's folder, by name: what a library needs to load it."""
+
     def batch(self, loaded: ImageBatch) -> Batch:
         """A batch of the loader as a model reads it. A sample with the label -1 does not count."""
 

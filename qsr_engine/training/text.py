@@ -35,6 +35,11 @@ class TextTask:
     def create_model(self) -> nn.Module:
         return create_language_model(self._recipe.model, self._text)
 
+    def files(self, model: nn.Module) -> dict[str, str]:
+        """The configuration, so that transformers' from_pretrained() takes the run's folder."""
+        config: Any = model.config
+        return {"config.json": config.to_json_string()}
+
     def batch(self, loaded: ImageBatch) -> Batch:
         tokens = tokens_of(loaded.images, self._bytes_of_token)
         targets = tokens[:, 1:]

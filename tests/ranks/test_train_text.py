@@ -84,8 +84,9 @@ def test_a_language_model_trains_as_the_reference_says(
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5)  # of clipping, by another order of sums
     assert torch.equal(found["lm_head.weight"], found["transformer.wte.weight"])
 
-    model = make_model().eval()
-    model.load_state_dict(found)
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(run).eval()
     loss, tokens = plain_loss(model, shards, index, resolved.data)
     rows = records(run)
     evaluated = [row for row in rows if row["eval_loss"] is not None]
