@@ -69,9 +69,10 @@ class _Lines:
 
     def show(self, record: Record) -> None:
         self._step, trained = record.step, ""
-        for rate, unit in ((record.images_per_second, "images"), (record.tokens_per_second, "tokens")):
-            if record.loss is not None and rate is not None:
-                trained = f"  loss {record.loss:.3g}  {rate:.0f} {unit}/s"
+        unit = "tokens" if record.images_per_second is None else "images"
+        rate = record.images_per_second or record.tokens_per_second
+        if record.loss is not None and rate is not None:
+            trained = f"  loss {record.loss:.3g}  {rate:.0f} {unit}/s"
         self._say(
             f"step {record.step}/{self._total_steps}  round {record.round}  H {record.period}  lr {record.lr:.3g}"
             f"{trained}{_reached(record)}{self._left()}"

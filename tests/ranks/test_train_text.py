@@ -41,13 +41,13 @@ def cross_entropy(outputs: Any, targets: Tensor, **options: Any) -> Tensor:
 
 def plain_loss(model: nn.Module, shards: Path, index: Index, config: Any) -> tuple[float, int]:
     """Mean loss of the split val, and its tokens: one block after another."""
-    total = tokens = 0
+    total, tokens = 0.0, 0
     for batch in EvalLoader(shards, index, config, rank=0, ranks=1, batch_size=1):
         block = tokens_of(batch.images, 1)
         with torch.no_grad():
-            total += cross_entropy(model(block[:, :-1]), block[:, 1:], reduction="sum").double()
+            total += cross_entropy(model(block[:, :-1]), block[:, 1:], reduction="sum").item()
         tokens += block.shape[1] - 1
-    return float(total) / tokens, tokens
+    return total / tokens, tokens
 
 
 @pytest.mark.fast_cells(1)
@@ -86,7 +86,7 @@ def test_a_language_model_trains_as_the_reference_says(
 
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(run).eval()
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(run)  # in the mode of an evaluation
     loss, tokens = plain_loss(model, shards, index, resolved.data)
     rows = records(run)
     evaluated = [row for row in rows if row["eval_loss"] is not None]
@@ -153,7 +153,7 @@ def trainer_job(folder: str, shards: str) -> dict[str, Any]:
         loader = EvalLoader(shards, index, DataConfig(shards=shards, eval=split), rank=0, ranks=1, batch_size=1)
         blocks = [tokens_of(batch.images, 1)[0, 1:] for batch, _ in zip(loader, range(64), strict=False)]
         splits.append([{"input_ids": block, "labels": block} for block in blocks])
-    kwargs = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    kwargs: dict[str, Any] = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     config = GPT2Config(vocab_size=256, n_positions=CONTEXT, n_embd=WIDTH, n_layer=1, n_head=HEADS, **kwargs)
     auto = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     deepspeed = {
@@ -197,7 +197,8 @@ def trainer_job(folder: str, shards: str) -> dict[str, Any]:
         with qsr_engine.attach():
             trainer.train()
     (evaluated,) = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    model = GPT2LMHeadModel(config).eval()
+    model: nn.Module = GPT2LMHeadModel(config)
+    nn.Module.eval(model)
     batch = {key: torch.stack([sample[key] for sample in splits[1]]) for key in ("input_ids", "labels")}
     average = {}
     for name, value in seen[6][1].items():

@@ -136,7 +136,7 @@ def test_tokens_of_16_bits_are_unsigned() -> None:
 @pytest.mark.parametrize("shuffle", ["buffer", "samples"])
 def test_ranks_read_every_block_once_an_epoch_and_go_on_anywhere(text: tuple[Path, Path, Index], shuffle: str) -> None:
     _, folder, index = text
-    config = DataConfig(shards=str(folder), shuffle_buffer=50, shuffle=shuffle)  # type: ignore[arg-type]
+    config = DataConfig(shards=str(folder), shuffle_buffer=50, shuffle=shuffle)
     samples, ranks, size = index.split("train").samples, 2, 4
     loaders = [TrainLoader(folder, index, config, rank=r, ranks=ranks, batch_size=size, seed=0) for r in range(ranks)]
     steps = samples // (ranks * size)
@@ -221,7 +221,7 @@ def test_parts_of_one_kind_are_joined(text: tuple[Path, Path, Index], tmp_path: 
     _, folder, index = text
     write_documents(tmp_path / "documents", count=3, seed=5)
     more = write_text([tmp_path / "documents"], tmp_path / "more", context=CONTEXT)
-    whole = read_index([str(folder), str(tmp_path / "more")])  # type: ignore[arg-type]
+    whole = read_index([str(folder), str(tmp_path / "more")])
     assert index.text is not None
     assert more.text is not None
     assert whole.text is not None
@@ -231,7 +231,7 @@ def test_parts_of_one_kind_are_joined(text: tuple[Path, Path, Index], tmp_path: 
     batches = list(EvalLoader(config.shards, whole, config, rank=0, ranks=1, batch_size=7))
     assert sum(len(batch.labels) for batch in batches) == sum(i.split("val").samples for i in (index, more))
     with pytest.raises(DataError, match="its samples are no text, or alone are one"):
-        read_index([str(folder), str(digits)])  # type: ignore[arg-type]
+        read_index([str(folder), str(digits)])
     write_text([tmp_path / "documents"], tmp_path / "longer", context=CONTEXT + 1)
     with pytest.raises(DataError, match="its blocks have another context or tokenizer"):
-        read_index([str(folder), str(tmp_path / "longer")])  # type: ignore[arg-type]
+        read_index([str(folder), str(tmp_path / "longer")])
