@@ -136,7 +136,7 @@ def test_tokens_of_16_bits_are_unsigned() -> None:
 @pytest.mark.parametrize("shuffle", ["buffer", "samples"])
 def test_ranks_read_every_block_once_an_epoch_and_go_on_anywhere(text: tuple[Path, Path, Index], shuffle: str) -> None:
     _, folder, index = text
-    config = DataConfig(shards=str(folder), shuffle_buffer=50, shuffle=shuffle)
+    config = DataConfig(shards=str(folder), shuffle_buffer=50, shuffle=shuffle)  # type: ignore[arg-type]
     samples, ranks, size = index.split("train").samples, 2, 4
     loaders = [TrainLoader(folder, index, config, rank=r, ranks=ranks, batch_size=size, seed=0) for r in range(ranks)]
     steps = samples // (ranks * size)
