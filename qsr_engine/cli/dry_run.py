@@ -28,8 +28,8 @@ def dry_run(path: str, recipe: Recipe, index: Index, ranks: int | None, *, resum
     """
     train, evaluated = index.split(recipe.data.train), index.split(recipe.data.eval)
     lines = {
-        "data": f"{recipe.data.shards}: {train.samples} training samples in {counted(len(train.shards), 'shard')}, "
-        f"{evaluated.samples} to evaluate",
+        "data": f"{recipe.data.shards}: {train.samples} training samples{_of_tokens(index)} in "
+        f"{counted(len(train.shards), 'shard')}, {evaluated.samples} to evaluate",
         "model": _model(recipe, index),
         "ranks": _ranks(recipe, ranks, resume),
         "folder": f"{recipe.run_dir} ({_state(recipe) if resume else 'new'})",
@@ -39,15 +39,20 @@ def dry_run(path: str, recipe: Recipe, index: Index, ranks: int | None, *, resum
     print("\nAll that can be checked without training is right. Nothing was started.", flush=True)
 
 
+def _of_tokens(index: Index) -> str:
+    return "" if index.text is None else f" of {index.text.context} tokens"
+
+
 def _model(recipe: Recipe, index: Index) -> str:
     """Made without memory for its parameters: on the meta device."""
     import torch
 
     from qsr_engine.averaging.fragments import check_fragments
     from qsr_engine.training.loop import make_model
+    from qsr_engine.training.make_task import make_task
 
     with torch.device("meta"):
-        model, _ = make_model(recipe, index)
+        model = make_model(recipe, make_task(recipe, index))
     check_fragments(recipe.qsr.averaging.fragments, sum(one.requires_grad for one in model.parameters()))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return f"{recipe.model.name}: {parameters / 1e6:.4g} million parameters"

@@ -11,6 +11,7 @@ from qsr_engine.cli.arguments import add_command, whole_number
 from qsr_engine.cli.errors import CommandError
 from qsr_engine.config.strict import ConfigError
 from qsr_engine.data import read_index
+from qsr_engine.data.index import TextData
 from qsr_engine.planning.plan import make_plan
 
 _EPOCHS, _H_BASE = 90, 4
@@ -28,16 +29,7 @@ _TEMPLATE = """\
 #   DS_ACCELERATOR=cpu qsr train {out} --ranks 2
 #
 # Any key can be overridden: --set qsr.h_base=8
-model:
-  name: {name}  # timm/NAME, torchvision/NAME, or qsr/simple_vit_b16
-  kwargs: {{}}  # of its constructor; the number of classes comes from the shards
-data:
-  shards: {shards}
-  train: {train}  # the splits in its index.json: {samples} samples, {classes}
-  eval: {eval}
-  image_size: {image_size}
-  augment: crop_flip  # none, crop, crop_flip; see also randaugment and mixup
-  loader_processes: {processes}  # decode pictures beside each rank
+{model_and_data}
 batch:
   train_batch_size: {batch}  # samples of one step, over all ranks
 {optimizer}
@@ -66,6 +58,26 @@ logging:
   checkpoint_every: {checkpoint}  # steps; null writes none
   keep_checkpoints: 2
 """
+_IMAGES = """\
+model:
+  name: {name}  # timm/NAME, torchvision/NAME, or qsr/simple_vit_b16
+  kwargs: {{}}  # of its constructor; the number of classes comes from the shards
+data:
+  shards: {shards}
+  train: {train}  # the splits in its index.json: {samples} samples, {classes}
+  eval: {eval}
+  image_size: {image_size}
+  augment: crop_flip  # none, crop, crop_flip; see also randaugment and mixup
+  loader_processes: {processes}  # decode pictures beside each rank"""
+_TEXT = """\
+task: text
+model:
+  name: {name}  # transformers/TYPE: gpt2, llama, qwen3, ...
+  kwargs: {{}}  # of its configuration, such as its size; the vocabulary comes from the shards
+data:
+  shards: {shards}
+  train: {train}  # the splits in its index.json: {samples} blocks of {context} tokens
+  eval: {eval}"""
 _ADAMW = """\
 optimizer:
   type: AdamW  # every worker has its own
@@ -90,9 +102,15 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         examples=[
             "qsr init --model timm/vit_small_patch16_224 --shards data/shards",
             "qsr init --model torchvision/resnet50 --shards data/shards --epochs 30 --out resnet.yaml",
+            "qsr init --model transformers/gpt2 --shards data/text --epochs 1 --out gpt.yaml",
         ],
     )
-    command.add_argument("--model", required=True, metavar="NAME", help="timm/NAME, torchvision/NAME or qsr/NAME")
+    command.add_argument(
+        "--model",
+        required=True,
+        metavar="NAME",
+        help="timm/NAME, torchvision/NAME, qsr/NAME; of a text transformers/TYPE",
+    )
     command.add_argument("--shards", required=True, metavar="FOLDER", help="with an index.json: see `qsr shards`")
     command.add_argument("--out", default="my.yaml", metavar="FILE", help="the recipe (default: %(default)s)")
     command.add_argument("--epochs", type=whole_number, default=_EPOCHS, metavar="N", help="(default: %(default)s)")
@@ -125,7 +143,16 @@ def _recipe(args: argparse.Namespace) -> str:
     samples = index.split(train).samples
     batch = args.batch or _batch(samples)
     steps = args.epochs * max(1, samples // batch)
-    convolutions, image_size = _of_model(args.model, index.class_count, args.image_size)
+    about = {"name": args.model, "shards": args.shards, "train": train, "eval": evaluated, "samples": samples}
+    if index.text is not None:
+        convolutions = False
+        _check_language_model(args.model, index.text)
+        model_and_data = _TEXT.format(**about, context=index.text.context)
+    else:
+        convolutions, image_size = _of_model(args.model, index.class_count, args.image_size)
+        processes = 0 if image_size < 64 else 4
+        classes = f"{index.class_count} classes"
+        model_and_data = _IMAGES.format(**about, classes=classes, image_size=image_size, processes=processes)
     if convolutions:
         optimizer, peak, source = _SGD, 0.1 * batch / 256, "0.1 for a batch of 256, in proportion"
     else:
@@ -136,12 +163,7 @@ def _recipe(args: argparse.Namespace) -> str:
         shards=args.shards if "://" in args.shards else os.path.abspath(args.shards),
         out=args.out,
         stem=Path(args.out).stem,
-        train=train,
-        eval=evaluated,
-        samples=samples,
-        classes="classes without names" if index.class_count is None else f"{index.class_count} classes",
-        image_size=image_size,
-        processes=0 if image_size < 64 else 4,
+        model_and_data=model_and_data,
         batch=batch,
         optimizer=optimizer,
         h_base=_H_BASE,
@@ -166,6 +188,20 @@ def _batch(samples: int) -> int:
     return int(min(_LARGEST_BATCH, 2 ** max(3, int(math.log2(max(1, samples / _STEPS_OF_AN_EPOCH))))))
 
 
+def _check_language_model(name: str, text: TextData) -> None:
+    """Raises ConfigError: there is no such model, or it does not take the blocks of these shards."""
+    import torch
+
+    from qsr_engine.config.recipe import ModelConfig
+    from qsr_engine.config.strict import validate
+    from qsr_engine.training.language_models import create_language_model
+
+    if not name.startswith("transformers/"):
+        raise ConfigError(f"--model {name}: the shards hold text; write transformers/TYPE, such as transformers/gpt2")
+    with torch.device("meta"):
+        create_language_model(validate(ModelConfig, {"name": name}, where="--model", prefix="model."), text)
+
+
 def _of_model(name: str, classes: int | None, image_size: int | None) -> tuple[bool, int]:
     """Whether it has batch norm, as models trained with SGD have, and the pictures that it takes.
 
@@ -180,6 +216,8 @@ def _of_model(name: str, classes: int | None, image_size: int | None) -> tuple[b
     from qsr_engine.training.models import create_model, usual_image_size
 
     config = validate(ModelConfig, {"name": name}, where="--model", prefix="model.")
+    if name.startswith("transformers/"):
+        raise ConfigError(f"--model {name}: it is of text, and the shards hold pictures; write `qsr shards text`'s")
     if classes is None:
         raise ConfigError("the shards' index.json names no classes; add them there, as `qsr shards index` explains")
     size = image_size or usual_image_size(name)

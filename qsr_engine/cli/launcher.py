@@ -24,7 +24,8 @@ import psutil
 from qsr_engine.cli.guard import LAUNCH, end, guarded, processes_of
 from qsr_engine.cli.launched import asked_file
 from qsr_engine.config.batch import check_world_size
-from qsr_engine.config.recipe import Recipe, resolve_recipe_batch
+from qsr_engine.config.recipe import Recipe
+from qsr_engine.config.recipe_batch import resolve_recipe_batch
 from qsr_engine.data.writing.processes import usable_cores
 from qsr_engine.membership.signals import SIGNALS, STOPPED, STOPPED_FILE
 

@@ -18,9 +18,11 @@ from qsr_engine.data import (
     write_cifar10,
     write_digits,
     write_imagefolder,
+    write_text,
 )
 from qsr_engine.data.writing.data_sets import CIFAR10_ROOT, DIGITS_EVAL, QUALITY, SHARD_BYTES
 from qsr_engine.data.writing.processes import usable_cores
+from qsr_engine.data.writing.text import HELD_OUT, SUFFIXES
 
 MB = 1_000_000
 
@@ -35,6 +37,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
             "qsr shards imagefolder /data/imagenet /data/shards --max-side 512",
             "qsr shards verify /data/shards",
             "qsr shards digits data/digits  # a small set to try everything with",
+            "qsr shards text books/ notes.txt data/text --context 512",
         ],
     )
     command.set_defaults(run=run)
@@ -62,6 +65,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="of them for evaluation, the others for training (default: %(default)s)",
     )
     command.set_defaults(shards=lambda args: _say(args.out, write_digits(args.out, eval_samples=args.eval)))
+    _add_text(kinds.add_parser("text", help="from files of text: blocks of tokens, for language models"))
     _add_index(kinds.add_parser("index", help="write the index of shards made elsewhere: a folder or a URL"))
     command = kinds.add_parser("shuffle", help="write the samples of a folder of shards again, in a random order")
     command.add_argument("folder")
@@ -105,6 +109,31 @@ def _add_imagefolder(command: argparse.ArgumentParser) -> None:
     )
     _add_processes(command)
     command.set_defaults(shards=_write_imagefolder)
+
+
+def _add_text(command: argparse.ArgumentParser) -> None:
+    command.add_argument("sources", nargs="+", metavar="FILE", help="a file of text, a document; or a folder of them")
+    command.add_argument("out")
+    command.add_argument(
+        "--context", type=whole_number, default=256, metavar="N", help="tokens that a block predicts (default: 256)"
+    )
+    command.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json (default: every byte is a token)")
+    command.add_argument("--end", metavar="TOKEN", help="of --tokenizer, which ends a document (default: a known one)")
+    command.add_argument(
+        "--held-out", type=float, default=HELD_OUT, metavar="SHARE", help="that becomes the split val (default: 0.05)"
+    )
+    command.add_argument(
+        "--suffix",
+        action="append",
+        metavar=".TXT",
+        help=f"of the files that are read of a folder, several times for several (default: {', '.join(SUFFIXES)})",
+    )
+    command.add_argument(
+        "--shard-mb", type=whole_number, default=SHARD_BYTES // MB, metavar="N", help="at most N million bytes a shard"
+    )
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of the orders (default: 0)")
+    _add_processes(command)
+    command.set_defaults(shards=_write_text)
 
 
 def _add_index(command: argparse.ArgumentParser) -> None:
@@ -158,6 +187,14 @@ def _write_imagefolder(args: argparse.Namespace) -> int:
         for name in ("samples_per_shard", "seed", "split", "max_side", "short_side", "quality", "processes")
     }
     return _say(args.out, write_imagefolder(args.root, args.out, shard_bytes=args.shard_mb * MB, say=_warn, **options))
+
+
+def _write_text(args: argparse.Namespace) -> int:
+    options = {name: getattr(args, name) for name in ("context", "tokenizer", "end", "held_out", "seed", "processes")}
+    suffixes = args.suffix or SUFFIXES
+    return _say(
+        args.out, write_text(args.sources, args.out, suffixes=suffixes, shard_bytes=args.shard_mb * MB, **options)
+    )
 
 
 def _index(args: argparse.Namespace) -> int:

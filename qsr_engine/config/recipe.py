@@ -7,10 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from qsr_engine.config.batch import Batch, resolve_batch
 from qsr_engine.config.fsdp import FSDPOptions
 from qsr_engine.config.qsr import LearningRateConfig, QSRConfig
-from qsr_engine.config.strict import ConfigError, Count, NonNegative, Positive, PositiveInt, StrictModel
+from qsr_engine.config.strict import Count, NonNegative, Positive, PositiveInt, StrictModel
 
 
 class RecipeLearningRate(LearningRateConfig):
@@ -43,18 +42,19 @@ class RecipeQSR(QSRConfig):
 class ModelConfig(StrictModel):
     """A model by name, with keyword arguments for its constructor.
 
-    `timm/NAME`, `torchvision/NAME`, or `qsr/NAME` for the package's own (`training/vit.py`).
+    `timm/NAME`, `torchvision/NAME`, `qsr/NAME` for the package's own (`training/vit.py`), or `transformers/TYPE`.
     """
 
-    name: Annotated[str, Field(pattern=r"^(timm|torchvision|qsr)/[\w.\-]+$")]
+    name: Annotated[str, Field(pattern=r"^(timm|torchvision|qsr|transformers)/[\w.\-]+$")]
     """`timm/NAME`, `torchvision/NAME`, `qsr/simple_vit_b16`: the ViT-B/16 that the paper's authors train, vit-pytorch
     1.2.8's SimpleViT (its state fits, and the same seed gives the same first values), or `qsr/vit_base_patch16_sincos`:
-    the plain ViT of [Beyer et al.](https://arxiv.org/abs/2205.01580), of timm's parts"""
+    the plain ViT of [Beyer et al.](https://arxiv.org/abs/2205.01580), of timm's parts. Of the task `text`
+    `transformers/TYPE`: a causal language model of that library, by the type of its configuration (`gpt2`, `llama`)"""
     kwargs: dict[str, Any] = {}
     """arguments of its constructor; `num_classes` comes from the data, and may be larger. A model that gives a tuple in
     training (GoogLeNet, Inception) trains with 0.3 of the losses of its auxiliary classifiers. The package's own take
-    `img_size`, `patch_size`, `embed_dim`, `depth`, `num_heads`, `mlp_ratio`, and `qsr/simple_vit_b16` `head_dim` (64)
-    """
+    `img_size`, `patch_size`, `embed_dim`, `depth`, `num_heads`, `mlp_ratio`, and `qsr/simple_vit_b16` `head_dim` (64).
+    Of `transformers/TYPE`: what its configuration takes; `vocab_size` comes from the data, and may be larger"""
     channels_last: bool = False
     """convolutions in channels-last memory, as images come. Parameters that ZeRO or FSDP shards are laid out anew; the
     engine `deepspeed` refuses it on a CPU"""
@@ -104,8 +104,8 @@ class DataConfig(StrictModel):
     train_samples: PositiveInt | None = None
     """samples of the split `train`, so that `qsr plan` needs no shards; training refuses shards with another number;
     `null`: the index says it"""
-    image_size: PositiveInt
-    """S; images become [3, S, S]"""
+    image_size: Count = 0
+    """S; images become [3, S, S]. Required of images"""
     augment: Literal["none", "crop", "crop_flip"] = "none"
     """`none`, `crop` (random crop) or `crop_flip`; images of at most 64 pixels are padded and cropped"""
     randaugment: RandAugmentConfig | None = None
@@ -289,6 +289,9 @@ class LoggingConfig(StrictModel):
 class Recipe(StrictModel):
     """One run. `epochs` or `qsr.total_steps` says how long it is, not both."""
 
+    task: Literal["images", "text"] = "images"
+    """what is trained: `images`, classes of pictures; or `text`, a language model on shards of `qsr shards text`
+    ([language-models.md](language-models.md))"""
     model: ModelConfig
     data: DataConfig
     batch: BatchConfig
@@ -326,6 +329,24 @@ class Recipe(StrictModel):
         return self.stop_at_step or self.qsr.total_steps
 
     @model_validator(mode="after")
+    def _of_its_task(self) -> Recipe:
+        of_text = self.model.name.startswith("transformers/")
+        if of_text != (self.task == "text"):
+            write = "transformers/gpt2, or task images" if self.task == "text" else "a model of images, or task text"
+            raise ValueError(f"model.name is {self.model.name!r} and task is {self.task!r}; write {write}")
+        if self.task == "images":
+            if not self.data.image_size:
+                raise ValueError("data.image_size: this key is missing; write it")
+            return self
+        for block, keys in _OF_IMAGES.items():
+            given = getattr(self, block) if block else self
+            for key in keys:
+                if getattr(given, key) != type(given).model_fields[key].default:
+                    name = f"{block}.{key}" if block else key
+                    raise ValueError(f"{name} is for images, and task is 'text'; leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _fp16_needs_loss_scaling(self) -> Recipe:
         key = "autocast" if self.precision.autocast else "dtype"
         if getattr(self.precision, key) == "fp16" and self.engine == "fsdp":
@@ -357,42 +378,9 @@ class Recipe(StrictModel):
         return self
 
 
-def resolve_recipe_batch(recipe: Recipe, ranks: int) -> Batch:
-    """Batch sizes for so many ranks. Raises ConfigError where they contradict one another."""
-    return Batch(
-        *resolve_batch(
-            ranks,
-            train_batch_size=recipe.batch.train_batch_size,
-            micro_batch_size=recipe.batch.train_micro_batch_size_per_gpu,
-            accumulation=recipe.batch.gradient_accumulation_steps,
-        )
-    )
-
-
-def batch_on_other_ranks(recipe: Recipe, ranks: int, then: Batch) -> Batch:
-    """Batch sizes of a run that goes on from a checkpoint, perhaps with another number of ranks.
-
-    As batch.on_other_ranks says. A rank has as many samples in a micro-batch as the recipe says, or, where it says
-    nothing, as at the checkpoint; fewer, and more of them, where that does not divide the rank's share of a step.
-
-    Args:
-        then: those of the checkpoint. A run may have changed its ranks before it, so the recipe does not tell them.
-    Raises:
-        ConfigError: train_batch_size is to be kept, and cannot be divided among the ranks.
-    """
-    total = recipe.batch.train_batch_size
-    if recipe.batch.on_other_ranks == "per_rank":
-        total = then.micro * then.accumulation * ranks
-    if total % ranks:
-        multiples = range(recipe.qsr.worker_size, total + 1, recipe.qsr.worker_size)
-        near = [number for number in multiples if total % number == 0]
-        nearest = sorted(sorted(near, key=lambda number: abs(number - ranks))[:3])
-        fitting = f"go on with {', '.join(map(str, nearest))} ranks, or write" if nearest else "write"
-        raise ConfigError(
-            f"batch.train_batch_size is {total}, which {ranks} ranks cannot divide among them, and "
-            f"batch.on_other_ranks is 'keep'; {fitting} on_other_ranks: per_rank"
-        )
-    share, accumulation = total // ranks, recipe.batch.gradient_accumulation_steps
-    given = recipe.batch.train_micro_batch_size_per_gpu or (share // accumulation if accumulation else then.micro)
-    micro = max(size for size in range(1, max(1, min(given, share)) + 1) if share % size == 0)
-    return Batch(total, micro, share // micro)
+# The keys that a recipe of the task text cannot have, by their blocks.
+_OF_IMAGES = {
+    "data": ("image_size", "augment", "randaugment", "mixup", "loader"),
+    "model": ("channels_last",),
+    "": ("batch_norm",),
+}

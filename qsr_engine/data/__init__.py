@@ -13,6 +13,7 @@ Files in the order in which they import one another:
     table            samples.npy, which holds these rows
     tar              what is read of a tar file, and what is refused: headers, limits, keys and suffixes
     samples          what a sample must be: its image and its label
+    blocks           what a block of tokens must be, the sample of a text
     writing/         makes and checks folders of shards
     order            which samples a rank reads in an epoch, and in which order
     tar_shard        one local shard, its samples in any order
@@ -43,6 +44,7 @@ from qsr_engine.data.writing import (
     write_cifar10,
     write_digits,
     write_imagefolder,
+    write_text,
 )
 
 __all__ = [
@@ -56,4 +58,5 @@ __all__ = [
     "write_cifar10",
     "write_digits",
     "write_imagefolder",
+    "write_text",
 ]

@@ -1,16 +1,16 @@
-"""Batches of pictures: samples are decoded into one block of memory, and good ones stand in for bad ones."""
+"""Batches: samples are decoded into one block of memory, and good ones stand in for bad ones."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from random import Random
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from qsr_engine.data.decoding import Decoder, Pixels
+from qsr_engine.data.decoding import Pixels
 from qsr_engine.data.errors import DataError
 from qsr_engine.data.samples import Sample
 
@@ -19,7 +19,8 @@ class ImageBatch(NamedTuple):
     """Pictures and labels.
 
     `images` are uint8 [B, 3, S, S] in channels-last memory, RGB. `labels` are int64 [B]; -1 marks a picture that
-    evaluation leaves out. `skipped` says for each bad sample of the batch what was wrong with it.
+    evaluation leaves out. `skipped` says for each bad sample of the batch what was wrong with it. Of a text, `images`
+    are the bytes of its tokens, uint8 [B, bytes of a block's], and labels are 0.
     """
 
     images: Tensor
@@ -27,9 +28,22 @@ class ImageBatch(NamedTuple):
     skipped: tuple[str, ...] = ()
 
 
+class Decodes(Protocol):
+    """Decodes samples: `decoding.Decoder` into pictures, `blocks.BlockDecoder` into tokens."""
+
+    shape: tuple[int, ...]  # of what a sample becomes, in uint8
+
+    @property
+    def of_torch(self) -> bool:
+        """Whether it draws from torch's global generator."""
+
+    def decode(self, samples: Sequence[Sample | DataError], random: Random, out: Pixels) -> dict[int, DataError]:
+        """Decode samples into `out`, uint8 [B, *shape]. Returns by number what is wrong with a sample."""
+
+
 def decode_batch(
     samples: Sequence[Sample | DataError],
-    decoder: Decoder,
+    decoder: Decodes,
     seed: int,
     out: Pixels,
     spares: Iterable[Sample | DataError] = (),
@@ -37,7 +51,7 @@ def decode_batch(
     skip: bool,
     replace: bool,
 ) -> tuple[list[int], tuple[str, ...]]:
-    """Decode samples into `out`, uint8 [B, S, S, 3].
+    """Decode samples into `out`, uint8 [B, *decoder.shape].
 
     The random numbers depend on the seed alone; the generators of this process are as before.
 
@@ -45,13 +59,13 @@ def decode_batch(
         samples: B samples, or for a bad one what was wrong with it.
         spares: samples that are not of this batch; the first good one stands in where all samples are bad.
         skip: go on where a sample is bad.
-        replace: a skipped sample is replaced by the next good one of its batch; otherwise by black, with label -1.
+        replace: a skipped sample is replaced by the next good one of its batch; otherwise by zeros, with label -1.
     Returns:
         Labels, and what was wrong with each skipped sample.
     Raises:
         DataError: a sample is bad and `skip` is false, or no sample is left to replace the bad ones.
     """
-    with torch_seeded(seed, decoder.augment is not None and decoder.augment.of_torch):
+    with torch_seeded(seed, decoder.of_torch):
         random = Random(seed)
         bad = decoder.decode(samples, random, out)
         if bad and not skip:
@@ -68,9 +82,9 @@ def decode_batch(
 
 
 def decode_spare(
-    decoder: Decoder, spares: Iterable[Sample | DataError], random: Random, out: Pixels, bad: Sequence[str]
+    decoder: Decodes, spares: Iterable[Sample | DataError], random: Random, out: Pixels, bad: Sequence[str]
 ) -> int:
-    """Decode the first good spare into `out`, uint8 [1, S, S, 3]. Returns its label.
+    """Decode the first good spare into `out`, uint8 [1, *decoder.shape]. Returns its label.
 
     Raises:
         DataError: none is good; `bad` says what was wrong with the batch.

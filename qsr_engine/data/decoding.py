@@ -50,6 +50,12 @@ class Decoder:
 
     def __init__(self, size: int, choose: ChooseView, augment: Augment | None = None, threads: int = 1) -> None:
         self.size, self.choose, self.augment, self.threads = size, choose, augment, threads
+        self.shape: tuple[int, ...] = (size, size, 3)
+
+    @property
+    def of_torch(self) -> bool:
+        """Whether it draws from torch's global generator."""
+        return self.augment is not None and self.augment.of_torch
 
     def decode(self, samples: Sequence[Sample | DataError], random: Random, out: Pixels) -> dict[int, DataError]:
         """Decode samples into `out`, uint8 [B, S, S, 3].

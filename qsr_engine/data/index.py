@@ -8,19 +8,21 @@ from __future__ import annotations
 import difflib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from qsr_engine.config.digest import digest
-from qsr_engine.config.strict import ConfigError, Count, PositiveInt, StrictModel, validate
+from qsr_engine.config.strict import ConfigError, Count, Positive, PositiveInt, StrictModel, validate
 from qsr_engine.data.errors import DataError
 from qsr_engine.data.places import Places, check_place, expand_places, is_url
 from qsr_engine.data.retrying import RETRY, Retry
 
 INDEX_NAME = "index.json"
 TABLE_NAME = "samples.npy"
+TOKENS = "npy"  # the rule of samples that are blocks of tokens, and the suffix of their member
 MAX_INDEX = 64 << 20  # bytes; 400,000 shards
 
 
@@ -64,6 +66,22 @@ class SampleTable(StrictModel):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
+class TextData(StrictModel):
+    """What the samples of a text are: blocks of tokens (`blocks.py`)."""
+
+    context: PositiveInt  # tokens that a block has to predict; it holds one more, the first, which it does not
+    vocabulary: Annotated[int, Field(ge=2, le=2**31)]  # tokens are from 0 to below this
+    end: Count  # the token behind every document
+    tokenizer: Annotated[str, Field(pattern=r"^(bytes|[0-9a-f]{64})$")] = "bytes"  # or SHA-256 of tokenizer.json
+    bytes_per_token: dict[str, Positive]  # of each split: bytes of its text in UTF-8 over its tokens
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TextData:
+        if self.end >= self.vocabulary:
+            raise ValueError(f"end is {self.end}, and the vocabulary has {self.vocabulary} tokens, from 0 on")
+        return self
+
+
 class Index(StrictModel):
     """The content of index.json. `classes` are the class names by label, or None where they are not known."""
 
@@ -73,6 +91,18 @@ class Index(StrictModel):
     place: str | None = None  # of the shards, a folder or a URL; None: beside the index
     label: Annotated[str, Field(pattern=r"^(cls|txt|json:.+)$")] = "cls"  # where it is in a sample
     table: SampleTable | None = None  # None: an older index, and shards are walked when they are opened
+    text: TextData | None = None  # None: the samples are pictures
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> Index:
+        if self.text is None:
+            return self
+        if self.classes is not None or self.label != "cls":
+            raise ValueError("text is given, whose samples have no labels; leave classes (null) and label out")
+        lacking = sorted(self.splits.keys() - self.text.bytes_per_token.keys())
+        if lacking:
+            raise ValueError(f"text.bytes_per_token has no split {lacking[0]!r}; write it for every split")
+        return self
 
     @model_validator(mode="after")
     def _named_once(self) -> Index:
@@ -86,6 +116,11 @@ class Index(StrictModel):
         """Number of classes, or None where it is not known."""
         return None if self.classes is None else len(self.classes)
 
+    @property
+    def rule(self) -> str:
+        """Where the label of a sample is; TOKENS where a sample is a block of tokens, and has none."""
+        return self.label if self.text is None else TOKENS
+
     def where_is(self, name: str, folder: Places) -> tuple[str | Path, str]:
         """The place of a shard of an index that lies in a folder, and its name there."""
         assert isinstance(folder, str | Path)
@@ -93,11 +128,12 @@ class Index(StrictModel):
 
     def digest(self) -> int:
         """A 63-bit number, the same on every rank that reads the same data, wherever that lies."""
-        return digest(self.model_dump(exclude={"place", "table", *(["label"] if self.label == "cls" else [])}))
+        absent = {name for name, default in (("label", "cls"), ("text", None)) if getattr(self, name) == default}
+        return digest(self.model_dump(exclude={"place", "table", *absent}))
 
     def dump(self) -> dict[str, object]:
         """As it is written, without what is as in an older index."""
-        defaults = {"place": None, "label": "cls", "table": None}
+        defaults = {"place": None, "label": "cls", "table": None, "text": None}
         return {name: value for name, value in self.model_dump().items() if defaults.get(name, ...) != value}
 
     def split(self, name: str) -> Split:
@@ -154,15 +190,36 @@ def read_index(places: Places, retry: Retry = RETRY) -> Index:
             raise DataError(
                 f"{place}: its index has no shard {min(wanted)!r}; write names that it has, or index it again"
             )
+    joined = {name: Split(samples=sum(s.samples for s in shards), shards=shards) for name, shards in splits.items()}
+    text = _joined_text(parts, joined)
     classes = [index.classes for _, index in parts]
     if any(one != classes[0] for one in classes):
         raise DataError(
             f"{parts[0][0]}: its classes are others than those of another part; labels would not mean the same"
         )
-    joined = {name: Split(samples=sum(s.samples for s in shards), shards=shards) for name, shards in splits.items()}
-    whole = JoinedIndex(classes=classes[0], splits=joined)
+    whole = JoinedIndex(classes=classes[0], splits=joined, text=text)
     whole._parts = parts
     return whole
+
+
+def _joined_text(parts: list[tuple[str, Index]], splits: Mapping[str, Split]) -> TextData | None:
+    """That of the parts, with the mean of their bytes per token. Raises DataError where theirs do not fit together."""
+    first = parts[0][1].text
+    for place, index in parts:
+        if (index.text is None) != (first is None):
+            raise DataError(f"{place}: its samples are no text, or alone are one; name shards of one kind together")
+        if index.text and first and index.text.model_copy(update={"bytes_per_token": first.bytes_per_token}) != first:
+            raise DataError(
+                f"{place}: its blocks have another context or tokenizer than those of {parts[0][0]}; write the shards "
+                "again with the same"
+            )
+    if first is None:
+        return None
+    rates = {}
+    for name, split in splits.items():
+        samples = [(shard.samples, parts[int(shard.name.partition("/")[0])][1].text) for shard in split.shards]
+        rates[name] = sum(count * text.bytes_per_token[name] for count, text in samples if text) / split.samples
+    return first.model_copy(update={"bytes_per_token": rates})
 
 
 def _read_one(folder: str | Path, retry: Retry) -> Index:

@@ -22,7 +22,8 @@ import torch
 import webdataset as wds
 
 from qsr_engine.config.recipe import DataConfig
-from qsr_engine.data.batches import ImageBatch, decode_batch
+from qsr_engine.data.batches import Decodes, ImageBatch, decode_batch
+from qsr_engine.data.blocks import BlockDecoder
 from qsr_engine.data.decoding import NO_REGIONS, REGIONS, Decoder, Pixels
 from qsr_engine.data.device import on_device
 from qsr_engine.data.errors import DataError
@@ -84,13 +85,8 @@ class TrainLoader:
             )
         self._rank, self._ranks, self._seed = rank, ranks, seed
         self._next, self._bad = 0, set[str]()
-        self._decoder = Decoder(
-            config.image_size,
-            TrainView(config.image_size, config.augment),
-            make_augment(config.randaugment),
-            config.loader_threads,
-        )
-        if not REGIONS and rank == 0:
+        self._decoder = _decoder(index, config, training=True)
+        if not REGIONS and rank == 0 and index.text is None:
             log.warning("pictures are decoded by Pillow, at half the speed: %s", NO_REGIONS)
 
     def batches(self, start: int = 0, skipped: Iterable[str] = (), device: torch.device = CPU) -> Iterator[ImageBatch]:
@@ -181,7 +177,7 @@ class EvalLoader:
         self.batch_size, self.config = batch_size, config
         source = make_source(folder, index, config, config.eval)
         slices = plan_evaluation(split, rank, ranks)
-        decoder = Decoder(config.image_size, EvalView(config.image_size), None, config.loader_threads)
+        decoder = _decoder(index, config, training=False)
         raw_batches = partial(_evaluation_batches, partial(source.items, slices), batch_size)
         self._produce = _Decode(raw_batches, source, decoder, config.max_bad_samples > 0, False)
 
@@ -197,6 +193,19 @@ def _evaluation_batches(items: Callable[[], Iterator[Item]], batch_size: int) ->
         yield RawBatch(0, batch, [])
 
 
+def _decoder(index: Index, config: DataConfig, *, training: bool) -> Decodes:
+    """What decodes the samples of an index. Raises DataError: it is not said how large pictures become."""
+    if index.text is not None:
+        return BlockDecoder(index.text)
+    size = config.image_size
+    if not size:
+        raise DataError("data.image_size is missing, and the shards hold pictures; write it, in pixels")
+    if training:
+        view, augment = TrainView(size, config.augment), make_augment(config.randaugment)
+        return Decoder(size, view, augment, config.loader_threads)
+    return Decoder(size, EvalView(size), None, config.loader_threads)
+
+
 LoadedBatch = tuple[int, list[Sample | DataError], Iterator[Sample | DataError]]  # seed, samples, spares
 
 
@@ -206,7 +215,7 @@ class _Decode:
 
     raw_batches: Callable[[], Iterator[RawBatch]]
     source: Source
-    decoder: Decoder
+    decoder: Decodes
     skip: bool
     replace: bool
 
@@ -247,11 +256,13 @@ def _limited(batches: Iterator[ImageBatch], skipped: set[str], limit: int, where
 
 
 def _batches(produce: _Decode, batch_size: int, config: DataConfig, pinned: bool = False) -> Iterator[ImageBatch]:
-    shape = (batch_size, config.image_size, config.image_size, 3)
+    shape = (batch_size, *produce.decoder.shape)
     processes = config.loader_processes
     decoded = run_in_processes(produce, shape, processes, pinned=pinned) if processes else run_here(produce, shape)
     for pixels, (labels, skipped) in decoded:
-        images = torch.from_numpy(pixels)[: len(labels)].permute(0, 3, 1, 2)
+        images = torch.from_numpy(pixels)[: len(labels)]
+        if images.ndim == 4:
+            images = images.permute(0, 3, 1, 2)
         del pixels  # or the slot would be held until the next batch is asked for
         yield ImageBatch(images, torch.tensor(labels, dtype=torch.int64), skipped)
         del images

@@ -57,7 +57,7 @@ class _Finished(NamedTuple):
 
 
 def run_here(produce: Produce, shape: tuple[int, ...]) -> Iterator[tuple[Pixels, Beside]]:
-    """Batches of shape [B, S, S, 3], decoded by this process, each into memory of its own."""
+    """Batches of a shape [B, ...], decoded by this process, each into memory of its own."""
     room: list[Pixels] = []
 
     def give() -> Pixels:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from qsr_engine.data.errors import DataError
+from qsr_engine.data.index import TOKENS
 from qsr_engine.data.rows import Header
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")  # of the member that is the image, the first that is there
@@ -24,7 +25,7 @@ class RawSample(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One image as it lies in its shard, not decoded."""
+    """One image as it lies in its shard, not decoded; of a text, one block of tokens, with the label 0."""
 
     shard: str
     key: str
@@ -65,7 +66,8 @@ def parse_sample(shard: object, raw: RawSample, classes: int | None, rule: str =
         DataError: one of them is missing or wrong.
     """
     place = where(shard, raw.key)
-    return Sample(str(shard), raw.key, find_image(place, raw.members), find_label(place, raw.members, classes, rule))
+    image = find_image(place, raw.members, rule)
+    return Sample(str(shard), raw.key, image, find_label(place, raw.members, classes, rule))
 
 
 def sample_or_error(shard: object, raw: RawSample, classes: int | None, rule: str = "cls") -> Sample | DataError:
@@ -76,28 +78,32 @@ def sample_or_error(shard: object, raw: RawSample, classes: int | None, rule: st
         return error
 
 
-def find_image(place: str, members: Mapping[str, bytes]) -> bytes:
-    """The image of a sample. Raises DataError where there is none."""
-    for suffix in IMAGE_SUFFIXES:
-        if suffix in members:
-            return members[suffix]
-    raise DataError(f"{place} has no image (.jpg, .jpeg, .png or .webp); its members are: {listing(members)}")
+def find_image(place: str, members: Mapping[str, bytes], rule: str = "cls") -> bytes:
+    """The image of a sample, or its block of tokens. Raises DataError where there is none."""
+    suffix = image_suffix_of(members, rule)
+    if suffix is not None:
+        return members[suffix]
+    what = "block of tokens (.npy)" if rule == TOKENS else "image (.jpg, .jpeg, .png or .webp)"
+    raise DataError(f"{place} has no {what}; its members are: {listing(members)}")
 
 
-def image_suffix_of(members: Iterable[str]) -> str | None:
-    """Which member of a sample is its image: the first of IMAGE_SUFFIXES that is there."""
+def image_suffix_of(members: Iterable[str], rule: str = "cls") -> str | None:
+    """Which member of a sample is its image, the first of IMAGE_SUFFIXES that is there; or its block of tokens."""
     there = set(members)
-    return next((suffix for suffix in IMAGE_SUFFIXES if suffix in there), None)
+    return next((suffix for suffix in ((TOKENS,) if rule == TOKENS else IMAGE_SUFFIXES) if suffix in there), None)
 
 
 def find_label(place: str, members: Mapping[str, bytes], classes: int | None, rule: str = "cls") -> int:
     """The label of a sample.
 
     Args:
-        rule: "cls" or "txt", the member that is the label, or "json:FIELD", a field of the member .json.
+        rule: "cls" or "txt", the member that is the label, or "json:FIELD", a field of the member .json; of TOKENS
+            the label is 0.
     Raises:
         DataError: there is none, or it is none of so many classes.
     """
+    if rule == TOKENS:
+        return 0
     suffix, _, field = rule.partition(":")
     if suffix not in members:
         raise DataError(f"{place} has no label (.{suffix}); its members are: {listing(members)}")

@@ -87,17 +87,17 @@ def make_source(folder: Places, index: Index, config: DataConfig, split: str) ->
     if not is_url(places):
         table = None if index.table is None else open_table(local_table(folder, index, config), index)
         open_local = partial(_open_local, Path(places))
-        return RandomAccess(open_local, classes, retry=retry, rule=index.label, table=table)
+        return RandomAccess(open_local, classes, retry=retry, rule=index.rule, table=table)
     url = str(places).rstrip("/")
     shards = {shard.name: shard for shard in index.split(split).shards}
     if config.cache_gb == 0:
         sizes = {name: shard.bytes for name, shard in shards.items()}
         name_of, open_stream = partial(_name_of, url), partial(_open_stream, url, sizes)
-        return Streamed(name_of, open_stream, classes, retry, index.label)
+        return Streamed(name_of, open_stream, classes, retry, index.rule)
     cache = ShardCache(url, _cache_of(config), round(config.cache_gb * 1e9), shards, retry)
     _check_room(config, index.split(split))
     table = None if index.table is None else open_table(local_table(folder, index, config), index)
-    return RandomAccess(cache.open, classes, cache.announce, retry, index.label, table)
+    return RandomAccess(cache.open, classes, cache.announce, retry, index.rule, table)
 
 
 def local_table(folder: str | Path, index: Index, config: DataConfig) -> Path:

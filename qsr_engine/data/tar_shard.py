@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from qsr_engine.data.errors import DataError
+from qsr_engine.data.index import TOKENS
 from qsr_engine.data.rows import Row
 from qsr_engine.data.samples import IMAGE_SUFFIXES, RawSample
 from qsr_engine.data.tar import (
@@ -135,7 +136,7 @@ class TarShard:
             names = key_and_suffix(name)
         except Exception:  # a damaged header can say anything
             names, size = None, -1
-        if names is None or names[1] not in IMAGE_SUFFIXES or size != row.length:
+        if names is None or names[1] not in (*IMAGE_SUFFIXES, TOKENS) or size != row.length:
             raise DataError(
                 f"{self.path}: this shard has no image at byte {row.offset}, where its index has that of sample "
                 f"{number}: it is damaged or was replaced; copy it again, or `qsr shards index DIR --again`"

@@ -4,7 +4,7 @@
     parallel      steps by the engine's own gradient averaging, timed likewise: what they take longer than local steps
                   is what their gradients cost beyond what is hidden
 
-The recipe's own model, optimizer, engine and batch sizes, with random pictures, so that no shards are needed; reading
+The recipe's own model, optimizer, engine and batch sizes, with random samples, so that no shards are needed; reading
 data is not measured. A boundary that a slow link lets through in a burst tells too little; the first ones are not
 counted. The models that come out are thrown away.
 """
@@ -22,10 +22,11 @@ import torch.distributed as dist
 
 from qsr_engine.checkpoint.together import gathered
 from qsr_engine.config.batch import Batch, check_world_size
-from qsr_engine.config.recipe import Recipe, resolve_recipe_batch
-from qsr_engine.planning.sizes import CLASSES, class_count
-from qsr_engine.training.from_recipe import DTYPES, Engine, autocast, make_engine, share_cores
-from qsr_engine.training.models import create_model, loss_of
+from qsr_engine.config.recipe import Recipe
+from qsr_engine.config.recipe_batch import resolve_recipe_batch
+from qsr_engine.planning.sizes import index_of
+from qsr_engine.training.from_recipe import Engine, autocast, make_engine, share_cores
+from qsr_engine.training.make_task import make_task
 
 UNCOUNTED = 2  # steps at the beginning of each part
 AVERAGINGS = 6
@@ -78,27 +79,26 @@ def _parallel(recipe: Recipe, batch: Batch) -> float:
 
 
 class _Steps:
-    """Optimizer steps of an engine of its own on random pictures, which stay the same; its run never ends."""
+    """Optimizer steps of an engine of its own on random samples, which stay the same; its run never ends."""
 
     def __init__(self, recipe: Recipe, batch: Batch, schedule: dict[str, Any], total: int) -> None:
         self._recipe, self._accumulation = recipe, batch.accumulation
-        classes, _ = class_count(recipe)
+        index, _ = index_of(recipe)
+        self._task = make_task(recipe.model_copy(update={"label_smoothing": 0.0}), index)
         torch.manual_seed(recipe.seed)
-        model = create_model(recipe.model, classes, recipe.data.image_size)
+        model = self._task.create_model()
         self.engine: Engine = make_engine(_short_run(recipe, schedule, total), batch, model)
-        generator, side = torch.Generator().manual_seed(recipe.seed + dist.get_rank()), recipe.data.image_size
-        images = torch.randn(batch.micro, 3, side, side, generator=generator)
-        self._images = images.to(self.engine.device, DTYPES[recipe.precision.dtype])
-        classes = classes or recipe.model.kwargs.get("num_classes", CLASSES)
-        self._labels = torch.randint(classes, (batch.micro,), generator=generator).to(self.engine.device)
+        generator = torch.Generator().manual_seed(recipe.seed + dist.get_rank())
+        inputs, targets = self._task.random_batch(batch.micro, generator)
+        self._inputs, self._targets = inputs.to(self.engine.device), targets.to(self.engine.device)
 
     def timed(self) -> float:
         """Seconds of one step on this rank."""
         started = _now(self.engine.device)
         for _ in range(self._accumulation):
             with autocast(self._recipe, self.engine.device):
-                outputs = self.engine(self._images)
-            self.engine.backward(loss_of(outputs, self._labels))
+                outputs = self.engine(self._inputs)
+            self.engine.backward(self._task.loss(outputs, self._targets))
             self.engine.step()
         return _now(self.engine.device) - started
 

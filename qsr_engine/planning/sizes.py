@@ -11,9 +11,10 @@ from typing import Any
 
 from qsr_engine.config.batch import resolve_batch
 from qsr_engine.config.qsr import QSRConfig
-from qsr_engine.config.recipe import Recipe, resolve_recipe_batch
+from qsr_engine.config.recipe import Recipe
+from qsr_engine.config.recipe_batch import resolve_recipe_batch
 from qsr_engine.data.errors import DataError
-from qsr_engine.data.index import read_index
+from qsr_engine.data.index import Index, TextData, read_index
 from qsr_engine.local_steps.traffic import (
     PIECE,
     averaging_bytes,
@@ -27,6 +28,7 @@ from qsr_engine.planning.layout import Shapes, averaged_tensors
 from qsr_engine.schedule import due_fragments
 
 CLASSES = 1000  # of a model whose data nobody has seen: ImageNet's
+VOCABULARY, CONTEXT = 256, 64  # of a language model likewise: bytes
 KEPT = 100_000  # elements of a tensor up to which stage 3 keeps it: stage3_param_persistence_threshold
 
 
@@ -172,10 +174,10 @@ def _block(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def model_size(recipe: Recipe) -> tuple[Size, list[str]]:
     """Size of a recipe's model, which is made for that, and what was assumed. Raises ConfigError: no such model."""
     from qsr_engine.checkpoint.buffers import persistent_buffers
-    from qsr_engine.training.models import create_model
+    from qsr_engine.training.make_task import make_task
 
-    classes, assumed = class_count(recipe)
-    model = create_model(recipe.model, classes, recipe.data.image_size)
+    index, assumed = index_of(recipe)
+    model = make_task(recipe, index).create_model()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [trained]
     if not recipe.optimizer.decay_norms_and_biases:
@@ -186,14 +188,23 @@ def model_size(recipe: Recipe) -> tuple[Size, list[str]]:
     return Size(sum(numbers), small, sum(buffer.numel() for buffer in buffers), shapes), assumed
 
 
-def class_count(recipe: Recipe) -> tuple[int | None, list[str]]:
-    """Classes of a recipe's data, and what was assumed where neither recipe nor shards say it."""
-    if "num_classes" in recipe.model.kwargs:
-        return None, []
+def index_of(recipe: Recipe) -> tuple[Index, list[str]]:
+    """The index of a recipe's data, or one that stands for it, and what was assumed there."""
+    kwargs, known = recipe.model.kwargs, recipe.task == "text" or "num_classes" in recipe.model.kwargs
     try:
-        found = read_index(recipe.data.shards).class_count
+        index = read_index(recipe.data.shards)
+        if known or index.class_count is not None:
+            return index, []
     except DataError:
-        found = None
-    if found is not None:
-        return found, []
-    return CLASSES, [f"{CLASSES} classes, since neither shards nor model.kwargs.num_classes say how many"]
+        pass
+    if recipe.task == "text":
+        vocabulary = kwargs.get("vocab_size", VOCABULARY)
+        text = TextData(context=CONTEXT, vocabulary=vocabulary, end=0, bytes_per_token={})
+        return Index(classes=None, splits={}, text=text), [
+            f"{vocabulary} tokens and a context of {CONTEXT}, since there are no shards that say it"
+        ]
+    if "num_classes" in kwargs:
+        return Index(classes=None, splits={}), []
+    return Index(classes=[str(label) for label in range(CLASSES)], splits={}), [
+        f"{CLASSES} classes, since neither shards nor model.kwargs.num_classes say how many"
+    ]

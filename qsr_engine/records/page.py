@@ -13,6 +13,8 @@ _PICTURES = {  # titles by the names of their files
     "period_and_lr": "H and the learning rate",
     "accuracy_over_communication": "Accuracy over averagings",
     "accuracy_over_steps": "Accuracy over steps",
+    "loss_over_communication": "Held-out loss over averagings",
+    "loss_over_steps": "Loss over steps",
     "waiting_over_steps": "Waiting at boundaries",
     "members_over_steps": "Members",
     "sharpness_over_steps": "Sharpness",

@@ -24,12 +24,17 @@ _DASHES = ("-", "--", ":", "-.")
 def plots(runs: Sequence[Run], out_dir: Path) -> list[Path]:
     """Draw the runs into out_dir, as PNG and as SVG, and return the PNGs.
 
-    Only what a run has told is drawn: accuracy where it was evaluated. Raises ConfigError without matplotlib.
+    Only what a run has told is drawn: accuracy, or of a text the loss, where it was evaluated.
+
+    Raises:
+        ConfigError: matplotlib is not there.
     """
     check_extra("report", "matplotlib", "`qsr report`")
     drawings = [_period_and_lr]
     if any(accuracies(run) for run in runs):
         drawings += [_accuracy_over_communication, _accuracy_over_steps]
+    if any(series(run, "eval_perplexity") for run in runs):
+        drawings += [_loss_over_communication, _loss_over_steps]
     if any(waiting_percent(run.workers) for run in runs):
         drawings.append(_waiting_over_steps)
     if any(run.events for run in runs):
@@ -95,6 +100,12 @@ def _accuracy_over_steps(runs: Sequence[Run]) -> Figure:
     """With panels for top-5 and for training where a run has them."""
     fields = {"eval_accuracy": "accuracy (%)", "eval_top5_accuracy": "top-5 (%)", "train_accuracy": "in training (%)"}
     return _over_steps(runs, fields)
+
+
+def _loss_over_steps(runs: Sequence[Run]) -> Figure:
+    return _over_steps(
+        [run for run in runs if run.task == "text"], {"eval_loss": "held-out loss", "loss": "in training"}
+    )
 
 
 def _sharpness_over_steps(runs: Sequence[Run]) -> Figure:
@@ -172,6 +183,14 @@ def _members_over_steps(runs: Sequence[Run]) -> Figure:
 
 
 def _accuracy_over_communication(runs: Sequence[Run]) -> Figure:
+    return _over_communication([run for run in runs if run.task == "images"], "accuracy_percent", "accuracy (%)")
+
+
+def _loss_over_communication(runs: Sequence[Run]) -> Figure:
+    return _over_communication([run for run in runs if run.task == "text"], "loss", "held-out loss")
+
+
+def _over_communication(runs: Sequence[Run], reached: str, label_of_it: str) -> Figure:
     """A marker a run, hollow where it is unfinished, or a group, with its standard deviation as an error bar.
 
     The labels stand in a column, where none covers another.
@@ -181,8 +200,8 @@ def _accuracy_over_communication(runs: Sequence[Run]) -> Figure:
     shown: list[tuple[Any, Any, Any, str, bool]] = [
         (
             group.mean("averagings_percent"),
-            group.mean("accuracy_percent"),
-            group.deviation("accuracy_percent"),
+            group.mean(reached),
+            group.deviation(reached),
             f"{group.name} ({group.strategy}, {len(group.runs)} runs)",
             True,
         )
@@ -191,8 +210,8 @@ def _accuracy_over_communication(runs: Sequence[Run]) -> Figure:
     for run in runs:
         if run.name not in grouped:
             row = figures(run)
-            shown.append((row["averagings_percent"], row["accuracy_percent"], None, _label(run), run.finished))
-    points, (figure, (panel,)) = [], _panels(runs, ["accuracy (%)"], "averagings (% of steps)")
+            shown.append((row["averagings_percent"], row[reached], None, _label(run), run.finished))
+    points, (figure, (panel,)) = [], _panels(runs, [label_of_it], "averagings (% of steps)")
     for index, (x, y, deviation, label, finished) in enumerate(shown):
         if x is not None and y is not None:
             colour = _COLOURS[index % len(_COLOURS)]

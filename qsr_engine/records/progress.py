@@ -47,7 +47,7 @@ class _Bar:
     def show(self, record: Record) -> None:
         self._bar.update(record.step - self._bar.n)
         loss = "" if record.loss is None else f"loss {record.loss:.3g}  "
-        self._shown = f"{loss}lr {record.lr:.3g}  H {record.period}{_accuracy(record)}"
+        self._shown = f"{loss}lr {record.lr:.3g}  H {record.period}{_reached(record)}"
         self._bar.set_postfix_str(self._shown)
 
     def begin(self, phase: str, step: int) -> None:
@@ -69,11 +69,13 @@ class _Lines:
 
     def show(self, record: Record) -> None:
         self._step, trained = record.step, ""
-        if record.loss is not None and record.images_per_second is not None:
-            trained = f"  loss {record.loss:.3g}  {record.images_per_second:.0f} images/s"
+        unit = "tokens" if record.images_per_second is None else "images"
+        rate = record.images_per_second or record.tokens_per_second
+        if record.loss is not None and rate is not None:
+            trained = f"  loss {record.loss:.3g}  {rate:.0f} {unit}/s"
         self._say(
             f"step {record.step}/{self._total_steps}  round {record.round}  H {record.period}  lr {record.lr:.3g}"
-            f"{trained}{_accuracy(record)}{self._left()}"
+            f"{trained}{_reached(record)}{self._left()}"
         )
 
     def _left(self) -> str:
@@ -106,6 +108,12 @@ def closing_words(run_dir: Path, values: Mapping[str, Any]) -> str:
     if "eval_accuracy" in known:
         best = f", best {known['best_accuracy']:.2f} % at step {known['best_step']}" if "best_step" in known else ""
         lines.append(f"accuracy {known['eval_accuracy']:.2f} %{best}")
+    elif {"eval_loss", "eval_perplexity", "eval_bits_per_byte"} <= known.keys():
+        best = f", best {known['best_loss']:.4f} at step {known['best_step']}" if "best_step" in known else ""
+        lines.append(
+            f"loss {known['eval_loss']:.4f}{best}; perplexity {known['eval_perplexity']:.4g}, "
+            f"{known['eval_bits_per_byte']:.4f} bits a byte"
+        )
     if {"averagings", "averagings_percent", "bytes_sent"} <= known.keys():
         lines.append(
             f"{known['averagings']} averagings, {known['averagings_percent']:.1f} % of the steps; "
@@ -115,8 +123,10 @@ def closing_words(run_dir: Path, values: Mapping[str, Any]) -> str:
     return "\n".join([*lines, f"pictures: qsr report {run_dir}"])
 
 
-def _accuracy(record: Record) -> str:
-    return "" if record.eval_accuracy is None else f"  accuracy {record.eval_accuracy:.1f} %"
+def _reached(record: Record) -> str:
+    if record.eval_accuracy is not None:
+        return f"  accuracy {record.eval_accuracy:.1f} %"
+    return "" if record.eval_perplexity is None else f"  perplexity {record.eval_perplexity:.4g}"
 
 
 def _is_terminal(stream: TextIO) -> bool:

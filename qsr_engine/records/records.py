@@ -16,7 +16,7 @@ class Record:
     """
 
     step: int  # optimizer steps done
-    images_seen: int  # samples, over all workers
+    images_seen: int | None  # over all workers; None of a text
     round: int
     period: int  # H of the round that this step belongs to
     lr: float
@@ -29,13 +29,18 @@ class Record:
     seconds_compute: float
     seconds_averaging: float | None  # None where it cannot be told apart from compute, which then holds it
     seconds_data: float  # waiting for data
-    images_per_second: float | None  # over all workers, since the last record; None before training
+    images_per_second: float | None  # over all workers, since the last record; None before training, and of a text
     relative_distance: float | None = None  # RMS over workers of ||x_k - mean|| / ||mean|| before the last averaging
     eval_accuracy: float | None = None  # top-1, in %; None where this record has no evaluation
     eval_top5_accuracy: float | None = None  # %; None likewise, and where a model has 5 scores or fewer
     eval_loss: float | None = None  # None likewise
     best_accuracy: float | None = None  # highest eval_accuracy so far; None likewise
     best_step: int | None = None  # the first one with it; None likewise
+    tokens_seen: int | None = None  # over all workers; this and the following are of a text, and None of images
+    tokens_per_second: float | None = None  # over all workers, since the last record; None before training
+    eval_perplexity: float | None = None  # exp(eval_loss), of a token; None where this record has no evaluation
+    eval_bits_per_byte: float | None = None  # eval_loss in bits, over the bytes of a token; None likewise
+    best_loss: float | None = None  # lowest eval_loss so far; best_step is the first one with it; None likewise
     sharpness: float | None = None  # largest eigenvalue of the loss's Hessian at the average; None likewise
     data_percent: float | None = None  # of the time since the last record: rank 0 waited for data
     skipped_samples: int = 0  # bad samples that rank 0 has skipped so far
@@ -83,9 +88,14 @@ TAGS = {
     "data/skipped_samples": "skipped_samples",
     "throughput/images_per_second": "images_per_second",
     "throughput/images_seen": "images_seen",
+    "throughput/tokens_per_second": "tokens_per_second",
+    "throughput/tokens_seen": "tokens_seen",
     "eval/accuracy": "eval_accuracy",
     "eval/top5_accuracy": "eval_top5_accuracy",
     "eval/loss": "eval_loss",
+    "eval/perplexity": "eval_perplexity",
+    "eval/bits_per_byte": "eval_bits_per_byte",
+    "eval/best_loss": "best_loss",
     "eval/best_accuracy": "best_accuracy",
     "eval/best_step": "best_step",
     "eval/sharpness": "sharpness",

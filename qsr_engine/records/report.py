@@ -26,9 +26,11 @@ def group_table(found: Sequence[Group]) -> str:
 
 
 def _group_rows(found: Sequence[Group]) -> list[list[str]]:
-    rows = [["group", "strategy", "runs", "accuracy %", "averagings %", "bytes %", "sharpness"]]
+    reached = [column for column in _REACHED if any(_is_of(run, column[1]) for group in found for run in group.runs)]
+    headers = [header for header, *_ in reached]
+    rows = [["group", "strategy", "runs", *headers, "averagings %", "bytes %", "sharpness"]]
     for group in found:
-        row = [_with_deviation(group, "accuracy_percent", "{:.2f}".format)]
+        row = [_with_deviation(group, figure, text) for _, figure, text in reached]
         for figure in ("averagings_percent", "bytes_percent"):
             mean = group.mean(figure)
             row.append("\N{EN DASH}" if mean is None else _three_digits(mean))
@@ -50,13 +52,23 @@ def _three_digits(value: float) -> str:
     return f"{value:.{max(0, 2 - exponent)}f}"
 
 
-_COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (  # header, figure, how it is written
+_Column = tuple[str, str, Callable[[Any], str]]  # header, figure, how it is written
+_REACHED: tuple[_Column, ...] = (  # of a group
+    ("accuracy %", "accuracy_percent", "{:.2f}".format),
+    ("loss", "loss", "{:.4f}".format),
+    ("bits a byte", "bits_per_byte", "{:.4f}".format),
+)
+_COLUMNS: tuple[_Column, ...] = (
     ("run", "run", str),
     ("strategy", "strategy", str),
     ("steps", "steps", str),
     ("accuracy %", "accuracy_percent", "{:.2f}".format),
     ("top-5 %", "top5_percent", "{:.2f}".format),
     ("best %", "best_percent", "{:.2f}".format),
+    ("loss", "loss", "{:.4f}".format),
+    ("perplexity", "perplexity", _three_digits),
+    ("bits a byte", "bits_per_byte", "{:.4f}".format),
+    ("best loss", "best_loss", "{:.4f}".format),
     ("at step", "best_step", str),
     ("training %", "train_percent", "{:.2f}".format),
     ("averagings", "averagings", str),
@@ -68,18 +80,31 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (  # header, figur
     ("data", "hours_data", _three_digits),
     ("waiting %", "waiting_percent", "{:.1f}".format),
     ("images/s", "images_per_second", _three_digits),
+    ("tokens/s", "tokens_per_second", _three_digits),
     ("sharpness", "sharpness", _three_digits),
 )
 _TIMES = ("hours", "hours_compute", "hours_averaging", "hours_data")
 _BEST: dict[str, Callable[..., float]] = {  # of these figures one is the best of the finished runs
-    **dict.fromkeys(("accuracy_percent", "top5_percent", "best_percent", "images_per_second"), max),
+    **dict.fromkeys(("accuracy_percent", "top5_percent", "best_percent"), max),
+    **dict.fromkeys(("images_per_second", "tokens_per_second"), max),
+    **dict.fromkeys(("loss", "perplexity", "bits_per_byte", "best_loss"), min),
     **dict.fromkeys(("averagings", "averagings_percent", "bytes_percent", "waiting_percent", "sharpness"), min),
     **dict.fromkeys(_TIMES, min),
 }
 
 
+# The columns of one task, where a run is of it.
+_OF_TASK = {
+    "images": ("accuracy_percent", "images_per_second"),
+    "text": ("loss", "perplexity", "bits_per_byte", "best_loss", "tokens_per_second"),
+}
 # A column only where a run has it.
 _OPTIONAL = ("sharpness", "waiting_percent", "top5_percent", "best_percent", "best_step", "train_percent")
+
+
+def _is_of(run: Run, figure: str) -> bool:
+    """Whether a figure is one of the run's task, or of every task."""
+    return all(run.task == task or figure not in names for task, names in _OF_TASK.items())
 
 
 def table(runs: Sequence[Run]) -> str:
@@ -100,7 +125,10 @@ def _cells(runs: Sequence[Run]) -> list[list[Cell]]:
     for row in rows:
         row["steps"] = f"{row['step']}/{row['total_steps']}"
     columns = [
-        column for column in _COLUMNS if column[1] not in _OPTIONAL or any(row[column[1]] is not None for row in rows)
+        column
+        for column in _COLUMNS
+        if any(_is_of(run, column[1]) for run in runs)
+        and (column[1] not in _OPTIONAL or any(row[column[1]] is not None for row in rows))
     ]
     best = {}
     for name, choose in _BEST.items():

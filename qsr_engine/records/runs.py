@@ -40,6 +40,11 @@ class Run:
     branched: bool = False  # began with a checkpoint of another run
     events: list[MemberEvent] = field(default_factory=list)  # where workers come and go
 
+    @property
+    def task(self) -> str:
+        """`images` or `text`."""
+        return str(self.recipe.get("task", "images"))
+
 
 def read_run(path: str | Path) -> Run:
     """Read one run's folder.
@@ -256,12 +261,16 @@ def find_runs(paths: Sequence[str | Path]) -> list[Path]:
 def figures(run: Run) -> dict[str, Any]:
     """The figures of one run, as the table and report.json have them. None: not known.
 
-    Hours leave evaluation out; images per second are the mean over those hours.
+    Hours leave evaluation out; images and tokens per second are the mean over those hours.
     """
     last = run.records[-1]
     parts = {name: last[f"seconds_{name}"] for name in ("compute", "averaging", "data")}
     seconds = sum(part for part in parts.values() if part is not None)
+    of_text = run.task == "text"
     best_step, best = max(accuracies(run), key=lambda point: point[1], default=(None, None))
+    losses = series(run, "eval_loss")
+    if of_text and losses:
+        best_step = min(losses, key=lambda point: point[1])[0]
     told = [row["accuracy"] for row in run.workers if row.get("accuracy") is not None]
     # Of a run of an earlier version too, whose communication_percent was of bytes.
     share = None if last["averagings"] is None else 100 * last["averagings"] / max(1, last["step"])
@@ -276,6 +285,10 @@ def figures(run: Run) -> dict[str, Any]:
         "top5_percent": _last(run, "eval_top5_accuracy"),
         "best_percent": best,
         "best_step": best_step,
+        "loss": _last(run, "eval_loss"),
+        "perplexity": _last(run, "eval_perplexity"),
+        "bits_per_byte": _last(run, "eval_bits_per_byte"),
+        "best_loss": min((loss for _, loss in losses), default=None),
         "train_percent": statistics.mean(told[-1]) if told else None,
         "train_percent_of_workers": told[-1] if told else None,
         "averagings": last["averagings"],
@@ -284,7 +297,12 @@ def figures(run: Run) -> dict[str, Any]:
         "bytes_percent": last["bytes_percent"],
         "hours": None if last["seconds_compute"] is None else seconds / 3600,
         **{f"hours_{name}": None if part is None else part / 3600 for name, part in parts.items()},
-        "images_per_second": last["images_seen"] / seconds if seconds and last["images_seen"] is not None else None,
+        **{
+            f"{unit}_per_second": last[f"{unit}_seen"] / seconds
+            if seconds and last[f"{unit}_seen"] is not None
+            else None
+            for unit in ("images", "tokens")
+        },
         "waiting_percent": None if (waited := waiting_percent(run.workers)) is None else statistics.mean(waited),
         "waiting_percent_of_workers": waited,
         "sharpness": _last(run, "sharpness"),

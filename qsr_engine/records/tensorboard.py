@@ -37,6 +37,7 @@ _LINES = {  # category, card and the tags of its curves
     "time": {
         "where it goes (s)": ["time/compute_seconds", "time/averaging_seconds", "time/data_seconds"],
         "images a second": ["throughput/images_per_second"],
+        "tokens a second": ["throughput/tokens_per_second"],
         "waiting for data (%)": ["data/waiting_percent"],
     },
 }

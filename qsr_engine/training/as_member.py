@@ -24,6 +24,7 @@ from qsr_engine.training.batches import Batches
 from qsr_engine.training.figures import Clock
 from qsr_engine.training.from_recipe import make_engine, share_cores
 from qsr_engine.training.loop import _Run, about, make_model, make_run, shared
+from qsr_engine.training.make_task import make_task
 from qsr_engine.training.resuming import check_same_recipe, load_newest
 from qsr_engine.training.saving import save_model
 
@@ -46,14 +47,15 @@ def train_as_member(recipe: Recipe, index: Index, *, resume: bool = False) -> di
         batch = batch_of_worker(recipe, ranks)
         check_same_recipe(recipe)
         share_cores()
-        model, index = make_model(recipe, index)
+        task = make_task(recipe, index)
+        index, model = task.index, make_model(recipe, task)
     engine = make_engine(recipe, batch, model)
     assert isinstance(engine, Surface)
     client = load_newest(engine, recipe, str(index.digest())) if resume else None
     state = engine.local_steps
     member = state.boundary.member
     assert member is not None
-    batches = Batches(recipe, index, batch, engine.device, step=state.step, clock=Clock())
+    batches = Batches(recipe, task, batch, engine.device, step=state.step, clock=Clock())
     batches.load_state_dict(client or {})
     attendance = Attendance(recipe, {"recipe": digest(shared(recipe)), "data": index.digest()}, batches)
 
@@ -87,7 +89,7 @@ def train_as_member(recipe: Recipe, index: Index, *, resume: bool = False) -> di
     records = Records(recipe, begin, monitor, member.members.has_left, writes=rank == 0)
     with stops_on_signals(state.request_stop), state.watchdog.explained(), closing(records):
         begins = state.step == 0
-        run = make_run(recipe, engine, index, batch, batches, records, begins=begins, kind=_MemberRun)
+        run = make_run(recipe, engine, task, batch, batches, records, begins=begins, kind=_MemberRun)
         assert isinstance(run, _MemberRun)
         run.attend(member, attendance, records, client or {})
         run.loop()
@@ -104,10 +106,10 @@ class _MemberRun(_Run):
         """Take part, after join()."""
         self._member, self._attendance, self._records = member, attendance, records
         self._boundary_before = self._last_boundary = self.engine.local_steps.step
-        images_seen = self.batches.images_seen
+        samples_seen = self.batches.samples_seen
         self.load_state_dict(client)
-        self.batches.images_seen = images_seen  # by all members, as those told whom this worker has joined
-        self.figures.begin_at(images_seen)
+        self.batches.samples_seen = samples_seen  # by all members, as those told whom this worker has joined
+        self.figures.begin_at(samples_seen)
         self._stand()
 
     def _stand(self) -> None:
@@ -140,6 +142,6 @@ class _MemberRun(_Run):
             return None
         summary, averaged = self.summary(), self.engine.averaged_state_dict()
         if rank == 0:
-            save_model(averaged, self.recipe)
+            save_model(averaged, self.recipe, self.task.files(self.engine.module))
             self._records.summary(**summary)
         return summary

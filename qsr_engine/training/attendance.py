@@ -19,7 +19,8 @@ from typing import IO, Any
 import torch
 
 from qsr_engine.config.batch import Batch
-from qsr_engine.config.recipe import Recipe, resolve_recipe_batch
+from qsr_engine.config.recipe import Recipe
+from qsr_engine.config.recipe_batch import resolve_recipe_batch
 from qsr_engine.config.strict import ConfigError
 from qsr_engine.data.order import seed_for
 from qsr_engine.local_steps.member import Loop, Standing
@@ -68,10 +69,10 @@ class Attendance(Loop):
         return {key: str(value) for key, value in self._told.items()}
 
     def state(self) -> dict[str, Any]:
-        return {"images_seen": self._batches.images_seen}
+        return {"images_seen": self._batches.samples_seen}
 
     def take(self, state: dict[str, Any]) -> None:
-        self._batches.images_seen = state["images_seen"]
+        self._batches.samples_seen = state["images_seen"]
 
     def stand(self, standing: Standing, step: int, rank: int, ranks: int) -> None:
         """Who is there has been learnt, after so many steps; `rank` of the `ranks` of this worker."""

@@ -9,23 +9,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from qsr_engine.config.batch import Batch
 from qsr_engine.config.recipe import Recipe
 from qsr_engine.data import DataError, Index
 from qsr_engine.data.batches import ImageBatch
-from qsr_engine.data.device import MixUp, Normalise
 from qsr_engine.data.loader import TrainLoader
 from qsr_engine.data.own_loader import OwnLoader
 from qsr_engine.membership.facts import check_agreement
 from qsr_engine.training.figures import Clock
-from qsr_engine.training.from_recipe import DTYPES
-from qsr_engine.training.models import scores_of
+from qsr_engine.training.task import Batch as Pair
+from qsr_engine.training.task import Task
 
 
 class Batches:
-    """Pictures and labels or, mixed, shares of the classes that the model has, one micro-batch after another.
+    """What a task's model reads and is compared with, one micro-batch after another.
 
     A rank's stream goes on where the samples seen so far would end if this many ranks had seen them: with the same
     ranks exactly where it was. With others an epoch is whole again from the next one on.
@@ -36,22 +34,19 @@ class Batches:
     """
 
     def __init__(
-        self, recipe: Recipe, index: Index, batch: Batch, device: torch.device, *, step: int, clock: Clock
+        self, recipe: Recipe, task: Task, batch: Batch, device: torch.device, *, step: int, clock: Clock
     ) -> None:
-        self._recipe, self._index, self._micro = recipe, index, batch.micro
+        self._recipe, self._micro = recipe, batch.micro
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
         self._own = self._loader = None
         if recipe.data.loader is None:
-            self._loader = TrainLoader(recipe.data.shards, index, recipe.data, seed=recipe.seed, **self._place())
+            self._loader = TrainLoader(recipe.data.shards, task.index, recipe.data, seed=recipe.seed, **self._place())
         else:
-            self._own = _own_loader(recipe, index, self._place(), device)
-        self._device, self.clock = device, clock
-        self._normalise = Normalise(device, DTYPES[recipe.precision.dtype])
-        scores = scores_of(recipe.model, index.class_count)
-        self._mixup = MixUp(recipe.data.mixup, scores) if recipe.data.mixup > 0 else None
+            self._own = _own_loader(recipe, task.index, self._place(), device)
+        self._task, self._device, self.clock = task, device, clock
         self._together = batch.micro * self._ranks  # samples of all ranks in a micro-batch
         self._stream: Iterator[ImageBatch] | None = None
-        self.images_seen = step * batch.train  # training samples of all ranks, also other ranks before a resumption
+        self.samples_seen = step * batch.train  # training samples of all ranks, also other ranks before a resumption
         self.skipped: set[str] = set()  # bad samples of this rank
 
     def _place(self) -> dict[str, int]:
@@ -64,7 +59,7 @@ class Batches:
         self._rank, self._ranks, self._together = rank, ranks, self._micro * ranks
         place = self._place()
         self._loader = TrainLoader(
-            self._recipe.data.shards, self._index, self._recipe.data, seed=self._recipe.seed, **place
+            self._recipe.data.shards, self._task.index, self._recipe.data, seed=self._recipe.seed, **place
         )
         if self._stream is not None:
             close = getattr(self._stream, "close", None)
@@ -73,18 +68,18 @@ class Batches:
             self._stream = None
 
     def state_dict(self) -> dict[str, Any]:
-        state = {"images_seen": self.images_seen, "skipped_samples": sorted(self.skipped)}
+        state = {"images_seen": self.samples_seen, "skipped_samples": sorted(self.skipped)}
         return state if self._own is None else {**state, "own_loader": self._own.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Before the first batch."""
-        self.images_seen = int(state.get("images_seen", self.images_seen))
+        self.samples_seen = int(state.get("images_seen", self.samples_seen))
         self.skipped = set(state.get("skipped_samples", ()))
-        if self._own is not None and self.images_seen:
+        if self._own is not None and self.samples_seen:
             self._own.load_state_dict(state.get("own_loader"))
 
-    def next(self) -> tuple[Tensor, Tensor]:
-        """Images [B, 3, S, S] and labels [B], or shares of classes [B, classes]."""
+    def next(self) -> Pair:
+        """The next one, as the task makes it."""
         if self._stream is None:
             self._stream = self._begin()
         started = time.perf_counter()
@@ -92,15 +87,14 @@ class Batches:
         self.clock.data += time.perf_counter() - started
         warn_of(batch.skipped)
         self.skipped.update(batch.skipped)
-        self.images_seen += self._together
-        images, labels = self._normalise(batch.images), batch.labels
-        return (images, labels) if self._mixup is None else self._mixup(images, labels)
+        self.samples_seen += self._together
+        return self._task.training_batch(batch)
 
     def _begin(self) -> Iterator[ImageBatch]:
         if self._own is not None:
             return self._own.batches(self._device)
         assert self._loader is not None
-        return self._loader.batches(self.images_seen // self._together, self.skipped, self._device)
+        return self._loader.batches(self.samples_seen // self._together, self.skipped, self._device)
 
 
 def _own_loader(recipe: Recipe, index: Index, place: dict[str, int], device: torch.device) -> OwnLoader:

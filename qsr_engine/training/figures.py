@@ -53,17 +53,22 @@ class Figures:
     Args:
         monitor: records.monitor.Monitor, or what can do the same.
         batch: samples of a step, over all ranks.
+        unit: what throughput counts, "images" or "tokens".
+        units: of them in a sample.
     """
 
-    def __init__(self, engine: Engine, clock: Clock, monitor: Any, batch: int) -> None:
+    def __init__(
+        self, engine: Engine, clock: Clock, monitor: Any, batch: int, *, unit: str = "images", units: int = 1
+    ) -> None:
         self._engine, self._clock, self._monitor, self._batch = engine, clock, monitor, batch
-        # Of every micro-batch its loss and its accuracy in %, on the device.
+        self._unit, self._units = unit, units
+        # Of every micro-batch its loss and, where the task has one, its accuracy in %, on the device.
         self._seen: list[Tensor] = []  # since the last record
         self._round_seen: list[Tensor] = []  # since the workers last told theirs
         self.train_accuracy: float | None = None  # mean over the workers, as they last told it
         self._told: tuple[float, ...] = (0.0, 0.0, 0.0)  # what _seconds() was then
         self._told_step = engine.local_steps.step
-        # Of the last record: step, seconds of training and of waiting for data, and images that all ranks had seen.
+        # Of the last record: step, seconds of training and of waiting for data, and samples that all ranks had seen.
         self._logged = (engine.local_steps.step, 0.0, 0.0, engine.local_steps.step * batch)
 
     def state_dict(self) -> dict[str, Any]:
@@ -93,39 +98,41 @@ class Figures:
         self._told = tuple(value - before for value, before in zip(self._seconds(), since, strict=True))
         self._told_step, self.train_accuracy = state.get("told_step", now), state.get("train_accuracy")
 
-    def begin_at(self, images_seen: int) -> None:
-        """Records begin here, after so many images of all ranks: others have told what was before."""
-        self._logged = (self._engine.local_steps.step, self._clock.training(), self._clock.data, images_seen)
+    def begin_at(self, samples_seen: int) -> None:
+        """Records begin here, after so many samples of all ranks: others have told what was before."""
+        self._logged = (self._engine.local_steps.step, self._clock.training(), self._clock.data, samples_seen)
 
-    def add(self, loss: Tensor, outputs: Any, labels: Tensor) -> None:
-        """One micro-batch: its mean loss, what the model gave, and its labels; nothing waits for the device here."""
-        values = torch.stack([loss.detach().float(), accuracy_of(outputs, labels)])
+    def add(self, loss: Tensor, accuracy: Tensor | None) -> None:
+        """One micro-batch: its mean loss, and its accuracy in %; nothing waits for the device here."""
+        values = torch.stack([loss.detach().float(), *([] if accuracy is None else [accuracy])])
         self._seen.append(values)
         self._round_seen.append(values)
 
-    def log(self, *, images_seen: int, skipped_samples: int, **known: Any) -> float | None:
+    def log(self, *, samples_seen: int, skipped_samples: int, **known: Any) -> float | None:
         """Tell a record, with the fields of Record that others know.
 
         Returns:
             The mean loss since the last one; None where no step has been taken since.
         """
-        loss, accuracy = None, None
+        loss, accuracy = None, []
         if self._seen:
-            loss, accuracy = torch.stack(self._seen).mean(0).tolist()  # waits for the device: the times below are true
+            loss, *accuracy = torch.stack(self._seen).mean(0).tolist()  # waits for the device: the times below are true
         self._seen.clear()
         state = self._engine.local_steps
-        _, seconds, waited, images = self._logged
-        so_far = self.so_far(images_seen) | self._engine.measured()
-        self._logged = (state.step, self._clock.training(), self._clock.data, images_seen)
+        _, seconds, waited, samples = self._logged
+        so_far = self.so_far(samples_seen) | self._engine.measured()
+        self._logged = (state.step, self._clock.training(), self._clock.data, samples_seen)
         elapsed = max(1e-9, self._logged[1] - seconds)
+        rate = None if loss is None else self._units * (samples_seen - samples) / elapsed
         self._monitor.log(
             Record(
                 **known,
                 **so_far,
                 step=state.step,
                 loss=loss,
-                train_accuracy=accuracy,
-                images_per_second=None if loss is None else (images_seen - images) / elapsed,
+                train_accuracy=accuracy[0] if accuracy else None,
+                images_per_second=rate if self._unit == "images" else None,
+                tokens_per_second=rate if self._unit == "tokens" else None,
                 data_percent=100 * (self._clock.data - waited) / elapsed,
                 skipped_samples=skipped_samples,
                 relative_distance=state.relative_distance,
@@ -150,35 +157,36 @@ class Figures:
         state = self._engine.local_steps
         now = self._seconds()
         seconds, data, waiting = (value - before for value, before in zip(now, self._told, strict=True))
-        loss, accuracy = torch.stack(self._round_seen).mean(0).tolist()
+        mean = torch.stack(self._round_seen).mean(0).tolist()  # of the loss and, where there is one, the accuracy
         if due:
             self._told, self._told_step = now, state.step
             self._round_seen.clear()
-        mine = torch.tensor([loss, accuracy, seconds, data, waiting, skipped_samples], dtype=torch.float64)
+        mine = torch.tensor([*mean, seconds, data, waiting, skipped_samples], dtype=torch.float64)
         mine = mine.to(self._engine.device)
         told = torch.empty(dist.get_world_size() * len(mine), dtype=mine.dtype, device=mine.device)
         all_gather_flat(told, mine)
         ranks = told.cpu().view(-1, state.qsr.worker_size, len(mine))  # (worker, rank of the worker, figure)
-        losses, accuracies, passed, waited_for_data, waited, _ = ranks.mean(1).T.tolist()
-        self.train_accuracy = sum(accuracies) / len(accuracies)
+        losses, *accuracies, passed, waited_for_data, waited, _ = ranks.mean(1).T.tolist()
+        self.train_accuracy = sum(accuracies[0]) / len(accuracies[0]) if accuracies else None
         self._monitor.log_workers(
             WorkersRecord(
                 step=state.step,
                 seconds=passed,
                 loss=losses,
-                accuracy=accuracies,
+                accuracy=accuracies[0] if accuracies else None,
                 seconds_data=waited_for_data,
                 seconds_waiting=waited if state.costs.seconds_waiting else None,
                 skipped_samples=[round(count) for count in ranks[:, :, -1].sum(1).tolist()],
             )
         )
 
-    def so_far(self, images_seen: int) -> dict[str, Any]:
+    def so_far(self, samples_seen: int) -> dict[str, Any]:
         """What the run has cost."""
         state, averaging = self._engine.local_steps, self._engine.seconds_averaging
         training = self._clock.training()
         return {
-            "images_seen": images_seen,
+            "images_seen": None,
+            f"{self._unit}_seen": self._units * samples_seen,
             "averagings": state.averagings,
             "averagings_percent": state.averagings_percent,
             "communication_percent": state.averagings_percent,
@@ -208,20 +216,3 @@ def predicted(qsr: QSRConfig) -> list[tuple[int, int, float]]:
             # A record counts the steps that are done, and has the rate of the last of them.
             points.append((step + 1, round_.length, learning_rate(qsr.lr, step, qsr.total_steps)))
     return points
-
-
-@torch.no_grad()
-def accuracy_of(outputs: Any, labels: Tensor) -> Tensor:
-    """Accuracy in % of a micro-batch by what the model gave in training.
-
-    Where pictures are mixed, an answer counts as right by the share of its class in the picture, as the authors count:
-    (1 - lambda) for the one picture's class and lambda for the other's. Label smoothing is in the loss only.
-
-    Args:
-        outputs: scores [B, classes], or a tuple that begins with them.
-        labels: [B], or shares of classes [B, classes].
-    """
-    scores: Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
-    answers = scores.argmax(1)
-    right = answers == labels if labels.ndim == 1 else labels.gather(1, answers[:, None])
-    return 100 * right.float().mean()

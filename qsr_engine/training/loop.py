@@ -1,6 +1,6 @@
 """The training loop of a recipe: what happens in a step, and when something else is due. It asks no engine its name.
 
-    for every step      micro-batches: engine(images), engine.backward(loss), engine.step()
+    for every step      micro-batches: engine(inputs), engine.backward(loss), engine.step()
     every few steps     evaluation of the workers' average, and before training; a record to the monitor, on rank 0,
                         with norms inside its worker; a checkpoint
     at a boundary       what the workers tell of themselves, every few steps
@@ -50,9 +50,10 @@ from qsr_engine.training.branching import Origin, begin_from, changes_since, ori
 from qsr_engine.training.evaluation import Evaluation, ModelIsRead
 from qsr_engine.training.figures import Clock, Figures, predicted
 from qsr_engine.training.from_recipe import Engine, autocast, make_engine, share_cores
-from qsr_engine.training.models import create_model, loss_of
+from qsr_engine.training.make_task import make_task
 from qsr_engine.training.resuming import batch_for, check_same_recipe, load_newest
 from qsr_engine.training.saving import Checkpoints, save_model
+from qsr_engine.training.task import Task
 
 
 class DivergenceError(RuntimeError):
@@ -82,7 +83,8 @@ def train(recipe: Recipe, index: Index, *, resume: bool = False, origin: Origin 
         if resume:  # a run that died before its first checkpoint begins as it had begun
             origin = None if any_here(recipe.run_dir / CHECKPOINTS) else origin or read_origin(recipe.run_dir)
         share_cores()
-        model, index = make_model(recipe, index)
+        task = make_task(recipe, index)
+        index, model = task.index, make_model(recipe, task)
         changed = changes_since(origin, recipe, model) if origin else {}
     engine = _start_engine(recipe, index, batch, model, origin)
     torch.manual_seed(recipe.seed + 1 + rank)  # dropout differs between ranks
@@ -91,7 +93,7 @@ def train(recipe: Recipe, index: Index, *, resume: bool = False, origin: Origin 
     if client is None:
         client = begin_from(engine, recipe, origin, changed, str(index.digest())) if origin else {}
     step, watchdog = engine.local_steps.step, engine.local_steps.watchdog
-    batches = Batches(recipe, index, batch, engine.device, step=step, clock=Clock())
+    batches = Batches(recipe, task, batch, engine.device, step=step, clock=Clock())
     if rank == 0 and (begins or not recipe.run_dir.exists()):
         lock = _open_folder(recipe, origin, resume=resume)
     elif rank == 0:
@@ -107,14 +109,14 @@ def train(recipe: Recipe, index: Index, *, resume: bool = False, origin: Origin 
         origin=asdict(origin) if origin and begins else None,
         about=about(recipe, engine) if rank == 0 else None,
     ) as monitor:
-        run = make_run(recipe, engine, index, batch, batches, monitor, begins=begins)
+        run = make_run(recipe, engine, task, batch, batches, monitor, begins=begins)
         run.load_state_dict(client)
         with stops_on_signals(engine.local_steps.request_stop), watchdog.explained():
             run.loop()
             summary = run.summary()
             averaged = engine.averaged_state_dict()
             if rank == 0:
-                save_model(averaged, recipe)
+                save_model(averaged, recipe, task.files(engine.module))
                 monitor.summary(**summary)
     if lock is not None:
         lock.close()
@@ -151,16 +153,13 @@ def _keep_stop(recipe: Recipe) -> None:
         write_whole(path, dump_recipe(begun.model_copy(update={"stop_at_step": recipe.stop_at_step})))
 
 
-def make_model(recipe: Recipe, index: Index) -> tuple[nn.Module, Index]:
-    """The recipe's model for these data, the same on every rank, and the data's index with a name for every class."""
+def make_model(recipe: Recipe, task: Task) -> nn.Module:
+    """The recipe's model for the data of its task, the same on every rank."""
     torch.manual_seed(recipe.seed)
-    model = create_model(recipe.model, index.class_count, recipe.data.image_size)
+    model = task.create_model()
     if recipe.batch_norm is not None and not has_batch_norm(model):
         raise ConfigError(f"batch_norm is given, and {recipe.model.name} has no batch norm; leave it out")
-    if index.classes is None:  # so that a label that is too large is found where it is read
-        names = [str(label) for label in range(recipe.model.kwargs["num_classes"])]
-        index = index.model_copy(update={"classes": names})
-    return model, index
+    return model
 
 
 def _start_engine(recipe: Recipe, index: Index, batch: Batch, model: nn.Module, origin: Origin | None) -> Engine:
@@ -174,7 +173,7 @@ def _start_engine(recipe: Recipe, index: Index, batch: Batch, model: nn.Module, 
 def make_run(
     recipe: Recipe,
     engine: Engine,
-    index: Index,
+    task: Task,
     batch: Batch,
     batches: Batches,
     monitor: Any,
@@ -190,18 +189,19 @@ def make_run(
     state, clock = engine.local_steps, batches.clock
     model_is_read: ModelIsRead = nullcontext
     if recipe.batch_norm is not None:
-        model_is_read = partial(of_averaged_model, recipe, engine, index, state.watchdog.moved)
+        model_is_read = partial(of_averaged_model, recipe, engine, task.index, state.watchdog.moved)
     engine.while_model_is_read(model_is_read)
     return (kind or _Run)(
         recipe,
         engine,
+        task,
         batches,
-        Evaluation(recipe, engine, index, batch.micro, state.watchdog.moved, model_is_read),
-        Figures(engine, clock, monitor, batch.train),
+        Evaluation(recipe, engine, task, batch.micro, state.watchdog.moved, model_is_read),
+        Figures(engine, clock, monitor, batch.train, unit=task.unit, units=task.units),
         clock,
         monitor,
         accumulation=batch.accumulation,
-        data=str(index.digest()),
+        data=str(task.index.digest()),
         begins=begins,
     )
 
@@ -229,6 +229,7 @@ class _Run:
         self,
         recipe: Recipe,
         engine: Engine,
+        task: Task,
         batches: Batches,
         evaluation: Evaluation,
         figures: Figures,
@@ -239,7 +240,7 @@ class _Run:
         data: str,
         begins: bool,
     ) -> None:
-        self.recipe, self.engine = recipe, engine
+        self.recipe, self.engine, self.task = recipe, engine, task
         self.batches, self.evaluation, self.figures, self.clock = batches, evaluation, figures, clock
         self.checkpoints = Checkpoints(recipe, engine)
         self._monitor, self._accumulation, self._data = monitor, accumulation, data
@@ -318,12 +319,12 @@ class _Run:
         """One optimizer step. Returns True at a boundary."""
         boundary = False
         for _ in range(self._accumulation):
-            images, labels = self.batches.next()
+            inputs, targets = self.batches.next()
             with autocast(self.recipe, self.engine.device):
-                outputs = self.engine(images)
-            loss = loss_of(outputs, labels, self.recipe.label_smoothing)
+                outputs = self.engine(inputs)
+            loss = self.task.loss(outputs, targets)
             self.engine.backward(loss)
-            self.figures.add(loss, outputs, labels)
+            self.figures.add(loss, self.task.accuracy(outputs, targets))
             boundary = self.engine.step()
         return boundary
 
@@ -334,7 +335,7 @@ class _Run:
 
     def _log(self, **known: Any) -> None:
         loss = self.figures.log(
-            images_seen=self.batches.images_seen,
+            samples_seen=self.batches.samples_seen,
             skipped_samples=len(self.batches.skipped),
             checkpoints_failed=self.checkpoints.failed,
             **known,
@@ -351,15 +352,15 @@ class _Run:
 
     def summary(self) -> dict[str, Any]:
         """The last figures of a run that is trained."""
-        images_seen, training = self.batches.images_seen, self.clock.training()
+        samples_seen, training = self.batches.samples_seen, self.clock.training()
         return {
-            **self.figures.so_far(images_seen),
+            **self.figures.so_far(samples_seen),
             "steps": self.engine.local_steps.step,
             "partial": not self.engine.local_steps.finished,
-            **{name: self._evaluated.get(name) for name in _EVALUATED},
+            **{name: self._evaluated.get(name) for name in self.task.reached},
             "train_accuracy": self.figures.train_accuracy,
             "seconds_training": training,
-            "images_per_second": images_seen / training,
+            f"{self.task.unit}_per_second": self.task.units * samples_seen / training,
             "checkpoints_failed": self.checkpoints.failed,
             "ranks": dist.get_world_size(),
             "worker_size": self.recipe.qsr.worker_size,
@@ -367,9 +368,6 @@ class _Run:
             "device": self.engine.device.type,
             "torch": torch.__version__,
         }
-
-
-_EVALUATED = ("eval_accuracy", "eval_top5_accuracy", "eval_loss", "best_accuracy", "best_step")  # of a summary
 
 
 def _is_due(every: int | None, step: int) -> bool:

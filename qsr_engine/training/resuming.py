@@ -14,7 +14,8 @@ from qsr_engine.checkpoint.together import gathered
 from qsr_engine.config.batch import Batch
 from qsr_engine.config.digest import differences
 from qsr_engine.config.may_differ import that_matter
-from qsr_engine.config.recipe import Recipe, batch_on_other_ranks, resolve_recipe_batch
+from qsr_engine.config.recipe import Recipe
+from qsr_engine.config.recipe_batch import batch_on_other_ranks, resolve_recipe_batch
 from qsr_engine.config.recipe_file import load_recipe
 from qsr_engine.config.strict import ConfigError
 from qsr_engine.records.run_folder import CHECKPOINTS, RECIPE

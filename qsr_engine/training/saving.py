@@ -17,7 +17,7 @@ from torch import Tensor
 from qsr_engine.checkpoint.find import find_alone
 from qsr_engine.checkpoint.manifest import CheckpointError
 from qsr_engine.config.recipe import Recipe
-from qsr_engine.records.run_folder import CHECKPOINTS, MODEL, RECIPE, cannot_finish
+from qsr_engine.records.run_folder import CHECKPOINTS, MODEL, RECIPE, cannot_finish, write_whole
 from qsr_engine.training.from_recipe import Engine
 
 
@@ -70,15 +70,19 @@ class Checkpoints:
             )
 
 
-def save_model(state: dict[str, Tensor], recipe: Recipe) -> None:
+def save_model(state: dict[str, Tensor], recipe: Recipe, files: Mapping[str, str]) -> None:
     """The averaged model as safetensors; timm's and torchvision's models load it with load_state_dict().
 
+    Args:
+        files: what else is written, by name.
     Raises:
         ConfigError: there is no room, or nothing can be written any more; no part of it is left.
     """
     path = recipe.run_dir / MODEL
     temporary = path.with_suffix(".tmp")
     try:
+        for name, text in files.items():
+            write_whole(recipe.run_dir / name, text)
         save_file(state, temporary, metadata={"format": "pt"})
         with temporary.open("rb") as file:
             os.fsync(file.fileno())

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from qsr_engine.config.deepspeed import split_deepspeed_config
 from qsr_engine.config.fsdp import load_fsdp_config
-from qsr_engine.config.recipe import resolve_recipe_batch
+from qsr_engine.config.recipe_batch import resolve_recipe_batch
 from qsr_engine.config.recipe_file import dump_recipe, load_recipe, resolve_recipe
 from qsr_engine.config.strict import ConfigError
 from tests.fuzz.mutations import EXAMPLES, mutated

@@ -76,7 +76,7 @@ def spoil(place: str, step: int, fault: Callable[[], None]) -> None:
     if place == "a local step":
         before(train._Run, "_step", lambda self: self.engine.local_steps.step)
     elif place == "the data":
-        before(Batches, "next", lambda self: self.images_seen // BATCH)
+        before(Batches, "next", lambda self: self.samples_seen // BATCH)
     elif place == "an averaging":
         before(Averager, "average", lambda self: self.step)
     elif place == "the final model":

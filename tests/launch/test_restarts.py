@@ -22,7 +22,7 @@ from qsr_engine.checkpoint.find import find_alone
 from qsr_engine.cli.launched import hopeless
 from qsr_engine.cli.main import main
 from qsr_engine.config.batch import Batch
-from qsr_engine.config.recipe import batch_on_other_ranks
+from qsr_engine.config.recipe_batch import batch_on_other_ranks
 from qsr_engine.config.recipe_file import load_recipe
 from qsr_engine.config.strict import ConfigError
 from qsr_engine.membership.signals import STOPPED

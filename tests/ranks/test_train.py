@@ -48,7 +48,7 @@ class InTwo(nn.Module):
 
 def tuple_job(argv: list[str]) -> int:
     """`qsr train` of the recipe's model in two."""
-    module: Any = importlib.import_module("qsr_engine.training.loop")
+    module: Any = importlib.import_module("qsr_engine.training.images")
     original = module.create_model
     module.create_model = lambda *args: InTwo(original(*args))
     try:
@@ -95,7 +95,7 @@ class Noting(nn.Module):
 
 def autocast_job(argv: list[str]) -> tuple[int, set[tuple[bool, torch.dtype, torch.dtype]]]:
     """`qsr train`; and what its model noted since it was made."""
-    module: Any = importlib.import_module("qsr_engine.training.loop")
+    module: Any = importlib.import_module("qsr_engine.training.images")
     original, noted = module.create_model, []
 
     def create(*args: Any) -> nn.Module:

@@ -75,7 +75,7 @@ def shards_of(folder: Path, sizes: list[int]) -> tuple[Path, Index]:
 def read_samples(folder: Path, index: Index, split: str) -> list[Sample]:
     """All samples of a split, in the order of its shards."""
     return [
-        parse_sample(folder / shard.name, raw, index.class_count)
+        parse_sample(folder / shard.name, raw, index.class_count, index.rule)
         for shard in index.split(split).shards
         for raw in read_shard(folder / shard.name)
     ]

@@ -31,6 +31,7 @@ EXAMPLES = {
     "fsdp.md": "tests/ranks/test_examples.py",
     "accelerate-lightning-trainer.md": "tests/ranks/test_attach*.py, with each library's own objects",
     "data.md": "tests/ranks/test_loaders.py",
+    "language-models.md": "tests/ranks/test_train_text.py",
     "faults.md": "ends the process; tests/launch/test_ends.py stops a run by its signal",
 }
 

@@ -13,6 +13,7 @@ Files in the order in which they import one another:
     imagefolder    lists those of a folder, or of such archives in it
     resuming       the plan of the shards, written in several processes, and gone on with after a kill
     data_sets      what there is to write: a folder or archive of images, CIFAR-10, digits
+    text           blocks of tokens, from files of text
     indexing       the index of shards that exist
     shuffling      shards that exist, written in a random order
 """
@@ -20,6 +21,15 @@ Files in the order in which they import one another:
 from qsr_engine.data.writing.data_sets import write_cifar10, write_digits, write_imagefolder
 from qsr_engine.data.writing.indexing import index_shards
 from qsr_engine.data.writing.shuffling import shuffle_shards
+from qsr_engine.data.writing.text import write_text
 from qsr_engine.data.writing.verifying import verify_shards
 
-__all__ = ["index_shards", "shuffle_shards", "verify_shards", "write_cifar10", "write_digits", "write_imagefolder"]
+__all__ = [
+    "index_shards",
+    "shuffle_shards",
+    "verify_shards",
+    "write_cifar10",
+    "write_digits",
+    "write_imagefolder",
+    "write_text",
+]

@@ -95,7 +95,7 @@ def index_shards(
             found[indexed.name] = indexed
             bar.update()
 
-        jobs = (_ShardToIndex(place, name, entry.class_count, entry.label) for name in shards)
+        jobs = (_ShardToIndex(place, name, entry.class_count, entry.rule) for name in shards)
         run_jobs(_index_shard, jobs, max(1, min(processes, len(shards))), take)
     raise_problems([problem for name in shards for problem in found[name].scan.problems])
     say_passed_over([(name, found[name].scan.passed_over) for name in shards], say)
@@ -137,6 +137,8 @@ def _checked(names: Mapping[str, list[str]], label: str, place: str | None, befo
             raise DataError(f"the shard {name!r} cannot be indexed: its name has \\ : or ..; rename it") from error
     try:
         entry: dict[str, Any] = {"classes": before and before.classes, "splits": {}, "label": label, "place": place}
+        if before is not None and before.text is not None:
+            entry["text"] = before.text.model_dump()
         return validate(Index, {**entry, "place": place or (before and before.place)}, where="the index")
     except ConfigError as error:
         raise DataError(f"the label is {label!r}; write cls, txt, or json:FIELD ({error})") from error

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from tqdm import tqdm
 
 from qsr_engine.data.errors import DataError
-from qsr_engine.data.index import INDEX_NAME, TABLE_NAME, Index, Shard, Split
+from qsr_engine.data.index import INDEX_NAME, TABLE_NAME, TOKENS, Index, Shard, Split, TextData
 from qsr_engine.data.writing.folder import refuse_data_set, replacing, write_index
 from qsr_engine.data.writing.processes import check_wanted, run_jobs
 from qsr_engine.data.writing.scanning import scan_shard
@@ -59,15 +59,17 @@ class ShardPlan(Generic[Item]):
     """What is written: the samples of each split in their order, and how one of them is read.
 
     `sizes` has the bytes of the images, by split, as they are planned; `load` gives an image's suffix, its bytes and
-    its label, and raises DataError. `identity` has everything that the bytes of the shards depend on.
+    its label, None for a block of tokens, and raises DataError. `identity` has everything that the bytes of the shards
+    depend on.
     """
 
     classes: list[str] | None
     splits: Mapping[str, Sequence[Item]]
     sizes: Mapping[str, Sequence[int]]
-    load: Callable[[Item], tuple[str, bytes, int]]
+    load: Callable[[Item], tuple[str, bytes, int | None]]
     shard_size: ShardSize
     identity: Mapping[str, int | str | None]
+    text: TextData | None = None
 
     def shards(self) -> dict[str, list[tuple[str, range]]]:
         """(name, numbers of its samples) of the shards of each split."""
@@ -82,8 +84,9 @@ class _ShardToWrite(Generic[Item]):
     path: Path
     first: int  # number of its first sample in the split
     items: Sequence[Item]
-    load: Callable[[Item], tuple[str, bytes, int]]
+    load: Callable[[Item], tuple[str, bytes, int | None]]
     recorded: Shard | None  # where this shard was finished before
+    rule: str  # where its labels are
 
 
 def write_planned(out: Path, plan: ShardPlan[Item], processes: int) -> Index:
@@ -112,7 +115,8 @@ def write_planned(out: Path, plan: ShardPlan[Item], processes: int) -> Index:
                 for split, parts in shards.items()
             }
             with _cannot_be_written(out / INDEX_NAME):
-                index = write_index(out, Index(classes=plan.classes, splits=splits), (rows[name] for name in names))
+                made = Index(classes=plan.classes, splits=splits, text=plan.text)
+                index = write_index(out, made, (rows[name] for name in names))
         except BaseException:
             _delete_temporary(out, names)  # of processes that were killed
             if not record.finished:
@@ -130,13 +134,18 @@ def _write_missing(
     rows: dict[str, bytes] = {}
     jobs = (
         _ShardToWrite(
-            out / name, part.start, plan.splits[split][part.start : part.stop], plan.load, record.finished.get(name)
+            out / name,
+            part.start,
+            plan.splits[split][part.start : part.stop],
+            plan.load,
+            record.finished.get(name),
+            "cls" if plan.text is None else TOKENS,
         )
         for split, parts in shards.items()
         for name, part in parts
     )
     total = sum(len(items) for items in plan.splits.values())
-    with tqdm(desc="writing", total=total, unit="image", disable=None) as bar:
+    with tqdm(desc="writing", total=total, unit="image" if plan.text is None else "block", disable=None) as bar:
 
         def take(written: Written) -> None:
             shard, rows[written.shard.name] = written
@@ -151,14 +160,14 @@ def _write_missing(
 def _finish_shard(job: _ShardToWrite[Any]) -> Written:
     if job.recorded is not None:
         with suppress(OSError):
-            scan = scan_shard(job.path, None)
+            scan = scan_shard(job.path, None, rule=job.rule)
             if (scan.bytes, scan.sha256) == (job.recorded.bytes, job.recorded.sha256):
                 return Written(job.recorded, scan.rows)
     with _cannot_be_written(job.path):
         return write_shard(job.path, _samples(job))
 
 
-def _samples(job: _ShardToWrite[Any]) -> Iterator[tuple[str, str, bytes, int]]:
+def _samples(job: _ShardToWrite[Any]) -> Iterator[tuple[str, str, bytes, int | None]]:
     for number, item in enumerate(job.items, job.first):
         check_wanted()
         yield f"{number:08d}", *job.load(item)
@@ -227,6 +236,8 @@ def _differences(line: str, head: Mapping[str, int | str | None]) -> list[str]:
             continue
         if key == "images":
             found.append("the images had other names, sizes, labels or times of modification")
+        elif key == "documents":
+            found.append("the documents had other names or contents")
         else:
             found.append(f"{key} was {before.get(key)!r} and is {head.get(key)!r} now")
     return found

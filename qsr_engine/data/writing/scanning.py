@@ -11,6 +11,7 @@ from typing import IO, NamedTuple
 
 from qsr_engine.data.errors import DataError
 from qsr_engine.data.images import check_image
+from qsr_engine.data.index import TOKENS
 from qsr_engine.data.rows import PACKED, Row, pack
 from qsr_engine.data.samples import find_image, find_label, image_suffix_of, listing, where
 from qsr_engine.data.tar import Member, RefusedError, Uncompressed, open_tar, read_members
@@ -50,7 +51,7 @@ def scan_stream(name: str, file: IO[bytes], classes: int | None, *, decode: bool
         file: its bytes, read from the beginning to the end.
         classes: number of classes, or None where it is not known.
         decode: decode every image as well.
-        rule: where the label of a sample is.
+        rule: where the label of a sample is, as the index says.
     Raises:
         OSError: it cannot be read; or as the stream raises.
     """
@@ -110,7 +111,7 @@ def _behind(name: str, end: int, stream: MeasuredStream) -> Iterator[str]:
 
 def _count_others(passed: Passed, members: Sequence[Member], rule: str) -> None:
     """Count the members of a sample that are neither its image nor its label."""
-    read = {image_suffix_of(member.suffix for member in members), rule.partition(":")[0]}
+    read = {image_suffix_of((member.suffix for member in members), rule), rule.partition(":")[0]}
     for member in members:
         if member.suffix not in read:
             passed.add(f".{member.suffix}", f"{member.key}.{member.suffix}")
@@ -124,10 +125,10 @@ def _examined(
     label = 0
 
     def check_content() -> None:
-        image = find_image(place, content)
+        image = find_image(place, content, rule)
         if not image:
-            raise DataError(f"{place} has an image of 0 bytes")
-        if decode:
+            raise DataError(f"{place} has {'a block' if rule == TOKENS else 'an image'} of 0 bytes")
+        if decode and rule != TOKENS:
             check_image(image, place)
 
     def check_label() -> None:
@@ -146,6 +147,6 @@ def _examined(
             problems.append(str(error))
     if problems:
         return problems, []
-    suffix = image_suffix_of(content)
+    suffix = image_suffix_of(content, rule)
     image = next(member for member in members if member.suffix == suffix)
     return [], [pack(image.offset, image.data, label, image.header)]

@@ -25,8 +25,8 @@ class Written(NamedTuple):
     rows: bytes
 
 
-def write_shard(path: Path, samples: Iterable[tuple[str, str, bytes, int]]) -> Written:
-    """Write (key, image suffix, image bytes, label) as one tar file, whole or not at all.
+def write_shard(path: Path, samples: Iterable[tuple[str, str, bytes, int | None]]) -> Written:
+    """Write (key, image suffix, image bytes, label) as one tar file, whole or not at all; a block has no label.
 
     Raises:
         OSError: it cannot be written.
@@ -36,10 +36,11 @@ def write_shard(path: Path, samples: Iterable[tuple[str, str, bytes, int]]) -> W
         measured = MeasuredStream(stream)
         with tarfile.open(fileobj=measured, mode="w|") as tar:
             for key, suffix, image, label in samples:
-                _add(tar, f"{key}.cls", str(label).encode())
+                if label is not None:
+                    _add(tar, f"{key}.cls", str(label).encode())
                 _add(tar, f"{key}.{suffix}", image)
                 offset = tar.offset - -(-len(image) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                rows.append(pack(offset, image, label, 1))
+                rows.append(pack(offset, image, label or 0, 1))
     sha256 = measured.sha256.hexdigest()
     return Written(Shard(name=path.name, samples=len(rows), bytes=measured.bytes, sha256=sha256), b"".join(rows))
 

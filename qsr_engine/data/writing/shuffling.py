@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qsr_engine.data.errors import DataError
 from qsr_engine.data.images import image_suffix
-from qsr_engine.data.index import TABLE_NAME, Index, read_index
+from qsr_engine.data.index import TABLE_NAME, TOKENS, Index, read_index
 from qsr_engine.data.places import is_url
 from qsr_engine.data.writing.folder import refuse_data_set
 from qsr_engine.data.writing.resuming import ShardPlan, ShardSize, write_planned
@@ -52,11 +52,16 @@ def shuffle_shards(
         index.classes,
         splits,
         {name: [image.size for image in images] for name, images in splits.items()},
-        _load,
+        _load if index.text is None else _load_block,
         ShardSize(shard_bytes, None),
         {"images": str(index.digest()), "seed": seed, "shard_bytes": shard_bytes},
+        index.text,
     )
     return write_planned(out, plan, processes)
+
+
+def _load_block(source: StoredImage) -> tuple[str, bytes, None]:
+    return TOKENS, source.read(), None
 
 
 def _load(source: StoredImage) -> tuple[str, bytes, int]:

@@ -69,7 +69,7 @@ def verify_shards(
             bar.update(checked.shard.bytes)
 
         jobs = (
-            _ShardToCheck(places / s.name, s, index.class_count, decode, index.label, rows and rows(s)) for s in shards
+            _ShardToCheck(places / s.name, s, index.class_count, decode, index.rule, rows and rows(s)) for s in shards
         )
         run_jobs(_check_shard, jobs, max(1, min(processes, len(shards))), take)
     problems = [problem for shard in shards for problem in found[shard.name].problems]

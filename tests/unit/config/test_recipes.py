@@ -11,7 +11,8 @@ import torch
 
 from configs.imagenet import table
 from qsr_engine.cli.main import main
-from qsr_engine.config.recipe import Recipe, resolve_recipe_batch
+from qsr_engine.config.recipe import Recipe
+from qsr_engine.config.recipe_batch import resolve_recipe_batch
 from qsr_engine.planning.plan import Plan
 from qsr_engine.training.batch_norm import has_batch_norm
 from qsr_engine.training.models import create_model

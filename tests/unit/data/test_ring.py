@@ -156,7 +156,8 @@ def test_a_loader_process_that_is_killed_is_an_error(numbered: tuple[Path, Index
 
 def test_a_failure_of_ours_has_its_traceback(numbered: tuple[Path, Index]) -> None:
     loader = train_loader(numbered, loader_processes=1)
-    loader._decoder.choose = broken_view
+    decoder: Any = loader._decoder
+    decoder.choose = broken_view
     with pytest.raises(RuntimeError, match=r"(?s)a loader process failed:.*in broken_view.*division by zero"):
         next(loader.batches())
 

@@ -10,7 +10,8 @@ import torch
 
 from qsr_engine.data.device import MixUp
 from qsr_engine.records.records import Record, WorkersRecord
-from qsr_engine.training.figures import Clock, Figures, accuracy_of
+from qsr_engine.training.figures import Clock, Figures
+from qsr_engine.training.images import accuracy_of
 
 BATCH = 32
 
@@ -37,9 +38,9 @@ class Stub:
 
     def log(self, step: int) -> Record:
         self.state.step = step
-        self.figures.add(torch.tensor(1.0), torch.eye(2), torch.tensor([0, 0]))
+        self.figures.add(torch.tensor(1.0), torch.tensor(50.0))
         known = {"round": 0, "period": 1, "lr": 0.1}
-        self.figures.log(images_seen=step * BATCH, skipped_samples=0, **known)
+        self.figures.log(samples_seen=step * BATCH, skipped_samples=0, **known)
         return self.told[-1]
 
 
@@ -80,9 +81,7 @@ def test_workers_tell_at_the_same_steps_whether_or_not_a_run_was_stopped(monkeyp
                 part.figures.load_state_dict(state)
             for step in range(done + 1, stop + 1):
                 part.state.step = done = step
-                accuracy = torch.tensor(float(step))
-                monkeypatch.setattr("qsr_engine.training.figures.accuracy_of", lambda *_, is_=accuracy: is_)
-                part.figures.add(torch.tensor(1.0), None, torch.zeros(1))
+                part.figures.add(torch.tensor(1.0), torch.tensor(float(step)))
                 due = part.figures.workers_are_due(4)
                 if step % 3 == 0 and (due or step == stop):
                     part.figures.log_workers(0, due=due)
