@@ -26,7 +26,7 @@ from benchmarks.report import Report, parser, table
 from benchmarks.slow_network import address, bytes_sent, slow_network
 from benchmarks.timing import timed
 from qsr_engine.averaging import Averager, bucket_bytes, flat_buckets, ring_bytes
-from qsr_engine.config.qsr import AveragingConfig
+from qsr_engine.config.averaging import AveragingConfig
 
 FLAT = "flat ring over all ranks"
 WAYS: dict[str, dict[str, Any]] = {

@@ -26,7 +26,7 @@ from benchmarks.averaging.ways import build
 from benchmarks.timing import timed
 from qsr_engine.averaging import Averager, bucket_bytes, flat_buckets, place_in
 from qsr_engine.averaging.background import Background
-from qsr_engine.config.qsr import AveragingConfig
+from qsr_engine.config.averaging import AveragingConfig
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "next_forward, fp32": {"overlap": "next_forward"},

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from qsr_engine.averaging import Averager, average_packed, bucket_bytes, flat_buckets
-from qsr_engine.config.qsr import AveragingConfig
+from qsr_engine.config.averaging import AveragingConfig
 from qsr_engine.local_steps.header import Header, exchange_headers
 
 FLOOR = "raw all-reduce of a flat tensor"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.gpu.rows import Found, Row, checked, not_run
 from qsr_engine.averaging import Averager
-from qsr_engine.config.qsr import AveragingConfig
+from qsr_engine.config.averaging import AveragingConfig
 from qsr_engine.local_steps.header import Header, exchange_headers
 from tests.support import fsdp_engine, second_rank, training, waits
 

@@ -22,7 +22,7 @@ from qsr_engine.averaging.movement import Movement
 from qsr_engine.averaging.next_forward import NextForward
 from qsr_engine.averaging.reducer import NOBODY, LeftOut
 from qsr_engine.averaging.snapshot import Snapshot
-from qsr_engine.config.qsr import AveragingConfig, OuterConfig
+from qsr_engine.config.averaging import AveragingConfig, OuterConfig
 
 
 class Averager:

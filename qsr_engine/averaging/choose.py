@@ -21,8 +21,8 @@ from qsr_engine.averaging.outer import Outer, OuterStep
 from qsr_engine.averaging.reducer import Reducer, all_gather_flat
 from qsr_engine.averaging.shared_memory import Offer, SharedMemory, map_offered, offer
 from qsr_engine.averaging.two_level import Levels, TwoLevelCollectives, TwoLevelSharedMemory
+from qsr_engine.config.averaging import AveragingConfig, OuterConfig
 from qsr_engine.config.digest import digest
-from qsr_engine.config.qsr import AveragingConfig, OuterConfig
 from qsr_engine.config.strict import ConfigError
 
 _CPU = torch.device("cpu")

@@ -33,7 +33,7 @@ from torch import Tensor
 from qsr_engine.averaging.buckets import Piece, place_in
 from qsr_engine.averaging.chunks import squares_of_piece
 from qsr_engine.averaging.reducer import Reducer, without_beginning
-from qsr_engine.config.qsr import OuterConfig
+from qsr_engine.config.averaging import OuterConfig
 
 
 class Outer:

@@ -13,7 +13,7 @@ from torch import Tensor
 from qsr_engine.averaging import NOBODY, LeftOut, average_in_place, average_packed, bucket_bytes
 from qsr_engine.averaging.buckets import PIECE
 from qsr_engine.averaging.errors import Group
-from qsr_engine.config.qsr import AveragingConfig
+from qsr_engine.config.averaging import AveragingConfig
 
 
 class Averaged:

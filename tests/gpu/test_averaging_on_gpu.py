@@ -21,7 +21,7 @@ from qsr_engine.averaging.chunks import sum_of_squares
 from qsr_engine.averaging.compressed import BLOCK, Format, WireType
 from qsr_engine.averaging.cuda_graph import Captured
 from qsr_engine.averaging.gate import Gate
-from qsr_engine.config.qsr import AveragingConfig
+from qsr_engine.config.averaging import AveragingConfig
 from tests.support import second_rank
 
 pytestmark = pytest.mark.skipif(

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from qsr_engine.averaging import Averager, CollectiveError, average_packed, flat_buckets
 from qsr_engine.averaging.allreduce import AllReduce
 from qsr_engine.averaging.buckets import packed_pieces
-from qsr_engine.config.qsr import AveragingConfig
+from qsr_engine.config.averaging import AveragingConfig
 from qsr_engine.local_steps.header import Header, Met, are_alike, exchange_headers
 from qsr_engine.membership.facts import check_agreement
 from tests.support import training

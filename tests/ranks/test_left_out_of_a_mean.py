@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qsr_engine.averaging import Averager, LeftOut, average_packed, flat_buckets
 from qsr_engine.averaging.cuda_graph import Captured
-from qsr_engine.config.qsr import AveragingConfig, OuterConfig
+from qsr_engine.config.averaging import AveragingConfig, OuterConfig
 from qsr_engine.local_steps.header import Header, exchange_headers, not_finite
 from tests.support import training
 from tests.support.pool import Processes

@@ -56,7 +56,7 @@ def test_two_rounds_leave_what_one_as_long_as_both_leaves() -> None:
     """Towards a mean that stands still, without momentum: a third of the distance after one unit, and so on."""
     from qsr_engine.averaging.buckets import pieces_in_place
     from qsr_engine.averaging.outer import Outer
-    from qsr_engine.config.qsr import OuterConfig
+    from qsr_engine.config.averaging import OuterConfig
 
     left = []
     for lengths in ([0.25, 1.75], [2.0]):
@@ -83,7 +83,7 @@ def formula_job() -> list[torch.Tensor]:
     """Without the short cut: the step itself with lr 1 and no momentum, and what a zero momentum leaves."""
     from qsr_engine.averaging.buckets import pieces_in_place
     from qsr_engine.averaging.outer import Outer
-    from qsr_engine.config.qsr import OuterConfig
+    from qsr_engine.config.averaging import OuterConfig
 
     bucket = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     outer = Outer(OuterConfig(), [bucket])

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from qsr_engine.averaging import Averager
-from qsr_engine.config.qsr import AveragingConfig
+from qsr_engine.config.averaging import AveragingConfig
 from tests.support import training
 from tests.support.deepspeed_engine import start, step
 from tests.support.odd_model import make
@@ -250,7 +250,7 @@ LEAVES_EARLY = """
 import torch, torch.distributed as dist
 from torch import nn
 from qsr_engine.averaging import Averager, flat_buckets
-from qsr_engine.config.qsr import AveragingConfig
+from qsr_engine.config.averaging import AveragingConfig
 dist.init_process_group("gloo")
 model = nn.Linear(2000, 2000, bias=False)
 options = AveragingConfig(overlap="next_forward", shared_memory=False, bucket_mb=0.1)

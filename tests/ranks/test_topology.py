@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from qsr_engine.averaging import Averager
-from qsr_engine.config.qsr import AveragingConfig
+from qsr_engine.config.averaging import AveragingConfig
 from tests.support.deepspeed_engine import start
 from tests.support.pool import JobError, Processes
 from tests.support.pretended_hosts import APART, TWO_OF_TWO, on_hosts, pretended

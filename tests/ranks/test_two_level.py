@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsr_engine.averaging import Averager, CollectiveError, flat_buckets, ring_bytes
-from qsr_engine.config.qsr import AveragingConfig
+from qsr_engine.config.averaging import AveragingConfig
 from qsr_engine.local_steps.header import Header, exchange_headers
 from tests.support import reference, training
 from tests.support.deepspeed_engine import STAGE_1, start, step

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qsr_engine.averaging import Averager
 from qsr_engine.averaging.compressed import WireType
-from qsr_engine.config.qsr import AveragingConfig
+from qsr_engine.config.averaging import AveragingConfig
 
 WIRES: list[WireType] = ["bf16", "fp16", "int8"]
 
