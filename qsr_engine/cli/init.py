@@ -143,7 +143,9 @@ def _recipe(args: argparse.Namespace) -> str:
     samples = index.split(train).samples
     batch = args.batch or _batch(samples)
     steps = args.epochs * max(1, samples // batch)
-    about = {"name": args.model, "shards": args.shards, "train": train, "eval": evaluated, "samples": samples}
+    # Found from everywhere: a recipe's own paths are taken from where a command is run.
+    shards = args.shards if "://" in args.shards else os.path.abspath(args.shards)
+    about = {"name": args.model, "shards": shards, "train": train, "eval": evaluated, "samples": samples}
     if index.text is not None:
         convolutions = False
         _check_language_model(args.model, index.text)
@@ -159,8 +161,6 @@ def _recipe(args: argparse.Namespace) -> str:
         optimizer, peak, source = _ADAMW, 1e-3 * math.sqrt(batch / 1024), "0.001 for a batch of 1024, by the root"
     return _TEMPLATE.format(
         name=args.model,
-        # Found from everywhere: a recipe's own paths are taken from where a command is run.
-        shards=args.shards if "://" in args.shards else os.path.abspath(args.shards),
         out=args.out,
         stem=Path(args.out).stem,
         model_and_data=model_and_data,

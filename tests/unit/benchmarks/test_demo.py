@@ -29,6 +29,7 @@ def group(name: str, accuracies: list[float], averagings: int, seconds: float) -
         record: dict[str, Any] = {
             "step": 400,
             "images_seen": 1,
+            "tokens_seen": None,
             "averagings": averagings,
             "bytes_percent": averagings / 4,
         }

@@ -535,4 +535,5 @@ def test_the_recipes_of_this_repository_are_right() -> None:
     assert len(variants) >= 3
     for path in variants:
         resolved = resolve_recipe(load_recipe(path), samples=1437)
-        assert resolved.qsr.strategy == path.stem.split("-")[1]
+        if path.stem.startswith("digits-"):
+            assert resolved.qsr.strategy == path.stem.split("-")[1]

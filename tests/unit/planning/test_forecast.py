@@ -154,7 +154,10 @@ def test_the_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ([*COSTS, "--bandwidth", "25gigs"], "--bandwidth 25gigs: this is not a rate; write for example 25gbit"),
         ([*COSTS, "--step-seconds", "5 parsec"], "--step-seconds 5 parsec: this is not a time"),
         ([*COSTS, "--step-seconds", "0"], "--step-seconds 0: a step takes time; write more than 0"),
-        ([*COSTS, "--set", "batch.train_micro_batch_size_per_gpu=77"], "x 16 ranks is"),
+        (
+            [*COSTS, "--set", "batch.train_micro_batch_size_per_gpu=77"],
+            "not a multiple of 16 ranks x train_micro_batch_size_per_gpu 77",
+        ),
         ([*COSTS, "--plot", "x.pgf"], "--plot x.pgf: found no kind of plot that is drawn; write a file in .png, .svg"),
         (["--plot", "x.png"], "it needs the time of a step"),
         (["--ranks", "2"], "--ranks 2 is for --measure"),
