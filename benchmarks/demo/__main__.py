@@ -81,8 +81,8 @@ def accuracy_line(found: Sequence[Group], images: int) -> str:
     shown = ", ".join(f"{name} {value:.2f} %" for name, value in accuracies.items())
     told = "which tells none of them apart" if not behind else f"which puts {' and '.join(behind)} behind {best}"
     return (
-        f"Accuracy, mean of {len(found[0].runs)} seeds: {shown}; {images} images are sure to {half:.1f} points, and seeds "
-        f"are up to {spread:.1f} apart, {told}."
+        f"Accuracy, mean of {len(found[0].runs)} seeds: {shown}; {images} images are sure to {half:.1f} points, and "
+        f"seeds are up to {spread:.1f} apart, {told}."
     )
 
 
