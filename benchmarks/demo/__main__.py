@@ -22,7 +22,7 @@ from qsr_engine.data import read_index
 from qsr_engine.records.runs import figures, find_runs, read_run
 from qsr_engine.records.seeds import Group, groups
 
-SEEDS = 8
+SEEDS = 12
 PAIRS = [  # a constant H, and QSR with about as many averagings, as benchmarks/demo_tune.py has found them
     (Setting.constant(4, 0.03), Setting.qsr(2, 1.5, 0.03)),
     (Setting.constant(8, 0.03), Setting.qsr(2, 2.5, 0.03)),
@@ -68,18 +68,26 @@ def cost_line(found: Sequence[Group]) -> str:
 
 
 def accuracy_line(found: Sequence[Group], images: int) -> str:
-    """Mean accuracies over the seeds, and which differences are larger than so many images can hide.
+    """Mean accuracies over the seeds, and which differences are larger than so many images and these seeds can hide.
 
     The same images judge all, which makes differences surer than the interval of one accuracy says.
     """
     accuracies = {group.name: _mean(group, "accuracy_percent") for group in found}
     half = max(_NORMAL * math.sqrt(value * (100 - value) / images) for value in accuracies.values())
+    spread = max(max(of_seeds) - min(of_seeds) for group in found if (of_seeds := _of_seeds(group)))
     best = max(accuracies, key=lambda name: accuracies[name])
-    behind = [name for name, value in accuracies.items() if accuracies[best] - value > math.sqrt(2) * half]
+    hidden = max(math.sqrt(2) * half, spread)
+    behind = [name for name, value in accuracies.items() if accuracies[best] - value > hidden]
     shown = ", ".join(f"{name} {value:.2f} %" for name, value in accuracies.items())
     told = "which tells none of them apart" if not behind else f"which puts {' and '.join(behind)} behind {best}"
-    seeds = len(found[0].runs)
-    return f"Accuracy, mean of {seeds} seeds: {shown}; on {images} images each is sure to {half:.1f} points, {told}."
+    return (
+        f"Accuracy, mean of {len(found[0].runs)} seeds: {shown}; {images} images are sure to {half:.1f} points, and "
+        f"seeds are up to {spread:.1f} apart, {told}."
+    )
+
+
+def _of_seeds(group: Group) -> list[float]:
+    return [figures(run)["accuracy_percent"] for run in group.runs]
 
 
 def frontier_line(rows: Sequence[tuple[float, Interval]], seeds: int) -> str:
@@ -116,10 +124,19 @@ def _draw(found: dict[str, list[Result]], path: Path) -> None:
         )
         for percent, value, pair in zip(x, told, PAIRS, strict=True):
             name = pair[column].name.removeprefix("constant ").removeprefix("QSR ")
-            place: dict[str, Any] = {"xytext": (6, 8 - 20 * (column == 0)), "textcoords": "offset points"}
-            panel.annotate(name, (percent, value.mean), fontsize=7, color=colour, **place)
+            place, side = ((6, -12), "left") if column == 0 else ((-6, 8), "right")
+            panel.annotate(
+                name.replace(", ", "\n"),
+                (percent, value.mean),
+                place,
+                textcoords="offset points",
+                ha=side,
+                fontsize=7,
+                color=colour,
+            )
     panel.set_xscale("log")
-    panel.set_xticks([3, 5, 10, 20, 30], labels=["3", "5", "10", "20", "30"])
+    panel.set_xlim(2, 32)
+    panel.set_xticks([2, 3, 5, 10, 20, 30], labels=["2", "3", "5", "10", "20", "30"])
     panel.set_xticks([], minor=True)
     panel.set_xlabel("averagings (% of steps)")
     panel.set_ylabel(f"accuracy (%), mean of {SEEDS} seeds\nand its 95 % interval")

@@ -49,11 +49,13 @@ def test_the_lines_say_what_it_cost_and_who_is_behind() -> None:
         "Cost of 400 steps: parallel averaged 400 times in 20.0 s, qsr averaged 40 times (bytes: 10 %) in 18.0 s."
     )
     assert accuracy_line(found, 900) == (
-        "Accuracy, mean of 2 seeds: qsr 95.50 %, parallel 96.00 %; on 900 images each is sure to 1.4 points, which "
-        "tells none of them apart."
+        "Accuracy, mean of 2 seeds: qsr 95.50 %, parallel 96.00 %; 900 images are sure to 1.4 points, and seeds are up "
+        "to 1.0 apart, which tells none of them apart."
     )
     found.append(group("constant", [90.0, 90.0], 100, 19.0))
-    assert accuracy_line(found, 900).endswith("is sure to 2.0 points, which puts constant behind parallel.")
+    assert accuracy_line(found, 900).endswith("up to 1.0 apart, which puts constant behind parallel.")
+    found.append(group("swap", [99.0, 80.0], 10, 19.0))
+    assert accuracy_line(found, 900).endswith("up to 19.0 apart, which tells none of them apart.")
 
 
 def test_the_frontier_line_says_where_qsr_is_ahead_and_where_behind() -> None:

@@ -63,8 +63,8 @@ def test_a_fit_foretells_a_third_recipe(tmp_path: Path, constant: Path, capsys: 
     found = figures(capsys, *DIGITS, "--fit", str(constant), str(sparse))
     (own,) = [row for row in found["strategies"] if row["own"]]
     assert own["hours_compute"] == pytest.approx(880 * STEP / 3600)
-    assert own["hours_communication"] == pytest.approx(89 * AVERAGING / 3600)
-    assert own["bytes_sent"] == 89 * found["averaging_bytes"] == 89 * 4 * found["parameters"]
+    assert own["hours_communication"] == pytest.approx(55 * AVERAGING / 3600)
+    assert own["bytes_sent"] == 55 * found["averaging_bytes"] == 55 * 4 * found["parameters"]
     costs = {"step_seconds": STEP, "averaging_seconds": AVERAGING, "gradient_seconds": AVERAGING}
     assert found["costs"] == pytest.approx(costs)
     assert any("both runs took local steps" in line for line in found["assumptions"])

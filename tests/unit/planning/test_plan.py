@@ -121,7 +121,7 @@ def test_the_samples_come_from_the_option_the_recipe_or_the_shards(
         [*nowhere, "--set", "data.train_samples=99", "--samples", "1437"],
     ):
         found = figures(capsys, recipe, *argv)
-        assert (found["total_steps"], found["steps_per_epoch"], found["rounds"]) == (880, 22, 89)
+        assert (found["total_steps"], found["steps_per_epoch"], found["rounds"]) == (880, 22, 55)
     assert figures(capsys, recipe, *nowhere, "--samples", "1437", "--set", "qsr.strategy=parallel")["rounds"] == 880
 
     steps = ["epochs=null", "qsr.total_steps=100", "qsr.lr.warmup_epochs=null"]
