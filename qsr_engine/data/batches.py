@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qsr_engine.data.decoding import Decoder, Pixels
 from qsr_engine.data.errors import DataError
-from qsr_engine.data.samples import Sample
+from qsr_engine.data.samples import Loaded
 
 
 class ImageBatch(NamedTuple):
@@ -28,11 +28,11 @@ class ImageBatch(NamedTuple):
 
 
 def decode_batch(
-    samples: Sequence[Sample | DataError],
+    samples: Sequence[Loaded],
     decoder: Decoder,
     seed: int,
     out: Pixels,
-    spares: Iterable[Sample | DataError] = (),
+    spares: Iterable[Loaded] = (),
     *,
     skip: bool,
     replace: bool,
@@ -68,7 +68,7 @@ def decode_batch(
 
 
 def decode_spare(
-    decoder: Decoder, spares: Iterable[Sample | DataError], random: Random, out: Pixels, bad: Sequence[str]
+    decoder: Decoder, spares: Iterable[Loaded], random: Random, out: Pixels, bad: Sequence[str]
 ) -> int:
     """Decode the first good spare into `out`, uint8 [1, S, S, 3]. Returns its label.
 
@@ -76,7 +76,7 @@ def decode_spare(
         DataError: none is good; `bad` says what was wrong with the batch.
     """
     for spare in spares:
-        if isinstance(spare, Sample) and not decoder.decode([spare], random, out):
+        if not isinstance(spare, DataError) and not decoder.decode([spare], random, out):
             return spare.label
     raise DataError(f"all {len(bad)} samples of a batch are bad, and those that come next; the last: {bad[-1]}")
 

@@ -40,7 +40,7 @@ SIZES = [7, 9, 8, 6, 10]
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str, list[str]]]:
     """A folder of five shards, its URL at a real HTTP server, and the paths that were asked for."""
     folder = tmp_path_factory.mktemp("served")
-    write_index(*shards_of(folder, SIZES))
+    shards_of(folder, SIZES)
     asked: list[str] = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
