@@ -67,9 +67,7 @@ def decode_batch(
     return labels, tuple(str(bad[number]) for number in sorted(bad))
 
 
-def decode_spare(
-    decoder: Decoder, spares: Iterable[Loaded], random: Random, out: Pixels, bad: Sequence[str]
-) -> int:
+def decode_spare(decoder: Decoder, spares: Iterable[Loaded], random: Random, out: Pixels, bad: Sequence[str]) -> int:
     """Decode the first good spare into `out`, uint8 [1, S, S, 3]. Returns its label.
 
     Raises:

@@ -131,9 +131,7 @@ def local_table(folder: str | Path, index: Index, config: DataConfig) -> Path:
         part.write_bytes(content)
         part.replace(copy)
     except OSError as error:
-        raise DataError(
-            f"{copy}: this cache cannot be made: {error.strerror}; write another data.cache_dir"
-        ) from error
+        raise DataError(f"{copy}: this cache cannot be made: {error.strerror}; write another data.cache_dir") from error
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 import fsspec
@@ -40,7 +41,6 @@ def bucket(folder: Path, protocol: str) -> Iterator[tuple[str, list[tuple[str, i
             return stream
 
     StandIn.protocol = protocol
-    before = fsspec.registry.get(protocol)
     fsspec.register_implementation(protocol, StandIn, clobber=True)
     try:
         for path in folder.iterdir():
@@ -48,6 +48,4 @@ def bucket(folder: Path, protocol: str) -> Iterator[tuple[str, list[tuple[str, i
         opened.clear()
         yield f"{protocol}://bucket/set", opened
     finally:
-        fsspec.registry.target.pop(protocol) if hasattr(fsspec.registry, "target") else None
-        if before is not None:
-            fsspec.register_implementation(protocol, before, clobber=True)
+        import_module("fsspec.registry")._registry.pop(protocol)

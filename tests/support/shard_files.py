@@ -12,8 +12,7 @@ import numpy as np
 from PIL import Image
 
 from qsr_engine.data.index import Index, Split
-from qsr_engine.data.remote import ShardStream
-from qsr_engine.data.samples import Sample
+from qsr_engine.data.samples import IMAGE_SUFFIXES, Sample
 from qsr_engine.data.writing.folder import write_index
 from qsr_engine.data.writing.shard import Written, write_shard
 
@@ -97,17 +96,9 @@ def read_samples(folder: Path, index: Index, split: str) -> list[Sample]:
         found += [
             Sample(str(folder / shard.name), Path(name).stem, data, labels[Path(name).stem])
             for name, data in members
-            if not name.endswith(".cls")
+            if Path(name).suffix[1:] in IMAGE_SUFFIXES
         ]
     return found
-
-
-def opened(path: Path, start: int) -> ShardStream:
-    """A file as a stream from a server gives it."""
-    stream = ShardStream.__new__(ShardStream)
-    stream._url, stream._size, stream.at, stream._stream = str(path), path.stat().st_size, start, open(path, "rb")
-    stream._stream.seek(start)
-    return stream
 
 
 def with_field(data: bytes, header: int, at: int, value: bytes) -> bytes:

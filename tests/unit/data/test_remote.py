@@ -24,12 +24,12 @@ from qsr_engine.config.recipe import DataConfig
 from qsr_engine.data.cache import ShardCache
 from qsr_engine.data.checking import check_shards
 from qsr_engine.data.errors import DataError
-from qsr_engine.data.index import Index, Split, read_index
+from qsr_engine.data.index import Split, read_index
 from qsr_engine.data.loader import EvalLoader, TrainLoader
 from qsr_engine.data.random_access import RandomAccess
 from qsr_engine.data.samples import Position, Sample
+from qsr_engine.data.table import open_table
 from qsr_engine.data.tar_shard import TarShard
-from qsr_engine.data.writing.folder import write_index
 from tests.support.loading import equal
 from tests.support.shard_files import shards_of
 
@@ -122,7 +122,7 @@ def test_shards_before_the_start_are_not_fetched(
     _, url, asked = served
     options = config(url, tmp_path, shuffle_buffer=1)
     loader = TrainLoader(url, read_index(url), options, rank=0, ranks=1, batch_size=4, seed=3)
-    batch = {item.shard for item in islice(loader.items(32), 4) if isinstance(item, Position)}
+    batch = {item.shard for item in islice(loader.items(32), 4)}
     asked.clear()
     next(loader.batches(8))
     assert set(asked) == {f"/{shard}" for shard in batch}
@@ -185,10 +185,10 @@ def test_fetching_at_once_stays_within_the_bounds_too(served: tuple[Path, str, l
     watching = threading.Thread(target=watch)
     watching.start()
     with ThreadPoolExecutor(12) as pool:
-        found = list(pool.map(lambda name: (name, len(cache.open(name).samples)), [*shards, *shards]))
+        found = list(pool.map(lambda name: (name, cache.open(name).path.stat().st_size), [*shards, *shards]))
     stop.set()
     watching.join()
-    assert found == [(name, shards[name].samples) for name in [*shards, *shards]]
+    assert found == [(name, shards[name].bytes) for name in [*shards, *shards]]
     # Twelve at once cannot all wait for room that only they could give back: each may be over by its own shard.
     assert most[0] <= limit + 12 * max(shard.bytes for shard in shards.values())
     gone = next(tmp_path.glob("*.tar"))
@@ -202,7 +202,7 @@ def test_forgotten_copies_are_closed(served: tuple[Path, str, list[str]], tmp_pa
     folder, url, _ = served
     shards = {shard.name: shard for shard in read_index(folder).split("all").shards}
     cache = ShardCache(url, tmp_path, 4 * max(shard.bytes for shard in shards.values()), shards)
-    source = RandomAccess(cache.open, None, cache.announce)
+    source = RandomAccess(cache.open, open_table(folder / "samples.npy", read_index(folder)), None, cache.announce)
     for name in [*shards, *shards]:
         assert isinstance(source.load(Position(name, 0)), Sample)
     assert sum(shard.deleted for shard in source._open.values() if isinstance(shard, TarShard)) <= 1
@@ -285,7 +285,7 @@ def test_a_broken_shard_is_found_out_once_and_its_samples_may_be_skipped(
     monkeypatch.setattr("qsr_engine.data.retrying.time.sleep", lambda _: None)
     index = read_index(folder)
     shards = [index.split("all").shards[0].model_copy(update={"sha256": "0" * 64}), *index.split("all").shards[1:]]
-    index = Index(classes=None, splits={"all": Split(samples=sum(SIZES), shards=shards)})
+    index = index.model_copy(update={"splits": {"all": Split(samples=sum(SIZES), shards=shards)}})
     loader = TrainLoader(url, index, config(url, tmp_path, max_bad_samples=7), rank=0, ranks=1, batch_size=20, seed=3)
     asked.clear()
     found = list(islice(loader.batches(), 2))  # all 40 samples of the epoch

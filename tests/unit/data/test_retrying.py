@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import errno
-import io
 import os
 from itertools import islice
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from qsr_engine.data.errors import DataError, PassingError
 from qsr_engine.data.index import Index
 from qsr_engine.data.order import ShardSlice
 from qsr_engine.data.random_access import RandomAccess
+from qsr_engine.data.remote import ShardStream
 from qsr_engine.data.retrying import LONGEST_WAIT, Retry, retried
 from qsr_engine.data.samples import Position, Sample, bad_sample
 from qsr_engine.data.streaming import Streamed
+from qsr_engine.data.table import open_table
+from qsr_engine.data.tar import span_of
 from qsr_engine.data.tar_shard import TarShard
+from tests.support.bucket import bucket
 from tests.support.loading import equal, load
-from tests.support.shard_files import noise, tar_bytes, with_field
+from tests.support.shard_files import shards_of
 
 
 @pytest.mark.filterwarnings("ignore:.*trying again")
@@ -50,13 +54,13 @@ def test_what_cannot_pass_is_not_tried_again(waits: list[float]) -> None:
 def test_a_file_server_that_fails_for_a_while_costs_no_sample(
     data: tuple[Path, Index], waits: list[float], monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """Three reads in a row fail, in a walk over headers as well as in a read, with every shard opened anew."""
+    """Three reads in a row fail, twice, with every shard opened anew."""
     read, failures = os.pread, [3, 3]
     opened: list[Path] = []
     whole = list(islice(load(data).batches(), 12))
 
     def pread(file: int, size: int, offset: int) -> bytes:
-        phase = 0 if offset == 512 * 6 else 1 if offset > 512 * 10 and len(opened) > 6 else None
+        phase = 0 if len(opened) <= 2 else 1 if offset > 512 * 10 and len(opened) > 6 else None
         if phase is not None and failures[phase]:
             failures[phase] -= 1
             raise OSError(number, os.strerror(number))
@@ -141,7 +145,8 @@ def test_a_damaged_place_of_the_disk_costs_its_samples_only(
         return read(file, size, offset)
 
     monkeypatch.setattr("qsr_engine.data.tar_shard.os.pread", pread)
-    source = RandomAccess(lambda name: TarShard(data[0] / name), None, retry=Retry(2, 1.0))
+    table = open_table(data[0] / "samples.npy", data[1])
+    source = RandomAccess(lambda name: TarShard(data[0] / name), table, None, retry=Retry(2, 1.0))
     found = [source.load(Position("all-000000.tar", number)) for number in range(12)]
     good = [isinstance(sample, Sample) for sample in found]
     assert good == [True] * sum(good) + [False] * (12 - sum(good))
@@ -150,43 +155,44 @@ def test_a_damaged_place_of_the_disk_costs_its_samples_only(
     assert "Input/output error (3 tries over" in str(found[sum(good)])
 
 
-class Breaking(io.BytesIO):
+class Breaking(ShardStream):
     """A stream that breaks before one of its bytes."""
 
-    def __init__(self, content: bytes, place: int) -> None:
-        super().__init__(content)
-        self.place = place
+    breaks = 0
 
-    def read(self, size: int | None = -1) -> bytes:
-        if self.tell() >= self.place:
+    def read(self, size: int = -1) -> bytes:
+        if self.at >= self.breaks:
             raise PassingError("s: broken")
         return super().read(size)
 
 
 @pytest.mark.filterwarnings("ignore:.*trying again")
 @pytest.mark.parametrize("replaced", [False, True])
-def test_a_stream_that_breaks_goes_on_where_it_broke(waits: list[float], replaced: bool) -> None:
-    members = [(f"{number:02d}", noise(number)) for number in range(40)]
-    content = tar_bytes(
-        {f"{key}.{suffix}": data for key, png in members for suffix, data in (("cls", b"1"), ("png", png))}
-    )
-    other = content.replace(b"03.", b"x3.")
-    other = b"".join(  # with right checksums
-        with_field(block, 0, 0, block[:1]) if block[257:262] == b"ustar" else block
-        for block in (other[at : at + 512] for at in range(0, len(other), 512))
-    )
-    streams = [Breaking(content, 30_000), Breaking(other if replaced else content, 50_000), Breaking(content, 10**9)]
-    opened = iter(streams)
-    source = Streamed(str, lambda _: next(opened), None, Retry(3, 1.0))
-    found = list(source.items([ShardSlice("s", 2, 38)]))
-    good = [item.key for item in found if isinstance(item, Sample)]
-    if replaced:
-        assert 0 < len(good) < 36
-        assert good == [key for key, _ in members[2 : 2 + len(good)]]
-        assert all("its sample 3 was '03', and is 'x3' now" in str(error) for error in found[len(good) :])
-        assert waits == [1]
-    else:
-        assert good == [key for key, _ in members[2:38]], "none is lost, and none comes twice"
-        assert waits == [1, 1], "it came further before it broke again"
+def test_a_stream_that_breaks_goes_on_where_it_broke(tmp_path: Path, waits: list[float], replaced: bool) -> None:
+    _, index = shards_of(tmp_path, [40])
+    name, table = "all-000000.tar", open_table(tmp_path / "samples.npy", index)
+    places = [30_000, 50_000, 10**9]
+    streams: list[Breaking] = []
+    with bucket(tmp_path, "s3") as (url, opened):
+
+        def open_stream(name: str, start: int) -> Breaking:
+            if replaced and streams:
+                fsspec.filesystem("s3").pipe("s3://bucket/set/" + name, bytes((tmp_path / name).stat().st_size))
+            streams.append(Breaking(f"{url}/{name}", (tmp_path / name).stat().st_size, start))
+            streams[-1].breaks = places[len(streams) - 1]
+            return streams[-1]
+
+        source = Streamed(open_stream, table, url, None, Retry(3, 1.0))
+        found = [source.load(item) for item in source.items([ShardSlice(name, 2, 38)])]
+    good = [item.label for item in found if isinstance(item, Sample)]
     assert len(found) == 36
     assert streams[0].closed
+    if replaced:
+        assert good == list(range(2, 2 + len(good)))
+        assert 0 < len(good) < 36
+        assert all("this shard has no image at byte" in str(error) for error in found[len(good) :])
+        return
+    assert good == list(range(2, 38)), "none is lost, and none comes twice"
+    assert waits == [1, 1], "it came further before it broke again"
+    starts = [span_of(table.row(name, number))[0] for number in range(40)]
+    assert [start for _, start in opened] == [starts[2], *(max(s for s in starts if s < at) for at in places[:2])]

@@ -21,6 +21,7 @@ from qsr_engine.data import index_shards
 from qsr_engine.data.errors import DataError
 from qsr_engine.data.order import ShardSlice
 from qsr_engine.data.random_access import RandomAccess
+from qsr_engine.data.remote import ShardStream
 from qsr_engine.data.rows import PACKED, Row
 from qsr_engine.data.samples import Sample
 from qsr_engine.data.streaming import Streamed
@@ -29,7 +30,8 @@ from qsr_engine.data.tar import key_and_suffix
 from qsr_engine.data.tar_shard import TarShard
 from qsr_engine.data.writing.scanning import scan_shard
 from tests.fuzz.make_seeds import CORPUS
-from tests.support.shard_files import noise, opened, shards_of, tar_bytes
+from tests.support.bucket import bucket
+from tests.support.shard_files import noise, shards_of, tar_bytes
 
 REMARK = re.compile(r"__[^/]*__($|/)")  # what webdataset passes over
 NAMES = [
@@ -96,7 +98,9 @@ def test_an_image_is_read_only_where_a_header_of_its_name_and_size_is(tmp_path: 
         if at in (0, 5):
             assert shard.read(2, rows[2])[0] != "00000002"  # another key is as good as this one
         else:
-            with pytest.raises(DataError, match=r"all-000000\.tar: this shard has no image at byte \d+, where its index"):
+            with pytest.raises(
+                DataError, match=r"all-000000\.tar: this shard has no image at byte \d+, where its index"
+            ):
                 shard.read(2, rows[2])
     with pytest.raises(DataError, match=r"has no image at byte"):
         shard.read(1, rows[1]._replace(offset=rows[1].offset + 512))
@@ -179,11 +183,11 @@ def test_nothing_in_a_shard_is_unpickled(tmp_path: Path) -> None:
     path.write_bytes(tar_bytes({**content, "a.cls": b"1", "a.png": noise(0)}))
     index = index_shards(tmp_path, say=lambda _: None)
     table = open_table(tmp_path / "samples.npy", index)
-    slices = [ShardSlice(path.name, 0, 1)]
-    for source in (
-        RandomAccess(lambda name: TarShard(tmp_path / name), table, None),
-        Streamed(lambda name, start: opened(tmp_path / name, start), table, "", None),
-    ):
-        (item,) = source.items(slices)
-        assert isinstance(source.load(item), Sample)
+    with bucket(tmp_path, "s3") as (url, _):
+        for source in (
+            RandomAccess(lambda name: TarShard(tmp_path / name), table, None),
+            Streamed(lambda name, start: ShardStream(f"{url}/{name}", None, start), table, url, None),
+        ):
+            (item,) = source.items([ShardSlice(path.name, 0, 1)])
+            assert isinstance(source.load(item), Sample)
     assert not (tmp_path / "hit").exists()
