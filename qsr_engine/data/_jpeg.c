@@ -123,8 +123,9 @@ static const void *read_file(Work *work, const Picture *picture) {
         if (got == 0) fail_with(&work->reader, "the file ends in the middle of the image");
         done += (size_t)got;
     }
-    const Byte *last = (const Byte *)at + picture->length - 2;
-    if (picture->length < 4 || last[0] != 0xFF || last[1] != 0xD9) fail_with(&work->reader, "no whole JPEG lies there");
+    const Byte *bytes = (const Byte *)at;
+    const size_t length = picture->length;
+    if (length < 4 || bytes[length - 2] != 0xFF || bytes[length - 1] != 0xD9) fail_with(&work->reader, "no whole JPEG lies there");
     return at;
 }
 

@@ -55,7 +55,11 @@ class RandomAccess:
         self._announced: dict[str, float] = {}  # when, in seconds of the monotonic clock
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict(), "_closing": WeakSet()}  # files are those of a process
+        return {**self.__dict__, "_open": OrderedDict(), "_closing": None}  # files are those of a process
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._closing = WeakSet()
 
     def items(self, slices: Iterable[ShardSlice]) -> Iterator[Position]:
         for piece in slices:

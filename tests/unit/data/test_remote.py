@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from qsr_engine.config.recipe import DataConfig
+from qsr_engine.data import index_shards
 from qsr_engine.data.cache import ShardCache
 from qsr_engine.data.checking import check_shards
 from qsr_engine.data.errors import DataError
@@ -29,7 +30,9 @@ from qsr_engine.data.loader import EvalLoader, TrainLoader
 from qsr_engine.data.random_access import RandomAccess
 from qsr_engine.data.samples import Position, Sample
 from qsr_engine.data.table import open_table
+from qsr_engine.data.tar import span_of
 from qsr_engine.data.tar_shard import TarShard
+from tests.support.bucket import bucket
 from tests.support.loading import equal
 from tests.support.shard_files import shards_of
 
@@ -324,3 +327,43 @@ def hold_the_lock(cache: ShardCache, name: str, ready: Any) -> None:
 
     cache._fetch = hang  # type: ignore[method-assign]
     cache.open(name)
+
+
+@pytest.mark.parametrize("protocol", ["s3", "gs", "hf"])
+def test_object_stores_are_read_over_fsspec(served: tuple[Path, str, list[str]], tmp_path: Path, protocol: str) -> None:
+    """A stand-in for each: fsspec's file system in memory, under the protocol's name."""
+    folder, *_ = served
+    local = batches(str(folder), tmp_path)
+    with bucket(folder, protocol) as (url, _):
+        assert read_index(url) == read_index(folder)
+        for way in ({}, {"cache_gb": 0}):
+            assert equal(batches(url, tmp_path / "cache", **way), local)
+        names = [path.name for path in folder.glob("*.tar")]
+        made = index_shards(url, splits={"all": "all-*.tar"}, out=tmp_path / "index", say=lambda _: None)
+    assert {shard.name for shard in made.splits["all"].shards} == set(names)
+    assert made.splits == read_index(folder).splits
+
+
+def test_a_resumed_stream_reads_its_shuffle_buffer_and_goes_on_behind_it(tmp_path: Path) -> None:
+    """The order is that of an undisturbed run, bit for bit; no shard is read from its beginning."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    _, index = shards_of(folder, [60, 60, 60])
+    with bucket(folder, "s3") as (url, opened):
+        options: dict[str, Any] = {"cache_gb": 0, "train": "all"}
+
+        def of_url(start: int, processes: int = 0) -> list[Any]:
+            made = config(url, tmp_path / "cache", loader_processes=processes, **options)
+            loader = TrainLoader(url, index, made, rank=0, ranks=1, batch_size=4, seed=3)
+            return list(islice(loader.batches(start), 10))
+
+        whole = of_url(0) + of_url(10) + of_url(20) + of_url(30)
+        opened.clear()
+        assert equal(of_url(25), whole[25:35])
+        tars = [(name, place) for name, place in opened if name.endswith(".tar")]
+    table = open_table(folder / "samples.npy", index)
+    first = {(shard.name, span_of(table.row(shard.name, 0))[0]) for shard in index.splits["all"].shards}
+    assert len(tars) == 2, "the shard in which it stands, and the next"
+    assert len(first & set(tars)) == 1, "only the next from its beginning"
+    once = TrainLoader(folder, index, config(str(folder), tmp_path), rank=0, ranks=1, batch_size=4, seed=3)
+    assert equal(list(islice(once.batches(), 40)), whole)
