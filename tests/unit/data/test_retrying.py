@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
 
+from qsr_engine.data.decoding import REGIONS
 from qsr_engine.data.errors import DataError, PassingError
 from qsr_engine.data.index import Index
 from qsr_engine.data.order import ShardSlice
@@ -22,8 +25,11 @@ from qsr_engine.data.table import open_table
 from qsr_engine.data.tar import span_of
 from qsr_engine.data.tar_shard import TarShard
 from tests.support.bucket import bucket
-from tests.support.loading import equal, load
+from tests.support.loading import equal, load, train_loader
 from tests.support.shard_files import shards_of
+
+if REGIONS:
+    from qsr_engine.data import _jpeg
 
 
 @pytest.mark.filterwarnings("ignore:.*trying again")
@@ -78,6 +84,53 @@ def test_a_file_server_that_fails_for_a_while_costs_no_sample(
     assert waits[:3] == [1, 2, 4]
     assert len(waits) == 6
     assert len(opened) == 4 + 6
+
+
+@pytest.mark.filterwarnings("ignore:.*trying again")
+def test_a_read_that_ends_before_its_file_is_tried_again_and_a_truncated_file_is_not(
+    data: tuple[Path, Index], waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Network file systems give less than was asked for, or for a moment nothing."""
+    read, answers = os.pread, [10, 0, 10**9, 5, 5]
+    monkeypatch.setattr(os, "pread", lambda f, size, at: read(f, min(size, answers.pop(0) if answers else size), at))
+    table = open_table(data[0] / "samples.npy", data[1])
+    source = RandomAccess(lambda name: TarShard(data[0] / name), table, None, retry=Retry(2, 1.0))
+    found = [source.load(Position("all-000000.tar", number)) for number in (3, 4)]
+    assert [isinstance(sample, Sample) for sample in found] == [True, True]
+    assert (answers, waits) == ([], [1])
+    os.truncate(data[0] / "all-000000.tar", 2000)
+    assert "is truncated" in str(source.load(Position("all-000000.tar", 3)))
+    assert waits == [1]
+
+
+@pytest.mark.skipif(not REGIONS, reason="needs qsr_engine.data._jpeg")
+def test_what_compiled_code_cannot_read_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = shards_of(tmp_path, [12, 12], kind="JPEG")
+    whole = list(islice(load(data).batches(), 6))
+    decode, seen = _jpeg.decode_batch, list[bool]()
+
+    def fails(sources: Sequence[bytes | tuple[int, int, int]], *rest: Any) -> list[str | None]:
+        seen.extend(isinstance(source, tuple) for source in sources)
+        decode(sources, *rest)
+        rest[2][:] = 99  # what it leaves is anything
+        return ["Input/output error"] * len(sources)
+
+    monkeypatch.setattr(_jpeg, "decode_batch", fails)
+    assert equal(list(islice(load(data).batches(), 6)), whole)
+    assert seen == [True] * 24
+
+
+@pytest.mark.skipif(not REGIONS, reason="needs qsr_engine.data._jpeg")
+def test_files_stay_open_until_the_batch_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every sample of a batch lies in another shard, and few shards may be open."""
+    data = shards_of(tmp_path, [2] * 24, kind="JPEG")
+    options = {"shuffle": "samples", "batch_size": 24, "ranks": 1}
+    whole = list(islice(train_loader(data, **options).batches(), 4))
+    files = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr("qsr_engine.data.random_access.OPEN_SHARDS", 4)
+    loader = train_loader(data, **options)
+    assert equal(list(islice(loader.batches(), 4)), whole)
+    assert len(os.listdir("/proc/self/fd")) <= files + 4, "they are closed afterwards"
 
 
 @pytest.mark.filterwarnings("ignore:.*trying again")
