@@ -102,7 +102,7 @@ class OwnLoader:
 
 
 def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """On the device. The host waits for a copy to a GPU only where the loader has pinned the memory: it may use it again.
+    """On the device. The host waits for a copy to a GPU where the loader has pinned the memory: it may use it again.
 
     Otherwise the copy is from pinned memory of this call, which torch keeps until it is done.
     """

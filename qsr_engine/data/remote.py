@@ -77,7 +77,11 @@ class ShardStream(io.RawIOBase):
                 self._stream.seek(start)
         # A server may know no ranges, and begin at the beginning.
         self.at = start if not options or getattr(getattr(self._stream, "r", None), "status", 0) == 206 else 0
-        self.skip(start - self.at)
+        try:
+            self.skip(start - self.at)
+        except BaseException:
+            self.close()
+            raise
 
     def read(self, size: int = -1) -> bytes:
         with _as_data_error(self._url):

@@ -22,7 +22,7 @@ FAR = 4 << 20  # bytes; where nothing is wanted of so many, another request is m
 
 @dataclass
 class _Reading:
-    """Samples [start, stop) of a shard: those before `next` have come by, and who is wanted later of them is held.
+    """Samples of a shard from `start` on: those before `next` have come by, and who is wanted later of them is held.
 
     `done`, a byte a sample: whether it was given, or passed over.
     """
@@ -33,6 +33,14 @@ class _Reading:
     held: dict[int, Sample | DataError] = field(default_factory=dict)
     stream: ShardStream | None = None
     broken: DataError | None = None  # its tries are used up
+
+    @classmethod
+    def of(cls, start: int, stop: int) -> _Reading:
+        return cls(start, bytearray(stop - start), start)
+
+    def wants(self, number: int) -> bool:
+        """Whether a sample is one of these, and still to come."""
+        return 0 <= number - self.start < len(self.done) and not self.done[number - self.start]
 
     def close(self) -> None:
         if self.stream is not None:
@@ -66,21 +74,20 @@ class Streamed:
         retry: Retry = RETRY,
     ) -> None:
         self._open, self._table, self._url, self._classes, self._retry = open_shard, table, url, classes, retry
-        self._readings: dict[str, _Reading] = {}
+        self._readings: dict[str, list[_Reading]] = {}  # of a shard more than one where epochs meet
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_readings": {}}  # streams are those of a process
 
     def items(self, slices: Iterable[ShardSlice]) -> Iterator[Position]:
         for piece in slices:
-            if piece.name in self._readings:
-                self._readings[piece.name].close()
-            self._readings[piece.name] = _Reading(piece.start, bytearray(piece.stop - piece.start), piece.start)
+            self._readings.setdefault(piece.name, []).append(_Reading.of(piece.start, piece.stop))
             for number in range(piece.start, piece.stop):
                 yield Position(piece.name, number)
 
     def load(self, item: Position) -> Loaded:
-        reading = self._readings[item.shard]
+        # A sample that has stood in for a bad one was given already: it is read alone.
+        reading = self._that_wants(item) or _Reading.of(item.number, item.number + 1)
         found = reading.held.pop(item.number, None)
         if found is None:
             try:
@@ -88,52 +95,56 @@ class Streamed:
             except DataError as error:
                 reading.broken = error
                 found = at_position(error, item)
-        self.pass_over(item)
+        self._done(item, reading)
         return found
 
     def announce(self, item: Position) -> None:
         pass
 
     def pass_over(self, item: Position) -> None:
-        """Say that a sample will not be loaded any more."""
-        reading = self._readings[item.shard]
-        reading.held.pop(item.number, None)
+        reading = self._that_wants(item)
+        if reading is not None:
+            reading.held.pop(item.number, None)
+            self._done(item, reading)
+
+    def _that_wants(self, item: Position) -> _Reading | None:
+        return next((one for one in self._readings.get(item.shard, ()) if one.wants(item.number)), None)
+
+    def _done(self, item: Position, reading: _Reading) -> None:
         reading.done[item.number - reading.start] = 1
-        if reading.done.count(0) == 0:
+        if 0 not in reading.done:
             reading.close()
+            self._readings[item.shard] = [one for one in self._readings.get(item.shard, ()) if one is not reading]
 
     def _read(self, item: Position, reading: _Reading) -> Sample | DataError:
-        """A sample, over as many breaks as there may be. Raises DataError where the shard cannot be read further."""
+        """Read up to a sample, over as many breaks as there may be, and hold what is wanted before it.
+
+        Raises:
+            DataError: the shard cannot be read further.
+        """
         tries, came_to = Tries(self._retry), reading.next
-        while True:
-            if reading.broken is not None:
-                raise reading.broken
+        while reading.broken is None:
+            number = reading.start + reading.done.find(0, reading.next - reading.start)
             try:
-                if item.number < reading.next:  # it came by when nobody wanted it: a spare, or of an epoch before
-                    with self._open(item.shard, span_of(self._table.row(*item))[0]) as stream:
-                        return self._from(stream, item)
-                return self._forward(item, reading)
+                found = self._next(Position(item.shard, number), reading)
             except PassingError as error:
                 reading.close()
                 if reading.next > came_to:
                     tries, came_to = Tries(self._retry), reading.next
                 tries.again(error)
-
-    def _forward(self, item: Position, reading: _Reading) -> Sample | DataError:
-        """Read up to a sample, and hold what is wanted before it."""
-        while True:
-            wanted = reading.done.find(0, reading.next - reading.start)
-            number = min(item.number, wanted + reading.start) if wanted >= 0 else item.number
-            passing = Position(item.shard, number)
-            place = span_of(self._table.row(*passing))[0]
-            if reading.stream is None or not 0 <= place - reading.stream.at < FAR:
-                reading.close()
-                reading.stream = self._open(item.shard, place)
-            found = self._from(reading.stream, passing)
+                continue
             reading.next = number + 1
             if number == item.number:
                 return found
             reading.held[number] = found
+        raise reading.broken
+
+    def _next(self, item: Position, reading: _Reading) -> Sample | DataError:
+        place = span_of(self._table.row(*item))[0]
+        if reading.stream is None or not 0 <= place - reading.stream.at < FAR:
+            reading.close()
+            reading.stream = self._open(item.shard, place)
+        return self._from(reading.stream, item)
 
     def _from(self, stream: ShardStream, item: Position) -> Sample | DataError:
         """A sample of a stream that is not behind it."""
