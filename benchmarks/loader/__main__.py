@@ -100,7 +100,7 @@ def measure_all(
                         results.rates.setdefault((name, cores, way.name), {})[number] = answer["rate"]
                     else:
                         results.problems[way.name] = f"failed on {name}, {cores} cores: {answer['error']}"
-        keep(report, results)
+                    keep(report, results)  # a run that is ended is gone on with by --before
 
 
 def parse() -> argparse.Namespace:
