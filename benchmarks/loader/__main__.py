@@ -33,6 +33,7 @@ and does nothing else.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 from pathlib import Path
@@ -54,7 +55,7 @@ def prepare(arguments: argparse.Namespace, sets: dict[str, Data], ways: list[Way
         print(f"preparing {name} in {data.root}", flush=True)
         make_base(arguments.shards, data, SHORT_SIDES[name])
         for way in ways:
-            if way.name in results.problems:
+            if way.name in results.problems or (name, way.name) in results.prepared:
                 continue
             job = {"do": "prepare", "root": str(data.root), "copies": data.copies}
             answer = run_child(job, way, arguments.peer_python, timeout=1800)
@@ -62,9 +63,10 @@ def prepare(arguments: argparse.Namespace, sets: dict[str, Data], ways: list[Way
                 missing = "ModuleNotFoundError" in answer["error"] or "ImportError" in answer["error"]
                 results.problems[way.name] = f"{'not installed' if missing else 'failed'}: {answer['error']}"
             results.versions[way.name] = answer
+            results.prepared.add((name, way.name))
         pictures = {way.picture: way for way in reversed(ways) if way.name not in results.problems}
         for picture, way in pictures.items():
-            if picture in PICTURES:
+            if picture in PICTURES and (name, picture) not in results.differences:
                 job = {"do": "difference", "root": str(data.root), "copies": data.copies, "cores": 1}
                 job["pictures"] = arguments.pictures
                 results.differences[name, picture] = run_child(job, way, arguments.peer_python, timeout=600)
@@ -78,8 +80,9 @@ def prepare(arguments: argparse.Namespace, sets: dict[str, Data], ways: list[Way
 def measure_all(
     arguments: argparse.Namespace, sets: dict[str, Data], ways: list[Way], results: Results, report: Report
 ) -> None:
-    draw = random.Random(arguments.seed)
-    for number in range(arguments.rounds):
+    draw = random.Random(f"{arguments.seed} {len(results.raw)}")
+    done = 1 + max((found["round"] for found in results.raw), default=-1)
+    for number in range(done, done + arguments.rounds):
         for name, data in sets.items():
             for cores in arguments.cores:
                 order = [way for way in ways if way.name not in results.problems and cores in way.cores]
@@ -97,7 +100,7 @@ def measure_all(
                         results.rates.setdefault((name, cores, way.name), {})[number] = answer["rate"]
                     else:
                         results.problems[way.name] = f"failed on {name}, {cores} cores: {answer['error']}"
-        keep(report, results)
+                    keep(report, results)  # a run that is ended is gone on with by --before
 
 
 def parse() -> argparse.Namespace:
@@ -110,7 +113,8 @@ def parse() -> argparse.Namespace:
         help="where the formats are made, once",
     )
     made.add_argument("--peer-python", type=Path, help="runs the peers that are not installed here")
-    made.add_argument("--rounds", type=int, default=5)
+    made.add_argument("--before", type=Path, help="a report's JSON: its rounds are taken over, and more are measured")
+    made.add_argument("--rounds", type=int, default=5, help="0: make the formats only")
     made.add_argument("--seconds", type=float, default=4.0, help="of one measurement, at least")
     made.add_argument("--cores", type=int, nargs="+", choices=(1, 2), default=[1, 2])
     made.add_argument("--data", nargs="+", choices=list(SHORT_SIDES), default=list(SHORT_SIDES))
@@ -125,6 +129,8 @@ def keep(report: Report, results: Results) -> None:
     report.save(
         problems=results.problems,
         versions=results.versions,
+        prepared=sorted(results.prepared),
+        parts=results.parts,
         differences=[{"data": d, "picture": p, **found} for (d, p), found in results.differences.items()],
         measurements=results.raw,
     )
@@ -136,12 +142,15 @@ def main() -> None:
     report = Report("loader", arguments, ("torch", "torchvision", "pillow", "qsr-engine"), **jpeg)
     sets = {name: Data(arguments.scratch.resolve() / name, arguments.copies) for name in arguments.data}
     ways = [way for way in WAYS if not arguments.only or any(word in way.name for word in arguments.only)]
-    results = Results()
+    results = Results() if arguments.before is None else Results.of(json.loads(arguments.before.read_text()))
     prepare(arguments, sets, ways, results)
     measure_all(arguments, sets, ways, results, report)
-    for name in sets:
-        report.add(table(name, arguments.cores, ways, results))
+    measured = {found["way"] for found in results.raw}
+    ways = [way for way in WAYS if way.name in measured or way.name in results.problems]
+    for name in SHORT_SIDES:
+        report.add(table(name, sorted({found["cores"] for found in results.raw}), ways, results))
     report.add(targets(ways, results))
+    report.add("\n".join(f"Part before: `{part['command']}`, load {part['load'][0]:g}." for part in results.parts))
     keep(report, results)
 
 

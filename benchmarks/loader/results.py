@@ -24,6 +24,20 @@ class Results:
     problems: dict[str, str] = field(default_factory=dict)  # by way
     versions: dict[str, Any] = field(default_factory=dict)  # by way
     raw: list[Job] = field(default_factory=list)
+    prepared: set[tuple[str, str]] = field(default_factory=set)  # data, way
+    parts: list[Job] = field(default_factory=list)  # command and load of the reports whose rounds these are
+
+    @classmethod
+    def of(cls, report: Job) -> Results:
+        """What a report's JSON holds, to be gone on with."""
+        made = cls(problems=report["problems"], versions=report["versions"], raw=report["measurements"])
+        made.prepared = {(data, way) for data, way in report["prepared"]}
+        made.differences = {(found["data"], found["picture"]): found for found in report["differences"]}
+        made.parts = [*report["parts"], {"command": report["command"], "load": report["hardware"]["load"]}]
+        for found in made.raw:
+            if "rate" in found:
+                made.rates.setdefault((found["data"], found["cores"], found["way"]), {})[found["round"]] = found["rate"]
+        return made
 
     def ratio(self, data: str, cores: int, way: str, to: str) -> float | None:
         of, base = self.rates.get((data, cores, way), {}), self.rates.get((data, cores, to), {})

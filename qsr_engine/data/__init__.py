@@ -11,15 +11,15 @@ Files in the order in which they import one another:
     images           Pillow: formats, limits, smaller copies; without torch
     rows             what the index keeps of every sample
     table            samples.npy, which holds these rows
-    tar              what is read of a tar file, and what is refused: headers, limits, keys and suffixes
     samples          what a sample must be: its image and its label
+    tar              what is read of a tar file, and what is refused: headers, limits, keys and suffixes
     blocks           what a block of tokens must be, the sample of a text
     writing/         makes and checks folders of shards
     order            which samples a rank reads in an epoch, and in which order
     tar_shard        one local shard, its samples in any order
     cache            local copies of remote shards
     random_access    samples of local shards
-    streaming        samples of shards as they come
+    streaming        samples of shards as they come, without a copy
     sources          the one or the other of both, for a split
     views            which part of an image is shown
     randaugment      what training does to pictures beside the crop (_pixels.c: the same, compiled)

@@ -250,7 +250,18 @@ done:
     return pixels;
 }
 
+PyDoc_STRVAR(set_vectors_doc, "set_vectors(level)\n\n"
+                              "Use at most plain instructions (0), AVX2 (1), or AVX-512 with VNNI (2, as at the start).");
+
+static PyObject *set_vectors(PyObject *Py_UNUSED(self), PyObject *argument) {
+    const long level = PyLong_AsLong(argument);
+    if (level == -1 && PyErr_Occurred()) return NULL;
+    vectors = (int)level;
+    return Py_NewRef(Py_None);
+}
+
 static PyMethodDef methods[] = {
+    {"set_vectors", set_vectors, METH_O, set_vectors_doc},
     {"size", size, METH_O, size_doc},
     {"decode_batch", decode_batch, METH_VARARGS, decode_batch_doc},
     {"operate", operate_on, METH_VARARGS, operate_doc},

@@ -111,7 +111,8 @@ static void *wanted(Reader *reader, Room *room, size_t bytes) {
     return found;
 }
 
-/* Reads on where a read gives less than was asked for, as those of a network's files may. */
+/* Reads on where a read gives less than was asked for, as those of a network's files may. An index that is not that of
+ * its file shows in that no JPEG begins or ends at the place. */
 static const void *read_file(Work *work, const Picture *picture) {
     if (picture->data != NULL) return picture->data;
     char *at = wanted(&work->reader, &work->file, picture->length + 1);
@@ -122,6 +123,9 @@ static const void *read_file(Work *work, const Picture *picture) {
         if (got == 0) fail_with(&work->reader, "the file ends in the middle of the image");
         done += (size_t)got;
     }
+    const Byte *bytes = (const Byte *)at;
+    const size_t length = picture->length;
+    if (length < 4 || bytes[length - 2] != 0xFF || bytes[length - 1] != 0xD9) fail_with(&work->reader, "no whole JPEG lies there");
     return at;
 }
 

@@ -1,8 +1,9 @@
 /* Pillow's resize(..., BILINEAR, box=...) of RGB, bit for bit: its weights in fixed point, its rounding, first across
  * and then down (Pillow's src/libImaging/Resample.c), but a row at a time, while it is in the cache.
  *
- * A weight has 22 bits, and the products of 16 bits are the fast ones. So a weight is split into 15 bits and what is
- * above them, each part is summed by itself, and the sum is exact.
+ * A weight has 22 bits, and the products of fewer are the fast ones. So a weight is split, each part is summed by itself,
+ * and the sum is exact. AVX2 multiplies 16 bits: 15 bits and what is above them. VNNI multiplies a byte by a signed one,
+ * and adds four such products: three signed bytes.
  */
 #include "_resize.h"
 
@@ -12,13 +13,17 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
-#define HAS_AVX2 __builtin_cpu_supports("avx2")
+#define HAS_AVX2 (vectors >= 1 && __builtin_cpu_supports("avx2"))
 #define AVX2 __attribute__((target("avx2")))
+#define HAS_VNNI (vectors >= 2 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw"))
+#define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
 #endif
 
 #define BITS 22
 #define HALF (1 << (BITS - 1))
 #define LOW 15
+
+int vectors = 2;
 
 void *room_for(Room *room, size_t bytes) {
     if (bytes > room->bytes) {
@@ -58,17 +63,43 @@ static void weigh(Axis *axis, int at, int side, double centre, double reach, dou
 static int pack(Axis *axis) {
     const int groups = (axis->most + 3) / 4, padded = (axis->size + 7) & ~7;
     const size_t values = axis->most <= 2 ? (size_t)padded * 16 : (size_t)padded * groups * 32;
-    if ((axis->packed = room_for(&axis->packs, values * sizeof *axis->packed)) == NULL) return -1;
-    memset(axis->packed, 0, values * sizeof *axis->packed);
+    int16_t *packed = axis->packed = room_for(&axis->packs, values * sizeof *packed);
+    if (packed == NULL) return -1;
+    memset(packed, 0, values * sizeof *packed);
     for (int at = 0; at < axis->size; at++) {
         for (int n = 0; n < axis->count[at]; n++) {
             const int32_t weight = axis->weight[(size_t)at * axis->most + n];
-            int16_t *to = axis->most <= 2 ? axis->packed + at / 2 * 32 + at % 2 * 8 + n
-                                          : axis->packed + ((size_t)at * groups + n / 4) * 32 + n % 4 / 2 * 8 + n % 2;
+            int16_t *to = axis->most <= 2 ? packed + at / 2 * 32 + at % 2 * 8 + n
+                                          : packed + ((size_t)at * groups + n / 4) * 32 + n % 4 / 2 * 8 + n % 2;
             for (int band = 0; band < 4; band++) {
                 to[2 * band] = (int16_t)(weight & ((1 << LOW) - 1));
                 to[2 * band + 16] = (int16_t)(weight >> LOW);
             }
+        }
+    }
+    return 0;
+}
+
+/* Signed bytes of the weights: of four pixels of the result and four of the image each three times 16 bytes, from the
+ * lowest to the highest; byte 4 i + n is that of pixel i of the result and pixel n of the image. */
+static int pack_bytes(Axis *axis) {
+    int most = 1;
+    for (int at = 0; at < axis->size; at++) most = axis->count[at] > most ? axis->count[at] : most;
+    axis->groups = (most + 3) / 4;
+    const size_t bytes = (size_t)((axis->size + 3) / 4) * axis->groups * 48;
+    int8_t *packed = axis->packed = room_for(&axis->packs, bytes);
+    if (packed == NULL) return -1;
+    memset(packed, 0, bytes);
+    for (int at = 0; at < axis->size; at++) {
+        const int32_t *weights = axis->weight + (size_t)at * axis->most;
+        int8_t *block = packed + (size_t)(at / 4) * axis->groups * 48 + at % 4 * 4;
+        for (int n = 0; n < axis->count[at]; n++) {
+            int8_t *to = block + n / 4 * 48 + n % 4;
+            int32_t weight = weights[n];
+            to[0] = (int8_t)(weight & 255);
+            weight = (weight - to[0]) >> 8;
+            to[16] = (int8_t)(weight & 255);
+            to[32] = (int8_t)((weight - to[16]) >> 8);
         }
     }
     return 0;
@@ -93,6 +124,7 @@ int axis_set(Axis *axis, int side, float from, float to, int size, int flip) {
     }
     for (size_t n = size; n < padded; n++) axis->start[n] = axis->start[size - 1];
 #ifdef AVX2
+    if (HAS_VNNI) return pack_bytes(axis);
     if (HAS_AVX2) return pack(axis);
 #endif
     return 0;
@@ -153,7 +185,7 @@ AVX2 static inline __m256i joined(__m256i low, __m256i high) { return _mm256_add
 AVX2 static void across_two(const Axis *axis, const Byte *row, int first, Byte *out) {
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7), half = _mm256_set1_epi32(HALF);
     const __m256i rgb = _mm256_setr_epi8(WITHOUT_X, WITHOUT_X);
-    const __m256i *weights = (const __m256i *)axis->packed;
+    const __m256i *weights = axis->packed;
     for (int at = 0; at < axis->size; at += 8, out += 24) {
         __m256i sums[4];
         for (int n = 0; n < 4; n++, weights += 2) {
@@ -175,7 +207,7 @@ AVX2 static void across_two(const Axis *axis, const Byte *row, int first, Byte *
 AVX2 static void across_more(const Axis *axis, const Byte *row, int first, Byte *out) {
     const int groups = (axis->most + 3) / 4;
     const __m128i rgb = _mm_setr_epi8(WITHOUT_X), half = _mm_set1_epi32(HALF);
-    const __m256i *weights = (const __m256i *)axis->packed;
+    const __m256i *weights = axis->packed;
     for (int at = 0; at < axis->size; at += 4, out += 12) {
         __m128i sums[4];
         for (int n = 0; n < 4; n++) {
@@ -228,10 +260,76 @@ AVX2 static int down_wide(const Byte *const *lines, const int32_t *weight, int c
     }
     return at;
 }
+
+VNNI static inline __m512i whole(__m512i low, __m512i middle, __m512i high) {
+    const __m512i upper = _mm512_add_epi32(_mm512_slli_epi32(middle, 8), _mm512_slli_epi32(high, 16));
+    return _mm512_srai_epi32(_mm512_add_epi32(low, upper), BITS);
+}
+
+VNNI static void across_bytes(const Axis *axis, const Byte *row, int first, Byte *out) {
+    const __m512i bands = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    const __m512i each = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    const __m128i rgb = _mm_setr_epi8(WITHOUT_X);
+    const __m128i *weights = axis->packed;
+    for (int at = 0; at < axis->size; at += 4, out += 12) {
+        const Byte *pixels[4];
+        for (int n = 0; n < 4; n++) pixels[n] = row + 4 * (ptrdiff_t)(axis->start[at + n] - first);
+        __m512i sums[3] = {_mm512_set1_epi32(HALF), _mm512_setzero_si512(), _mm512_setzero_si512()};
+        for (int group = 0; group < axis->groups; group++) {
+            __m512i four = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)(pixels[0] + 16 * group)));
+            four = _mm512_inserti32x4(four, _mm_loadu_si128((const __m128i *)(pixels[1] + 16 * group)), 1);
+            four = _mm512_inserti32x4(four, _mm_loadu_si128((const __m128i *)(pixels[2] + 16 * group)), 2);
+            four = _mm512_inserti32x4(four, _mm_loadu_si128((const __m128i *)(pixels[3] + 16 * group)), 3);
+            four = _mm512_shuffle_epi8(four, bands);
+            for (int part = 0; part < 3; part++) {
+                const __m512i of_four = _mm512_castsi128_si512(_mm_loadu_si128(weights++));
+                sums[part] = _mm512_dpbusd_epi32(sums[part], four, _mm512_permutexvar_epi32(each, of_four));
+            }
+        }
+        const __m128i four = _mm512_cvtusepi32_epi8(whole(sums[0], sums[1], sums[2]));
+        _mm_storeu_si128((__m128i *)out, _mm_shuffle_epi8(four, rgb));
+    }
+}
+
+VNNI static void down_bytes(const Axis *axis, int number, int count, int bytes, Byte *out) {
+    const int32_t *weights = (const int32_t *)axis->packed + (size_t)(number / 4) * axis->groups * 12 + number % 4;
+    const __m512i half = _mm512_set1_epi32(HALF), zero = _mm512_setzero_si512();
+    for (int at = 0; at < bytes; at += 64) {
+        __m512i low[4] = {half, half, half, half}, middle[4] = {zero, zero, zero, zero};
+        __m512i high[4] = {zero, zero, zero, zero};
+        for (int n = 0; n < count; n += 4) {
+            __m512i line[4], pairs[4], fours[4];
+            for (int i = 0; i < 4; i++) {
+                line[i] = n + i < count ? _mm512_loadu_si512(axis->lines[n + i] + at) : zero;
+            }
+            for (int i = 0; i < 2; i++) {
+                pairs[2 * i] = _mm512_unpacklo_epi8(line[2 * i], line[2 * i + 1]);
+                pairs[2 * i + 1] = _mm512_unpackhi_epi8(line[2 * i], line[2 * i + 1]);
+            }
+            for (int i = 0; i < 2; i++) {
+                fours[2 * i] = _mm512_unpacklo_epi16(pairs[i], pairs[i + 2]);
+                fours[2 * i + 1] = _mm512_unpackhi_epi16(pairs[i], pairs[i + 2]);
+            }
+            for (int i = 0; i < 4; i++) {
+                low[i] = _mm512_dpbusd_epi32(low[i], fours[i], _mm512_set1_epi32(weights[3 * n]));
+                middle[i] = _mm512_dpbusd_epi32(middle[i], fours[i], _mm512_set1_epi32(weights[3 * n + 4]));
+                high[i] = _mm512_dpbusd_epi32(high[i], fours[i], _mm512_set1_epi32(weights[3 * n + 8]));
+            }
+        }
+        for (int i = 0; i < 4; i++) low[i] = whole(low[i], middle[i], high[i]);
+        const __m512i left = _mm512_packs_epi32(low[0], low[1]), right = _mm512_packs_epi32(low[2], low[3]);
+        const __mmask64 there = bytes - at < 64 ? ((__mmask64)1 << (bytes - at)) - 1 : ~(__mmask64)0;
+        _mm512_mask_storeu_epi8(out + at, there, _mm512_packus_epi16(left, right));
+    }
+}
 #endif
 
 void resize_across(const Axis *axis, const Byte *row, int first, Byte *out) {
 #ifdef AVX2
+    if (HAS_VNNI) {
+        across_bytes(axis, row, first, out);
+        return;
+    }
     if (HAS_AVX2) {
         (axis->most <= 2 ? across_two : across_more)(axis, row, first, out);
         return;
@@ -247,6 +345,10 @@ void resize_down(const Axis *axis, int number, const Byte *rows, size_t stride, 
     for (int n = 0; n < count; n++) lines[n] = rows + (size_t)((axis->start[number] + n) % axis->most) * stride;
     int done = 0;
 #ifdef AVX2
+    if (HAS_VNNI) {
+        down_bytes(axis, number, count, bytes, out);
+        return;
+    }
     if (HAS_AVX2) done = down_wide(lines, weight, count, bytes, out);
 #endif
     down_plainly(lines, weight, count, done, bytes, out);

@@ -17,12 +17,17 @@ typedef struct {
 /* At least so many bytes, or NULL. What was in it is lost where it has to grow. */
 void *room_for(Room *room, size_t bytes);
 
+/* Instructions that may be used, where the processor has them: 0 plain ones, 1 AVX2, 2 AVX-512 with VNNI. For tests; no
+ * call may run while it is changed. */
+extern int vectors;
+
 /* One axis of a resize: pixel n of the result is a weighted sum of `count[n]` pixels from `start[n]` on. */
 typedef struct {
     int size, most; /* pixels of the result; largest count */
     int *start, *count;
     int32_t *weight; /* `most` of them a pixel, in 2^22ths */
-    int16_t *packed; /* the same, split and laid out as the vector instructions want them */
+    void *packed;    /* the same, split and laid out as the vector instructions want them */
+    int groups;      /* of four pixels that one of the result sees, as VNNI takes them */
     const Byte **lines; /* scratch of resize_down(), `most` of them */
     Room starts, counts, weights, packs, doubles, pointers;
 } Axis;

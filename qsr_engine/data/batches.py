@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qsr_engine.data.decoding import Pixels
 from qsr_engine.data.errors import DataError
-from qsr_engine.data.samples import Sample
+from qsr_engine.data.samples import Loaded
 
 
 class ImageBatch(NamedTuple):
@@ -37,16 +37,16 @@ class Decodes(Protocol):
     def of_torch(self) -> bool:
         """Whether it draws from torch's global generator."""
 
-    def decode(self, samples: Sequence[Sample | DataError], random: Random, out: Pixels) -> dict[int, DataError]:
+    def decode(self, samples: Sequence[Loaded], random: Random, out: Pixels) -> dict[int, DataError]:
         """Decode samples into `out`, uint8 [B, *shape]. Returns by number what is wrong with a sample."""
 
 
 def decode_batch(
-    samples: Sequence[Sample | DataError],
+    samples: Sequence[Loaded],
     decoder: Decodes,
     seed: int,
     out: Pixels,
-    spares: Iterable[Sample | DataError] = (),
+    spares: Iterable[Loaded] = (),
     *,
     skip: bool,
     replace: bool,
@@ -81,16 +81,14 @@ def decode_batch(
     return labels, tuple(str(bad[number]) for number in sorted(bad))
 
 
-def decode_spare(
-    decoder: Decodes, spares: Iterable[Sample | DataError], random: Random, out: Pixels, bad: Sequence[str]
-) -> int:
+def decode_spare(decoder: Decodes, spares: Iterable[Loaded], random: Random, out: Pixels, bad: Sequence[str]) -> int:
     """Decode the first good spare into `out`, uint8 [1, *decoder.shape]. Returns its label.
 
     Raises:
         DataError: none is good; `bad` says what was wrong with the batch.
     """
     for spare in spares:
-        if isinstance(spare, Sample) and not decoder.decode([spare], random, out):
+        if not isinstance(spare, DataError) and not decoder.decode([spare], random, out):
             return spare.label
     raise DataError(f"all {len(bad)} samples of a batch are bad, and those that come next; the last: {bad[-1]}")
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from qsr_engine.data.errors import DataError
 from qsr_engine.data.index import TextData
-from qsr_engine.data.samples import Sample
+from qsr_engine.data.samples import Loaded, Sample
 
 
 def dtype_of(vocabulary: int) -> np.dtype[Any]:
@@ -55,9 +55,7 @@ class BlockDecoder:
         self._head = _head(self._dtype.str, text.context + 1)
         self.shape: tuple[int, ...] = ((text.context + 1) * self._dtype.itemsize,)
 
-    def decode(
-        self, samples: Sequence[Sample | DataError], random: Random, out: NDArray[np.uint8]
-    ) -> dict[int, DataError]:
+    def decode(self, samples: Sequence[Loaded], random: Random, out: NDArray[np.uint8]) -> dict[int, DataError]:
         """Put the bytes of the tokens into `out`, uint8 [B, bytes of a block's tokens].
 
         Returns:
@@ -68,7 +66,7 @@ class BlockDecoder:
             try:
                 if isinstance(sample, DataError):
                     raise sample
-                out[number] = self._tokens(sample)
+                out[number] = self._tokens(sample.whole())
             except DataError as error:
                 bad[number] = error
         return bad

@@ -21,7 +21,7 @@ from PIL import Image
 from qsr_engine.data.errors import DataError
 from qsr_engine.data.images import FORMATS, check_limits, check_scans, reason, to_eight_bits
 from qsr_engine.data.randaugment import MOVE, NO_OPERATION, Augment, Composer, Drawn, encoded
-from qsr_engine.data.samples import Sample
+from qsr_engine.data.samples import Loaded, Placed, Sample
 from qsr_engine.data.views import ChooseView, View
 
 try:
@@ -57,7 +57,7 @@ class Decoder:
         """Whether it draws from torch's global generator."""
         return self.augment is not None and self.augment.of_torch
 
-    def decode(self, samples: Sequence[Sample | DataError], random: Random, out: Pixels) -> dict[int, DataError]:
+    def decode(self, samples: Sequence[Loaded], random: Random, out: Pixels) -> dict[int, DataError]:
         """Decode samples into `out`, uint8 [B, S, S, 3].
 
         Returns:
@@ -84,7 +84,7 @@ class Decoder:
                     out[job.number] = self.augment(out[job.number], random)
         return bad
 
-    def _job(self, number: int, sample: Sample, random: Random) -> _Job:
+    def _job(self, number: int, sample: Sample | Placed, random: Random) -> _Job:
         """What is drawn for a sample, all of it before anything is decoded."""
         width, height, simple = image_size(sample)
         view = self.choose(width, height, random)
@@ -103,14 +103,14 @@ class Decoder:
             plans.extend((job.number, *job.region[:4], job.region.eighths, *job.region.box, job.view.flip))
             for values in [*listed, *[NO_OPERATION] * (most - len(listed))]:
                 operations.extend(values)
-        sources = [job.sample.image for job in simple]
+        sources = [one.extent if isinstance(one, Placed) else one.image for one in (job.sample for job in simple)]
         found = _jpeg.decode_batch(sources, plans, operations, out, self.size, self.threads)
         failed = {job.number for job, message in zip(simple, found, strict=True) if message is not None}
         return [job for job in jobs if not job.simple or job.number in failed]
 
     def _decode_whole(self, job: _Job, out: Pixels) -> None:
         """By Pillow. Raises DataError where the image cannot be decoded."""
-        pixels, view = decode_whole(job.sample, job.region), job.view
+        pixels, view = decode_whole(job.sample.whole(), job.region), job.view
         shown = pixels.resize((self.size, self.size), Image.Resampling.BILINEAR, job.region.box)
         picture = _moved(np.asarray(shown), view.dx, view.dy)
         out[:] = picture[:, ::-1] if view.flip else picture
@@ -122,7 +122,7 @@ class _Job(NamedTuple):
     """A sample, its place in the batch, and what was drawn for it."""
 
     number: int
-    sample: Sample
+    sample: Sample | Placed
     view: View
     region: Region
     simple: bool
@@ -165,13 +165,15 @@ def _range(start: float, length: float, side: int, scale: float, context: bool) 
     return first, last - first, start - first, end - first
 
 
-def image_size(sample: Sample) -> tuple[int, int, bool]:
+def image_size(sample: Sample | Placed) -> tuple[int, int, bool]:
     """Width and height of an image in pixels, and whether libjpeg-turbo decodes it by regions: from the index, or where
     that does not know them from the header.
 
     Raises:
         DataError: it is not a JPEG, PNG or WebP, or is larger than the limits of images.py.
     """
+    if isinstance(sample, Placed):
+        return sample.header.width, sample.header.height, REGIONS
     data, simple = sample.image, False
     if sample.header is not None:  # decoders check that the crop lies in the image, or that this is its size
         width, height, simple = sample.header

@@ -27,12 +27,12 @@ from qsr_engine.data.blocks import BlockDecoder
 from qsr_engine.data.decoding import NO_REGIONS, REGIONS, Decoder, Pixels
 from qsr_engine.data.device import on_device
 from qsr_engine.data.errors import DataError
-from qsr_engine.data.index import TABLE_NAME, Index
+from qsr_engine.data.index import Index
 from qsr_engine.data.order import epoch_of, plan_epoch, plan_evaluation, plan_samples, seed_for
 from qsr_engine.data.places import Places
 from qsr_engine.data.randaugment import make_augment
 from qsr_engine.data.ring import Beside, run_here, run_in_processes
-from qsr_engine.data.samples import Item, Position, Sample, bad_sample
+from qsr_engine.data.samples import Loaded, Position, bad_sample
 from qsr_engine.data.sources import Source, make_source
 from qsr_engine.data.views import EvalView, TrainView
 
@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
 _DRAWN = 4096  # samples whose shards are looked up at once
+_SPARES = 1 << 14  # positions that may be held beside a batch, to stand in for bad samples
 _AHEAD = 8  # batches of a loader process whose shards are fetched before they are needed
 
 
@@ -47,8 +48,8 @@ class RawBatch(NamedTuple):
     """A batch that has not been read: the seed of its augmentation, its samples, and samples that come after them."""
 
     seed: int
-    items: list[Item]
-    spares: list[Item]
+    items: list[Position]
+    spares: list[Position]
 
 
 class TrainLoader:
@@ -80,8 +81,8 @@ class TrainLoader:
         self._source = make_source(folder, index, config, config.train)
         if config.shuffle == "samples" and not self._source.any_order:
             raise DataError(
-                f"data.shuffle is 'samples', and {folder} has no {TABLE_NAME} or is behind a URL, where a sample at a "
-                "time is slow; run `qsr shards index DIR --again` for a folder, or write shuffle: buffer"
+                f"data.shuffle is 'samples', and {folder} is behind a URL, where a sample at a time is slow; copy it "
+                "to a folder, or write shuffle: buffer"
             )
         self._rank, self._ranks, self._seed = rank, ranks, seed
         self._next, self._bad = 0, set[str]()
@@ -92,7 +93,7 @@ class TrainLoader:
     def batches(self, start: int = 0, skipped: Iterable[str] = (), device: torch.device = CPU) -> Iterator[ImageBatch]:
         """Yield batches on a device from micro-batch number `start` on, counted from the start of training.
 
-        What is before `start` is neither read nor decoded (a remote shard without a cache is read).
+        What is before `start` is neither read nor decoded.
 
         Args:
             skipped: bad samples that this rank has skipped before `start`, as batches named them; each counts once.
@@ -120,7 +121,7 @@ class TrainLoader:
         """Before an iteration begins."""
         self._next, self._bad = int(state["batches"]), set(state["skipped_samples"])
 
-    def items(self, start: int = 0) -> Iterator[Item]:
+    def items(self, start: int = 0) -> Iterator[Position]:
         """This rank's samples in order, from number `start` of its stream on."""
         epoch, before = epoch_of(start, self._split.samples, self._rank, self._ranks)
         for number in count(epoch):
@@ -128,9 +129,12 @@ class TrainLoader:
             if self.config.shuffle == "samples":
                 yield from self._drawn(number, first)
             else:
-                yield from islice(self._shuffled(number), first, None)
+                items = self._shuffled(number)
+                for item in islice(items, first):
+                    self._source.pass_over(item)
+                yield from items
 
-    def _drawn(self, epoch: int, first: int) -> Iterator[Item]:
+    def _drawn(self, epoch: int, first: int) -> Iterator[Position]:
         """The samples of this rank in an epoch from the first one on, drawn from all samples of the split."""
         numbers = plan_samples(self._split.samples, self._seed, epoch, self._rank, self._ranks)[first:]
         names = [shard.name for shard in self._split.shards]
@@ -142,7 +146,7 @@ class TrainLoader:
             for shard, number in zip(shards.tolist(), (part - starts).tolist(), strict=True):
                 yield Position(names[shard], number)
 
-    def _shuffled(self, epoch: int) -> Iterator[Item]:
+    def _shuffled(self, epoch: int) -> Iterator[Position]:
         buffer = self.config.shuffle_buffer
         generator = random.Random(seed_for("shuffle", self._seed, epoch, self._rank))
         slices = plan_epoch(self._split, self._seed, epoch, self._rank, self._ranks)
@@ -153,8 +157,8 @@ class TrainLoader:
         items, limit = self.items(start * self.batch_size), self.config.max_bad_samples
         # As many as may be bad in an epoch, at its end, and again at the beginning of the next: then one is good, or
         # the limit is exceeded anyway.
-        spares = min(2 * limit + 1, self._source.most_spares) if limit else 0
-        ahead: deque[Item] = deque()
+        spares = min(2 * limit + 1, _SPARES) if limit else 0
+        ahead: deque[Position] = deque()
         for number in count(start):
             ahead.extend(islice(items, self.batch_size + spares - len(ahead)))
             batch = [ahead.popleft() for _ in range(self.batch_size)]
@@ -187,7 +191,7 @@ class EvalLoader:
         return _limited(batches, set(), self.config.max_bad_samples, "this evaluation on this rank")
 
 
-def _evaluation_batches(items: Callable[[], Iterator[Item]], batch_size: int) -> Iterator[RawBatch]:
+def _evaluation_batches(items: Callable[[], Iterator[Position]], batch_size: int) -> Iterator[RawBatch]:
     stream = items()
     while batch := list(islice(stream, batch_size)):
         yield RawBatch(0, batch, [])
@@ -206,7 +210,7 @@ def _decoder(index: Index, config: DataConfig, *, training: bool) -> Decodes:
     return Decoder(size, EvalView(size), None, config.loader_threads)
 
 
-LoadedBatch = tuple[int, list[Sample | DataError], Iterator[Sample | DataError]]  # seed, samples, spares
+LoadedBatch = tuple[int, list[Loaded], Iterator[Loaded]]  # seed, samples, spares
 
 
 @dataclass
@@ -226,8 +230,16 @@ class _Decode:
 
     def samples(self, process: int, processes: int) -> Iterator[LoadedBatch]:
         """The seed and the samples of these batches, read and not decoded; spares are read when they are asked for."""
-        for seed, items, spares in self._announced(islice(self.raw_batches(), process, None, processes)):
+        for seed, items, spares in self._announced(self._own(process, processes)):
             yield seed, [self.source.load(item) for item in items], map(self.source.load, spares)
+
+    def _own(self, process: int, processes: int) -> Iterator[RawBatch]:
+        for number, batch in enumerate(self.raw_batches()):
+            if number % processes == process:
+                yield batch
+            else:
+                for item in batch.items:
+                    self.source.pass_over(item)
 
     def _announced(self, batches: Iterator[RawBatch]) -> Iterator[RawBatch]:
         """The batches, each of them announced to the source before the one that is _AHEAD of it is yielded."""

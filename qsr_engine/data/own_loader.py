@@ -76,7 +76,7 @@ class OwnLoader:
             for batch in self._made:
                 images, labels = self._checked(batch, number)
                 number += 1
-                yield ImageBatch(images.to(device), labels.to(device))
+                yield ImageBatch(_moved(images, device), _moved(labels, device))
             if self.batches_of_a_pass is None or number == before:
                 raise DataError(
                     f"{self._name} came to its end after {number} batches; give batches without end, or a __len__ "
@@ -99,6 +99,16 @@ class OwnLoader:
             wrong = least if least < 0 else most
             raise DataError(f"{where} has the label {wrong}; give labels from 0 to {self._classes - 1}")
         return images, labels
+
+
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On the device. The host waits for a copy to a GPU where the loader has pinned the memory: it may use it again.
+
+    Otherwise the copy is from pinned memory of this call, which torch keeps until it is done.
+    """
+    if device.type != "cuda" or tensor.is_pinned():
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _function(name: str) -> Any:

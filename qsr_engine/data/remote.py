@@ -16,6 +16,7 @@ from qsr_engine.data.errors import DataError, DifferentError, PassingError
 from qsr_engine.data.places import check_place
 from qsr_engine.data.retrying import Retry, retried
 
+_PART = 1 << 20  # bytes read at once
 _CONNECT, _READ = 30, 60  # seconds that a server may take to answer, and between two parts of its answer
 
 
@@ -58,27 +59,55 @@ class ShardStream(io.RawIOBase):
 
     Args:
         size: bytes that the index says; None where there is no index yet.
+        start: the byte where it begins.
     Raises:
         DataError: it cannot be opened or read, or has other than `size` bytes; a PassingError where that may pass.
     """
 
-    def __init__(self, url: str, size: int | None) -> None:
+    def __init__(self, url: str, size: int | None, start: int = 0) -> None:
         super().__init__()
-        self._url, self._size, self._read = url, size, 0
+        self._url, self._size, self.at = url, size, 0
         with _as_data_error(url):
             file_system, path = _file_system(url)
-            self._stream: IO[bytes] = file_system.open(path, "rb", **_in_one_go(url, 1 if size is None else size))
+            options = _in_one_go(url, 1 if size is None else size)
+            if start and options:
+                options["headers"] = {"Range": f"bytes={start}-"}
+            self._stream: IO[bytes] = file_system.open(path, "rb", **options)
+            if start and not options:
+                self._stream.seek(start)
+        # A server may know no ranges, and begin at the beginning.
+        self.at = start if not options or getattr(getattr(self._stream, "r", None), "status", 0) == 206 else 0
+        try:
+            self.skip(start - self.at)
+        except BaseException:
+            self.close()
+            raise
 
     def read(self, size: int = -1) -> bytes:
         with _as_data_error(self._url):
             data = self._stream.read(size)
-        self._read += len(data)
+        self.at += len(data)
         if self._size is None:
             return data
-        if not data and size and self._read < self._size:
-            raise PassingError(f"{self._url}: the connection ended after {self._read} of {self._size} bytes")
-        _check_size(self._url, self._read, self._size)
+        if not data and size and self.at < self._size:
+            raise PassingError(f"{self._url}: the connection ended after {self.at} of {self._size} bytes")
+        _check_size(self._url, self.at, self._size)
         return data
+
+    def read_whole(self, size: int) -> bytes:
+        """So many bytes."""
+        parts = []
+        while size > 0:
+            parts.append(self.read(min(size, _PART)))
+            size -= len(parts[-1])
+            if not parts[-1]:
+                raise DifferentError(f"{self._url}: this shard is not that of the index: it ends at byte {self.at}")
+        return b"".join(parts)
+
+    def skip(self, size: int) -> None:
+        """Read so many bytes, and drop them."""
+        while size > 0:
+            size -= len(self.read_whole(min(size, _PART)))
 
     def close(self) -> None:
         super().close()

@@ -7,21 +7,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from qsr_engine.data.errors import DataError
 from qsr_engine.data.index import TOKENS
-from qsr_engine.data.rows import Header
+from qsr_engine.data.rows import Header, Row
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")  # of the member that is the image, the first that is there
-
-
-class RawSample(NamedTuple):
-    """A key, and the bytes of its members by suffix."""
-
-    key: str
-    members: dict[str, bytes]
 
 
 class Sample(NamedTuple):
@@ -32,6 +25,10 @@ class Sample(NamedTuple):
     image: bytes
     label: int
     header: Header | None = None  # where the index knows it
+
+    def whole(self) -> Sample:
+        """With its bytes: this one."""
+        return self
 
     @property
     def where(self) -> str:
@@ -46,7 +43,35 @@ class Position(NamedTuple):
     number: int
 
 
-Item = Position | Sample | DataError
+class Extent(NamedTuple):
+    """Where bytes lie in a file that is open."""
+
+    file: int
+    offset: int
+    length: int
+
+
+class Placed(NamedTuple):
+    """One image that has not been read, and whose size the index knows. Its file stays open as long as `shard` is held.
+
+    `load` gives the sample with its bytes, or what is wrong with it.
+    """
+
+    shard: object
+    extent: Extent
+    label: int
+    header: Header
+    load: Callable[[], Sample | DataError]
+
+    def whole(self) -> Sample:
+        """With its bytes. Raises DataError where they cannot be had."""
+        found = self.load()
+        if isinstance(found, DataError):
+            raise found
+        return found
+
+
+Loaded = Sample | Placed | DataError
 _OF_POSITION = re.compile(r"[^:]+: sample \d+: ")  # what at_position() writes; names of shards have no colon
 
 
@@ -55,25 +80,11 @@ def where(shard: object, key: str) -> str:
     return f"{shard}: sample {key!r}"
 
 
-def parse_sample(shard: object, raw: RawSample, classes: int | None, rule: str = "cls") -> Sample:
-    """Take image and label out of the members of a sample.
-
-    Args:
-        shard: its path, or what messages call it.
-        classes: number of classes, or None where it is not known.
-        rule: where its label is, as the index says.
-    Raises:
-        DataError: one of them is missing or wrong.
-    """
-    place = where(shard, raw.key)
-    image = find_image(place, raw.members, rule)
-    return Sample(str(shard), raw.key, image, find_label(place, raw.members, classes, rule))
-
-
-def sample_or_error(shard: object, raw: RawSample, classes: int | None, rule: str = "cls") -> Sample | DataError:
-    """As parse_sample(), with the error returned."""
+def sample_of(shard: object, key: str, image: bytes, row: Row, classes: int | None) -> Sample | DataError:
+    """The sample of a row whose image was read, or what is wrong with its label."""
+    header = Header(row.width, row.height, bool(row.fast)) if row.width else None
     try:
-        return parse_sample(shard, raw, classes, rule)
+        return Sample(str(shard), key, image, check_label(where(shard, key), row.label, classes), header)
     except DataError as error:
         return error
 

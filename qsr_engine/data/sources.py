@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Protocol
 
 from qsr_engine.config.recipe import DataConfig
 from qsr_engine.data.cache import ShardCache
@@ -18,7 +19,7 @@ from qsr_engine.data.places import Places, is_url
 from qsr_engine.data.random_access import RandomAccess
 from qsr_engine.data.remote import ShardStream, read_bytes
 from qsr_engine.data.retrying import Retry
-from qsr_engine.data.samples import Item, Position, Sample
+from qsr_engine.data.samples import Loaded, Position
 from qsr_engine.data.streaming import Streamed
 from qsr_engine.data.table import open_table
 from qsr_engine.data.tar_shard import TarShard
@@ -27,19 +28,21 @@ MAX_TABLE = 1 << 36  # bytes
 
 
 class Source(Protocol):
-    """Where samples come from. Items are shuffled, and only those that this process decodes are loaded."""
+    """Where samples come from. Positions are shuffled, and only those that this process decodes are loaded."""
 
     any_order: bool  # whether any sample is at hand as soon as any other
-    most_spares: int  # items that may be held beside a batch, to stand in for bad ones
 
-    def items(self, slices: Iterable[ShardSlice]) -> Iterator[Item]:
-        """One item for every sample of the slices, in order."""
+    def items(self, slices: Iterable[ShardSlice]) -> Iterator[Position]:
+        """The positions of the slices, in order."""
 
-    def load(self, item: Item) -> Sample | DataError:
-        """The sample of an item, or what is wrong with it."""
+    def load(self, item: Position) -> Loaded:
+        """The sample at a position, or what is wrong with it."""
 
-    def announce(self, item: Item) -> None:
-        """Say that an item will be loaded soon."""
+    def announce(self, item: Position) -> None:
+        """Say that a sample will be loaded soon."""
+
+    def pass_over(self, item: Position) -> None:
+        """Say that a sample will not be loaded by this process."""
 
 
 class Joined:
@@ -47,25 +50,29 @@ class Joined:
 
     def __init__(self, sources: Mapping[str, Source]) -> None:
         self._sources = sources  # by the number of the part
-        self.most_spares = min(source.most_spares for source in sources.values())
         self.any_order = all(source.any_order for source in sources.values())
 
-    def items(self, slices: Iterable[ShardSlice]) -> Iterator[Item]:
+    def items(self, slices: Iterable[ShardSlice]) -> Iterator[Position]:
         for piece in slices:
             number, _, name = piece.name.partition("/")
             for item in self._sources[number].items([piece._replace(name=name)]):
-                yield item._replace(shard=piece.name) if isinstance(item, Position) else item
+                yield item._replace(shard=piece.name)
 
-    def load(self, item: Item) -> Sample | DataError:
-        if not isinstance(item, Position):
-            return item
+    def load(self, item: Position) -> Loaded:
+        source, own = self._part(item)
+        return source.load(own)
+
+    def announce(self, item: Position) -> None:
+        source, own = self._part(item)
+        source.announce(own)
+
+    def pass_over(self, item: Position) -> None:
+        source, own = self._part(item)
+        source.pass_over(own)
+
+    def _part(self, item: Position) -> tuple[Source, Position]:
         number, _, name = item.shard.partition("/")
-        return self._sources[number].load(item._replace(shard=name))
-
-    def announce(self, item: Item) -> None:
-        if isinstance(item, Position):
-            number, _, name = item.shard.partition("/")
-            self._sources[number].announce(item._replace(shard=name))
+        return self._sources[number], item._replace(shard=name)
 
 
 def make_source(folder: Places, index: Index, config: DataConfig, split: str) -> Source:
@@ -82,22 +89,25 @@ def make_source(folder: Places, index: Index, config: DataConfig, split: str) ->
             {n: make_source(place, part.model_copy(update=named), config, split) for n, (place, part) in parts.items()}
         )
     assert isinstance(folder, str | Path)
+    if index.table is None:
+        raise DataError(
+            f"{folder}: its index has no {TABLE_NAME}, it is an older one; "
+            + (f"`qsr shards index {folder} --out DIR`" if is_url(folder) else f"`qsr shards index {folder} --again`")
+            + " makes one that has it"
+        )
     classes, retry = index.class_count, Retry(config.retries, config.retry_seconds)
     places = index.place or folder
+    table = open_table(local_table(folder, index, config), index)
     if not is_url(places):
-        table = None if index.table is None else open_table(local_table(folder, index, config), index)
-        open_local = partial(_open_local, Path(places))
-        return RandomAccess(open_local, classes, retry=retry, rule=index.rule, table=table)
+        return RandomAccess(partial(_open_local, Path(places)), table, classes, retry=retry)
     url = str(places).rstrip("/")
     shards = {shard.name: shard for shard in index.split(split).shards}
     if config.cache_gb == 0:
         sizes = {name: shard.bytes for name, shard in shards.items()}
-        name_of, open_stream = partial(_name_of, url), partial(_open_stream, url, sizes)
-        return Streamed(name_of, open_stream, classes, retry, index.rule)
+        return Streamed(partial(_open_stream, url, sizes), table, url, classes, retry)
     cache = ShardCache(url, _cache_of(config), round(config.cache_gb * 1e9), shards, retry)
     _check_room(config, index.split(split))
-    table = None if index.table is None else open_table(local_table(folder, index, config), index)
-    return RandomAccess(cache.open, classes, cache.announce, retry, index.rule, table)
+    return RandomAccess(cache.open, table, classes, cache.announce, retry)
 
 
 def local_table(folder: str | Path, index: Index, config: DataConfig) -> Path:
@@ -117,14 +127,14 @@ def local_table(folder: str | Path, index: Index, config: DataConfig) -> Path:
     )
     part = copy.with_name(f".{copy.name}.{os.getpid()}")  # ranks of a host may all fetch it, and the last one stays
     try:
+        copy.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(content)
         part.replace(copy)
     except OSError as error:
-        raise DataError(
-            f"{copy}: this copy cannot be written: {error.strerror}; write another data.cache_dir"
-        ) from error
+        raise DataError(f"{copy}: this cache cannot be made: {error.strerror}; write another data.cache_dir") from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
     return copy
 
 
@@ -154,9 +164,5 @@ def _open_local(folder: Path, name: str) -> TarShard:
     return TarShard(folder / name)
 
 
-def _name_of(url: str, name: str) -> str:
-    return f"{url}/{name}"
-
-
-def _open_stream(url: str, sizes: dict[str, int], name: str) -> IO[bytes]:
-    return ShardStream(f"{url}/{name}", sizes[name])  # type: ignore[return-value]
+def _open_stream(url: str, sizes: dict[str, int], name: str, start: int) -> ShardStream:
+    return ShardStream(f"{url}/{name}", sizes[name], start)

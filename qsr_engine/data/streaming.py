@@ -1,115 +1,159 @@
-"""Samples from shards that are read from beginning to end: from a server, without a copy on this machine."""
+"""Samples from shards on a server, without a copy on this machine: each shard is read from beginning to end.
+
+A shuffle buffer holds positions. The images of those that are wanted later are held from when they come by.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from itertools import groupby
-from pathlib import Path
-from typing import IO
+from dataclasses import dataclass, field
+from typing import Any
 
 from qsr_engine.data.errors import DataError, PassingError
 from qsr_engine.data.order import ShardSlice
+from qsr_engine.data.remote import ShardStream
 from qsr_engine.data.retrying import RETRY, Retry, Tries
-from qsr_engine.data.samples import Item, Position, RawSample, Sample, at_position, sample_or_error
-from qsr_engine.data.tar import TwiceError, Uncompressed, ends_early, open_tar, read_members, unreadable
+from qsr_engine.data.samples import Loaded, Position, Sample, at_position, sample_of
+from qsr_engine.data.table import Table
+from qsr_engine.data.tar import image_of, span_of
+
+FAR = 4 << 20  # bytes; where nothing is wanted of so many, another request is made behind them
+
+
+@dataclass
+class _Reading:
+    """Samples of a shard from `start` on: those before `next` have come by, and who is wanted later of them is held.
+
+    `done`, a byte a sample: whether it was given, or passed over.
+    """
+
+    start: int
+    done: bytearray
+    next: int
+    held: dict[int, Sample | DataError] = field(default_factory=dict)
+    stream: ShardStream | None = None
+    broken: DataError | None = None  # its tries are used up
+
+    @classmethod
+    def of(cls, start: int, stop: int) -> _Reading:
+        return cls(start, bytearray(stop - start), start)
+
+    def wants(self, number: int) -> bool:
+        """Whether a sample is one of these, and still to come."""
+        return 0 <= number - self.start < len(self.done) and not self.done[number - self.start]
+
+    def close(self) -> None:
+        if self.stream is not None:
+            self.stream.close()
+        self.stream = None
 
 
 class Streamed:
     """Samples from shards that are read from beginning to end, and kept nowhere.
 
-    A stream that breaks in a way that may pass is opened again, and read up to where it broke. Tries that came no
+    What was passed over before the first sample is not read: a resumed run reads what is in its shuffle buffer, and
+    goes on behind it. A stream that breaks in a way that may pass is opened again where it broke. Tries that came no
     further than the last are counted.
 
     Args:
-        name: how messages call a shard.
-        open_shard: a stream of a shard's bytes, by the shard's name.
+        open_shard: a stream of a shard's bytes, by the shard's name and the byte where it begins.
+        table: the places of all samples.
+        url: of the folder of the shards.
         classes: number of classes, or None where it is not known.
         retry: of a shard.
-        rule: where the label of a sample is, as the index says.
     """
 
     any_order = False
-    most_spares = 64  # whole samples
 
     def __init__(
         self,
-        name: Callable[[str], str],
-        open_shard: Callable[[str], IO[bytes]],
+        open_shard: Callable[[str, int], ShardStream],
+        table: Table,
+        url: str,
         classes: int | None,
         retry: Retry = RETRY,
-        rule: str = "cls",
     ) -> None:
-        self._name, self._stream, self._classes, self._retry = name, open_shard, classes, retry
-        self._rule = rule
+        self._open, self._table, self._url, self._classes, self._retry = open_shard, table, url, classes, retry
+        self._readings: dict[str, list[_Reading]] = {}  # of a shard more than one where epochs meet
 
-    def items(self, slices: Iterable[ShardSlice]) -> Iterator[Item]:
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_readings": {}}  # streams are those of a process
+
+    def items(self, slices: Iterable[ShardSlice]) -> Iterator[Position]:
         for piece in slices:
-            number = 0
+            self._readings.setdefault(piece.name, []).append(_Reading.of(piece.start, piece.stop))
+            for number in range(piece.start, piece.stop):
+                yield Position(piece.name, number)
+
+    def load(self, item: Position) -> Loaded:
+        # A sample that has stood in for a bad one was given already: it is read alone.
+        reading = self._that_wants(item) or _Reading.of(item.number, item.number + 1)
+        found = reading.held.pop(item.number, None)
+        if found is None:
             try:
-                for raw in self._read(piece.name):
-                    if number >= piece.start:
-                        yield sample_or_error(self._name(piece.name), raw, self._classes, self._rule)
-                    number += 1
-                    if number == piece.stop:
-                        break
-                else:
-                    raise ends_early(self._name(piece.name), number)
+                found = self._read(item, reading)
             except DataError as error:
-                for left in range(max(number, piece.start), piece.stop):
-                    yield at_position(error, Position(piece.name, left))
+                reading.broken = error
+                found = at_position(error, item)
+        self._done(item, reading)
+        return found
 
-    def load(self, item: Item) -> Sample | DataError:
-        assert not isinstance(item, Position)
-        return item
-
-    def announce(self, item: Item) -> None:
+    def announce(self, item: Position) -> None:
         pass
 
-    def _read(self, shard: str) -> Iterator[RawSample]:
-        """The samples of a shard, as read_stream() gives them, over as many breaks as there may be."""
-        keys: list[str] = []  # of the samples that were given
-        tries = Tries(self._retry)
-        while True:
+    def pass_over(self, item: Position) -> None:
+        reading = self._that_wants(item)
+        if reading is not None:
+            reading.held.pop(item.number, None)
+            self._done(item, reading)
+
+    def _that_wants(self, item: Position) -> _Reading | None:
+        return next((one for one in self._readings.get(item.shard, ()) if one.wants(item.number)), None)
+
+    def _done(self, item: Position, reading: _Reading) -> None:
+        reading.done[item.number - reading.start] = 1
+        if 0 not in reading.done:
+            reading.close()
+            self._readings[item.shard] = [one for one in self._readings.get(item.shard, ()) if one is not reading]
+
+    def _read(self, item: Position, reading: _Reading) -> Sample | DataError:
+        """Read up to a sample, over as many breaks as there may be, and hold what is wanted before it.
+
+        Raises:
+            DataError: the shard cannot be read further.
+        """
+        tries, came_to = Tries(self._retry), reading.next
+        while reading.broken is None:
+            number = reading.start + reading.done.find(0, reading.next - reading.start)
             try:
-                for number, raw in enumerate(read_stream(self._name(shard), lambda: self._stream(shard))):
-                    if number >= len(keys):
-                        keys.append(raw.key)
-                        yield raw
-                        tries = Tries(self._retry)  # a server may close what is read slowly, again and again
-                    elif raw.key != keys[number]:
-                        raise DataError(
-                            f"{self._name(shard)}: this shard was replaced while it was read: its sample {number} was "
-                            f"{keys[number]!r}, and is {raw.key!r} now; begin again with its new index"
-                        )
-                return
+                found = self._next(Position(item.shard, number), reading)
             except PassingError as error:
+                reading.close()
+                if reading.next > came_to:
+                    tries, came_to = Tries(self._retry), reading.next
                 tries.again(error)
+                continue
+            reading.next = number + 1
+            if number == item.number:
+                return found
+            reading.held[number] = found
+        raise reading.broken
 
+    def _next(self, item: Position, reading: _Reading) -> Sample | DataError:
+        place = span_of(self._table.row(*item))[0]
+        if reading.stream is None or not 0 <= place - reading.stream.at < FAR:
+            reading.close()
+            reading.stream = self._open(item.shard, place)
+        return self._from(reading.stream, item)
 
-def read_shard(path: Path) -> Iterator[RawSample]:
-    """Yield the samples of a shard: neighbouring members of one key.
-
-    Raises:
-        DataError: the file is missing, is not a tar file, or ends in the middle, or a key is there twice; a
-            PassingError where that may pass.
-    """
-    return read_stream(str(path), lambda: open(path, "rb"))
-
-
-def read_stream(name: str, open_shard: Callable[[], IO[bytes]]) -> Iterator[RawSample]:
-    """As read_shard(), of any stream; `name` is what messages call it."""
-    keys: set[str] = set()
-    try:
-        with open_shard() as stream, open_tar(Uncompressed(stream), "r|") as tar:
-            for key, members in groupby(read_members(tar), key=lambda member: member.key):
-                sample = RawSample(key, {})
-                for member in members:
-                    if key in keys or member.suffix in sample.members:
-                        raise TwiceError(key)
-                    sample.members[member.suffix] = member.data
-                yield sample
-                keys.add(key)
-    except DataError:
-        raise
-    except Exception as error:  # tarfile, zlib, lzma and fsspec raise a dozen types between them
-        raise unreadable(name, len(keys), error) from error
+    def _from(self, stream: ShardStream, item: Position) -> Sample | DataError:
+        """A sample of a stream that is not behind it."""
+        row, path = self._table.row(*item), f"{self._url}/{item.shard}"
+        start, stop = span_of(row)
+        stream.skip(start - stream.at)
+        data = stream.read_whole(stop - start)
+        try:
+            key, image = image_of(path, item.number, row, data)
+        except DataError as error:
+            return at_position(error, item)
+        return sample_of(path, key, image, row, self._classes)

@@ -14,7 +14,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 from qsr_engine.data.errors import DataError, PassingError
+from qsr_engine.data.index import TOKENS
 from qsr_engine.data.retrying import may_pass
+from qsr_engine.data.rows import Row
+from qsr_engine.data.samples import IMAGE_SUFFIXES
 
 MAX_MEMBER = 1 << 30  # bytes; an image of MAX_PIXELS has 0.6 GB without any compression, at 16 bits
 # Bytes of an extended header (a long name, pax records). tarfile's time for it grows with the square of its length:
@@ -146,7 +149,32 @@ def read_at(file: int, size: int, offset: int) -> bytes:
     return data
 
 
-def name_and_size(headers: bytes) -> tuple[str, int]:
+def span_of(row: Row) -> tuple[int, int]:
+    """Where the headers of a row's image begin in its shard, and where the image ends, in bytes."""
+    return max(0, row.offset - row.header * tarfile.BLOCKSIZE), row.offset + row.length
+
+
+def image_of(path: object, number: int, row: Row, data: bytes) -> tuple[str, bytes]:
+    """The key and the image of sample `number` from the bytes that span_of() names.
+
+    Raises:
+        DataError: they are not those of a member that is an image of so many bytes.
+    """
+    before = len(data) - row.length
+    try:
+        name, size = _name_and_size(data[:before])
+        names = key_and_suffix(name)
+    except Exception:  # a damaged header can say anything
+        names, size = None, -1
+    if names is None or names[1] not in (*IMAGE_SUFFIXES, TOKENS) or size != row.length:
+        raise DataError(
+            f"{path}: this shard has no image at byte {row.offset}, where its index has that of sample {number}: it is "
+            "damaged or was replaced; copy it again, or `qsr shards index DIR --again`"
+        )
+    return names[0], data[before:]
+
+
+def _name_and_size(headers: bytes) -> tuple[str, int]:
     """The name of a member, and its bytes, from the blocks of its headers. Raises an exception where they are none."""
     last = headers[-tarfile.BLOCKSIZE :]
     name, end, _ = last[:100].partition(b"\0")
@@ -155,11 +183,11 @@ def name_and_size(headers: bytes) -> tuple[str, int]:
             header = tar.next()
             assert header is not None
             return header.name, header.size
-    return name.decode(errors="surrogateescape"), octal(last[124:136])
+    return name.decode(errors="surrogateescape"), _octal(last[124:136])
 
 
-def octal(field: bytes) -> int:
-    """A number in a header; int() alone would take a sign, and a walk would go backwards."""
+def _octal(field: bytes) -> int:
+    """A number in a header; int() alone would take a sign."""
     digits = field.strip(b"\0 ")
     if not digits.isdigit():
         raise ValueError(f"{digits!r} is not a number")
@@ -192,14 +220,6 @@ def unreadable(path: object, samples: int, error: Exception) -> DataError:
     reason = reason or "it is truncated or not a tar file; copy or write it again"
     kind = PassingError if may_pass(error) else DataError
     return kind(f"{path}: this shard cannot be read past sample {samples}: {reason}")
-
-
-def ends_early(path: object, samples: int) -> DataError:
-    """The error of a shard that has fewer samples than its index says."""
-    return DataError(
-        f"{path}: this shard ends after {samples} samples, and its index says that there are more; "
-        "copy or write it again"
-    )
 
 
 def _refused_sparse(header: tarfile.TarInfo) -> RefusedError:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from qsr_engine.data.index import Index, Split
-from qsr_engine.data.samples import Sample, parse_sample
-from qsr_engine.data.streaming import read_shard
-from qsr_engine.data.writing.shard import write_shard
+from qsr_engine.data.index import TOKENS, Index, Split
+from qsr_engine.data.samples import IMAGE_SUFFIXES, Sample
+from qsr_engine.data.writing.folder import write_index
+from qsr_engine.data.writing.shard import Written, write_shard
 
 
 def write_images(root: Path, counts: dict[str, int], name: str = "{}.png") -> None:
@@ -62,23 +63,43 @@ def noise(seed: int, mode: str = "PNG") -> bytes:
     return stream.getvalue()
 
 
-def shards_of(folder: Path, sizes: list[int]) -> tuple[Path, Index]:
+def shards_of(folder: Path, sizes: list[int], kind: str = "PNG") -> tuple[Path, Index]:
     """Noise images in shards of so many samples; label and key of each are its number. One split, "all"."""
-    shards, first = [], 0
+    written, first = [], 0
     for shard, size in enumerate(sizes):
-        samples = [(f"{n:08d}", "png", noise(n), n) for n in range(first, first + size)]
-        shards.append(write_shard(folder / f"all-{shard:06d}.tar", samples).shard)
+        suffix = "png" if kind == "PNG" else "jpg"
+        samples = [(f"{n:08d}", suffix, noise(n, kind), n) for n in range(first, first + size)]
+        written.append(write_shard(folder / f"all-{shard:06d}.tar", samples))
         first += size
-    return folder, Index(classes=None, splits={"all": Split(samples=first, shards=shards)})
+    return folder, indexed(folder, written)
+
+
+def indexed(folder: Path, written: Sequence[Written]) -> Index:
+    """The index of written shards, one split "all", on disk with its table."""
+    shards = [one.shard for one in written]
+    split = Split(samples=sum(shard.samples for shard in shards), shards=shards)
+    return write_index(folder, Index(classes=None, splits={"all": split}), [one.rows for one in written])
+
+
+def read_members(path: Path) -> list[tuple[str, bytes]]:
+    """Name and bytes of every file of a shard, as Python's tarfile reads them."""
+    with tarfile.open(path) as tar:
+        return [(info.name, tar.extractfile(info).read()) for info in tar if info.isfile()]  # type: ignore[union-attr]
 
 
 def read_samples(folder: Path, index: Index, split: str) -> list[Sample]:
     """All samples of a split, in the order of its shards."""
-    return [
-        parse_sample(folder / shard.name, raw, index.class_count, index.rule)
-        for shard in index.split(split).shards
-        for raw in read_shard(folder / shard.name)
-    ]
+    found = []
+    for shard in index.split(split).shards:
+        members = read_members(folder / shard.name)
+        suffixes = IMAGE_SUFFIXES if index.text is None else (TOKENS,)
+        labels = {Path(name).stem: int(data) for name, data in members if name.endswith(".cls")}
+        found += [
+            Sample(str(folder / shard.name), Path(name).stem, data, labels.get(Path(name).stem, 0))
+            for name, data in members
+            if Path(name).suffix[1:] in suffixes
+        ]
+    return found
 
 
 def with_field(data: bytes, header: int, at: int, value: bytes) -> bytes:

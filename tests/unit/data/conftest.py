@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from qsr_engine.data import Index, index_shards
-from qsr_engine.data.writing.folder import write_index
 from tests.support.shard_files import shards_of, write_tar
 
 
@@ -30,9 +29,7 @@ def data(tmp_path: Path) -> tuple[Path, Index]:
     """48 noise images in four shards; label and key of each are its number."""
     folder = tmp_path / "shards"
     folder.mkdir()
-    made = shards_of(folder, [12, 12, 12, 12])
-    write_index(*made)
-    return made
+    return shards_of(folder, [12, 12, 12, 12])
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import io
 import math
 import random
 from array import array
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +241,32 @@ def test_threads_and_files_give_the_same_pictures(tmp_path: Path) -> None:
     assert _jpeg.decode_batch([(-1, 0, 100)], plans[:11], b"", out, 64) == ["Bad file descriptor"]
     assert np.array_equal(pictures[0], pictures[1])
     assert np.array_equal(pictures[0], pictures[2])
+
+
+def shown_as(view: View, width: int, height: int, draw: random.Random) -> View:
+    return view
+
+
+@with_libjpeg
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_every_kind_of_instructions_gives_pillows_pictures(level: int) -> None:
+    """Those that the processor has not are as the kind below. Larger, smaller and narrow ones, of any width."""
+    image = encode(photo(), "JPEG")
+    _jpeg.set_vectors(level)
+    try:
+        for box in ((3, 5, 300, 200), (0, 0, 17, 9), (40, 30, 9, 380), (10, 10, 600, 33), (0, 0, 640, 427)):
+            for size in (224, 97, 16):
+                if min(box[2:]) >= 6 * size:
+                    continue
+                found = np.zeros((size, size, 3), np.uint8)
+                view = View(*box, flip=size == 97)
+                decoder = Decoder(size, partial(shown_as, view))
+                assert not decoder.decode([image], random.Random(0), found[None])
+                part = Image.open(io.BytesIO(image.image)).crop((box[0], box[1], box[0] + box[2], box[1] + box[3]))
+                shown = np.asarray(part.resize((size, size), Image.Resampling.BILINEAR))
+                assert np.array_equal(found, shown[:, ::-1] if view.flip else shown), (box, size)
+    finally:
+        _jpeg.set_vectors(2)
 
 
 @with_libjpeg

@@ -21,15 +21,18 @@ import pytest
 import torch
 
 from qsr_engine.config.recipe import DataConfig
+from qsr_engine.data import index_shards
 from qsr_engine.data.cache import ShardCache
 from qsr_engine.data.checking import check_shards
 from qsr_engine.data.errors import DataError
-from qsr_engine.data.index import Index, Split, read_index
+from qsr_engine.data.index import Split, read_index
 from qsr_engine.data.loader import EvalLoader, TrainLoader
 from qsr_engine.data.random_access import RandomAccess
 from qsr_engine.data.samples import Position, Sample
+from qsr_engine.data.table import open_table
+from qsr_engine.data.tar import span_of
 from qsr_engine.data.tar_shard import TarShard
-from qsr_engine.data.writing.folder import write_index
+from tests.support.bucket import bucket
 from tests.support.loading import equal
 from tests.support.shard_files import shards_of
 
@@ -40,7 +43,7 @@ SIZES = [7, 9, 8, 6, 10]
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str, list[str]]]:
     """A folder of five shards, its URL at a real HTTP server, and the paths that were asked for."""
     folder = tmp_path_factory.mktemp("served")
-    write_index(*shards_of(folder, SIZES))
+    shards_of(folder, SIZES)
     asked: list[str] = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
@@ -122,7 +125,7 @@ def test_shards_before_the_start_are_not_fetched(
     _, url, asked = served
     options = config(url, tmp_path, shuffle_buffer=1)
     loader = TrainLoader(url, read_index(url), options, rank=0, ranks=1, batch_size=4, seed=3)
-    batch = {item.shard for item in islice(loader.items(32), 4) if isinstance(item, Position)}
+    batch = {item.shard for item in islice(loader.items(32), 4)}
     asked.clear()
     next(loader.batches(8))
     assert set(asked) == {f"/{shard}" for shard in batch}
@@ -185,10 +188,10 @@ def test_fetching_at_once_stays_within_the_bounds_too(served: tuple[Path, str, l
     watching = threading.Thread(target=watch)
     watching.start()
     with ThreadPoolExecutor(12) as pool:
-        found = list(pool.map(lambda name: (name, len(cache.open(name).samples)), [*shards, *shards]))
+        found = list(pool.map(lambda name: (name, cache.open(name).path.stat().st_size), [*shards, *shards]))
     stop.set()
     watching.join()
-    assert found == [(name, shards[name].samples) for name in [*shards, *shards]]
+    assert found == [(name, shards[name].bytes) for name in [*shards, *shards]]
     # Twelve at once cannot all wait for room that only they could give back: each may be over by its own shard.
     assert most[0] <= limit + 12 * max(shard.bytes for shard in shards.values())
     gone = next(tmp_path.glob("*.tar"))
@@ -202,7 +205,7 @@ def test_forgotten_copies_are_closed(served: tuple[Path, str, list[str]], tmp_pa
     folder, url, _ = served
     shards = {shard.name: shard for shard in read_index(folder).split("all").shards}
     cache = ShardCache(url, tmp_path, 4 * max(shard.bytes for shard in shards.values()), shards)
-    source = RandomAccess(cache.open, None, cache.announce)
+    source = RandomAccess(cache.open, open_table(folder / "samples.npy", read_index(folder)), None, cache.announce)
     for name in [*shards, *shards]:
         assert isinstance(source.load(Position(name, 0)), Sample)
     assert sum(shard.deleted for shard in source._open.values() if isinstance(shard, TarShard)) <= 1
@@ -285,7 +288,7 @@ def test_a_broken_shard_is_found_out_once_and_its_samples_may_be_skipped(
     monkeypatch.setattr("qsr_engine.data.retrying.time.sleep", lambda _: None)
     index = read_index(folder)
     shards = [index.split("all").shards[0].model_copy(update={"sha256": "0" * 64}), *index.split("all").shards[1:]]
-    index = Index(classes=None, splits={"all": Split(samples=sum(SIZES), shards=shards)})
+    index = index.model_copy(update={"splits": {"all": Split(samples=sum(SIZES), shards=shards)}})
     loader = TrainLoader(url, index, config(url, tmp_path, max_bad_samples=7), rank=0, ranks=1, batch_size=20, seed=3)
     asked.clear()
     found = list(islice(loader.batches(), 2))  # all 40 samples of the epoch
@@ -324,3 +327,43 @@ def hold_the_lock(cache: ShardCache, name: str, ready: Any) -> None:
 
     cache._fetch = hang  # type: ignore[method-assign]
     cache.open(name)
+
+
+@pytest.mark.parametrize("protocol", ["s3", "gs", "hf"])
+def test_object_stores_are_read_over_fsspec(served: tuple[Path, str, list[str]], tmp_path: Path, protocol: str) -> None:
+    """A stand-in for each: fsspec's file system in memory, under the protocol's name."""
+    folder, *_ = served
+    local = batches(str(folder), tmp_path)
+    with bucket(folder, protocol) as (url, _):
+        assert read_index(url) == read_index(folder)
+        for way in ({}, {"cache_gb": 0}):
+            assert equal(batches(url, tmp_path / "cache", **way), local)
+        names = [path.name for path in folder.glob("*.tar")]
+        made = index_shards(url, splits={"all": "all-*.tar"}, out=tmp_path / "index", say=lambda _: None)
+    assert {shard.name for shard in made.splits["all"].shards} == set(names)
+    assert made.splits == read_index(folder).splits
+
+
+def test_a_resumed_stream_reads_its_shuffle_buffer_and_goes_on_behind_it(tmp_path: Path) -> None:
+    """The order is that of an undisturbed run, bit for bit; no shard is read from its beginning."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    _, index = shards_of(folder, [60, 60, 60])
+    with bucket(folder, "s3") as (url, opened):
+        options: dict[str, Any] = {"cache_gb": 0, "train": "all"}
+
+        def of_url(start: int, processes: int = 0) -> list[Any]:
+            made = config(url, tmp_path / "cache", loader_processes=processes, **options)
+            loader = TrainLoader(url, index, made, rank=0, ranks=1, batch_size=4, seed=3)
+            return list(islice(loader.batches(start), 10))
+
+        whole = of_url(0) + of_url(10) + of_url(20) + of_url(30)
+        opened.clear()
+        assert equal(of_url(25), whole[25:35])
+        tars = [(name, place) for name, place in opened if name.endswith(".tar")]
+    table = open_table(folder / "samples.npy", index)
+    first = {(shard.name, span_of(table.row(shard.name, 0))[0]) for shard in index.splits["all"].shards}
+    assert len(tars) == 2, "the shard in which it stands, and the next"
+    assert len(first & set(tars)) == 1, "only the next from its beginning"
+    once = TrainLoader(folder, index, config(str(folder), tmp_path), rank=0, ranks=1, batch_size=4, seed=3)
+    assert equal(list(islice(once.batches(), 40)), whole)

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import errno
-import io
 import os
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
 
+from qsr_engine.data.decoding import REGIONS
 from qsr_engine.data.errors import DataError, PassingError
 from qsr_engine.data.index import Index
 from qsr_engine.data.order import ShardSlice
 from qsr_engine.data.random_access import RandomAccess
+from qsr_engine.data.remote import ShardStream
 from qsr_engine.data.retrying import LONGEST_WAIT, Retry, retried
 from qsr_engine.data.samples import Position, Sample, bad_sample
 from qsr_engine.data.streaming import Streamed
+from qsr_engine.data.table import open_table
+from qsr_engine.data.tar import span_of
 from qsr_engine.data.tar_shard import TarShard
-from tests.support.loading import equal, load
-from tests.support.shard_files import noise, tar_bytes, with_field
+from tests.support.bucket import bucket
+from tests.support.loading import equal, load, train_loader
+from tests.support.shard_files import shards_of
+
+if REGIONS:
+    from qsr_engine.data import _jpeg
 
 
 @pytest.mark.filterwarnings("ignore:.*trying again")
@@ -50,13 +60,13 @@ def test_what_cannot_pass_is_not_tried_again(waits: list[float]) -> None:
 def test_a_file_server_that_fails_for_a_while_costs_no_sample(
     data: tuple[Path, Index], waits: list[float], monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """Three reads in a row fail, in a walk over headers as well as in a read, with every shard opened anew."""
+    """Three reads in a row fail, twice, with every shard opened anew."""
     read, failures = os.pread, [3, 3]
     opened: list[Path] = []
     whole = list(islice(load(data).batches(), 12))
 
     def pread(file: int, size: int, offset: int) -> bytes:
-        phase = 0 if offset == 512 * 6 else 1 if offset > 512 * 10 and len(opened) > 6 else None
+        phase = 0 if len(opened) <= 3 else 1 if offset > 512 * 10 and len(opened) > 6 else None
         if phase is not None and failures[phase]:
             failures[phase] -= 1
             raise OSError(number, os.strerror(number))
@@ -74,6 +84,53 @@ def test_a_file_server_that_fails_for_a_while_costs_no_sample(
     assert waits[:3] == [1, 2, 4]
     assert len(waits) == 6
     assert len(opened) == 4 + 6
+
+
+@pytest.mark.filterwarnings("ignore:.*trying again")
+def test_a_read_that_ends_before_its_file_is_tried_again_and_a_truncated_file_is_not(
+    data: tuple[Path, Index], waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Network file systems give less than was asked for, or for a moment nothing."""
+    read, answers = os.pread, [10, 0, 10**9, 5, 5]
+    monkeypatch.setattr(os, "pread", lambda f, size, at: read(f, min(size, answers.pop(0) if answers else size), at))
+    table = open_table(data[0] / "samples.npy", data[1])
+    source = RandomAccess(lambda name: TarShard(data[0] / name), table, None, retry=Retry(2, 1.0))
+    found = [source.load(Position("all-000000.tar", number)) for number in (3, 4)]
+    assert [isinstance(sample, Sample) for sample in found] == [True, True]
+    assert (answers, waits) == ([], [1])
+    os.truncate(data[0] / "all-000000.tar", 2000)
+    assert "is truncated" in str(source.load(Position("all-000000.tar", 3)))
+    assert waits == [1]
+
+
+@pytest.mark.skipif(not REGIONS, reason="needs qsr_engine.data._jpeg")
+def test_what_compiled_code_cannot_read_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = shards_of(tmp_path, [12, 12], kind="JPEG")
+    whole = list(islice(load(data).batches(), 6))
+    decode, seen = _jpeg.decode_batch, list[bool]()
+
+    def fails(sources: Sequence[bytes | tuple[int, int, int]], *rest: Any) -> list[str | None]:
+        seen.extend(isinstance(source, tuple) for source in sources)
+        decode(sources, *rest)
+        rest[2][:] = 99  # what it leaves is anything
+        return ["Input/output error"] * len(sources)
+
+    monkeypatch.setattr(_jpeg, "decode_batch", fails)
+    assert equal(list(islice(load(data).batches(), 6)), whole)
+    assert seen == [True] * 24
+
+
+@pytest.mark.skipif(not REGIONS, reason="needs qsr_engine.data._jpeg")
+def test_files_stay_open_until_the_batch_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every sample of a batch lies in another shard, and few shards may be open."""
+    data = shards_of(tmp_path, [2] * 24, kind="JPEG")
+    options = {"shuffle": "samples", "batch_size": 24, "ranks": 1}
+    whole = list(islice(train_loader(data, **options).batches(), 4))
+    files = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr("qsr_engine.data.random_access.OPEN_SHARDS", 4)
+    loader = train_loader(data, **options)
+    assert equal(list(islice(loader.batches(), 4)), whole)
+    assert len(os.listdir("/proc/self/fd")) <= files + 4, "they are closed afterwards"
 
 
 @pytest.mark.filterwarnings("ignore:.*trying again")
@@ -141,7 +198,8 @@ def test_a_damaged_place_of_the_disk_costs_its_samples_only(
         return read(file, size, offset)
 
     monkeypatch.setattr("qsr_engine.data.tar_shard.os.pread", pread)
-    source = RandomAccess(lambda name: TarShard(data[0] / name), None, retry=Retry(2, 1.0))
+    table = open_table(data[0] / "samples.npy", data[1])
+    source = RandomAccess(lambda name: TarShard(data[0] / name), table, None, retry=Retry(2, 1.0))
     found = [source.load(Position("all-000000.tar", number)) for number in range(12)]
     good = [isinstance(sample, Sample) for sample in found]
     assert good == [True] * sum(good) + [False] * (12 - sum(good))
@@ -150,43 +208,45 @@ def test_a_damaged_place_of_the_disk_costs_its_samples_only(
     assert "Input/output error (3 tries over" in str(found[sum(good)])
 
 
-class Breaking(io.BytesIO):
+class Breaking(ShardStream):
     """A stream that breaks before one of its bytes."""
 
-    def __init__(self, content: bytes, place: int) -> None:
-        super().__init__(content)
-        self.place = place
+    breaks = 0
 
-    def read(self, size: int | None = -1) -> bytes:
-        if self.tell() >= self.place:
+    def read(self, size: int = -1) -> bytes:
+        if self.at >= self.breaks:
             raise PassingError("s: broken")
         return super().read(size)
 
 
 @pytest.mark.filterwarnings("ignore:.*trying again")
 @pytest.mark.parametrize("replaced", [False, True])
-def test_a_stream_that_breaks_goes_on_where_it_broke(waits: list[float], replaced: bool) -> None:
-    members = [(f"{number:02d}", noise(number)) for number in range(40)]
-    content = tar_bytes(
-        {f"{key}.{suffix}": data for key, png in members for suffix, data in (("cls", b"1"), ("png", png))}
-    )
-    other = content.replace(b"03.", b"x3.")
-    other = b"".join(  # with right checksums
-        with_field(block, 0, 0, block[:1]) if block[257:262] == b"ustar" else block
-        for block in (other[at : at + 512] for at in range(0, len(other), 512))
-    )
-    streams = [Breaking(content, 30_000), Breaking(other if replaced else content, 50_000), Breaking(content, 10**9)]
-    opened = iter(streams)
-    source = Streamed(str, lambda _: next(opened), None, Retry(3, 1.0))
-    found = list(source.items([ShardSlice("s", 2, 38)]))
-    good = [item.key for item in found if isinstance(item, Sample)]
-    if replaced:
-        assert 0 < len(good) < 36
-        assert good == [key for key, _ in members[2 : 2 + len(good)]]
-        assert all("its sample 3 was '03', and is 'x3' now" in str(error) for error in found[len(good) :])
-        assert waits == [1]
-    else:
-        assert good == [key for key, _ in members[2:38]], "none is lost, and none comes twice"
-        assert waits == [1, 1], "it came further before it broke again"
+def test_a_stream_that_breaks_goes_on_where_it_broke(tmp_path: Path, waits: list[float], replaced: bool) -> None:
+    _, index = shards_of(tmp_path, [40])
+    name, table = "all-000000.tar", open_table(tmp_path / "samples.npy", index)
+    places = [30_000, 50_000, 10**9]
+    streams: list[Breaking] = []
+    with bucket(tmp_path, "s3") as (url, opened):
+
+        def open_stream(name: str, start: int) -> Breaking:
+            if replaced and streams:
+                fsspec.filesystem("s3").pipe("s3://bucket/set/" + name, bytes((tmp_path / name).stat().st_size))
+            streams.append(Breaking(f"{url}/{name}", (tmp_path / name).stat().st_size, start))
+            streams[-1].breaks = places[len(streams) - 1]
+            return streams[-1]
+
+        source = Streamed(open_stream, table, url, None, Retry(3, 1.0))
+        found = [source.load(item) for item in source.items([ShardSlice(name, 2, 38)])]
+    good = [item.label for item in found if isinstance(item, Sample)]
     assert len(found) == 36
     assert streams[0].closed
+    if replaced:
+        assert good == list(range(2, 2 + len(good)))
+        assert 0 < len(good) < 36
+        assert all("this shard has no image at byte" in str(error) for error in found[len(good) :])
+        return
+    assert good == list(range(2, 38)), "none is lost, and none comes twice"
+    assert waits == [1, 1], "it came further before it broke again"
+    spans = [span_of(table.row(name, number)) for number in range(40)]
+    broke = [next(spans[n + 1][0] for n in range(40) if spans[n][1] >= place) for place in places[:2]]
+    assert [start for _, start in opened] == [spans[2][0], *broke]

@@ -17,15 +17,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
+from qsr_engine.data import index_shards
 from qsr_engine.data.errors import DataError
 from qsr_engine.data.order import ShardSlice
 from qsr_engine.data.random_access import RandomAccess
-from qsr_engine.data.samples import RawSample, Sample
-from qsr_engine.data.streaming import Streamed, read_shard
+from qsr_engine.data.remote import ShardStream
+from qsr_engine.data.rows import PACKED, Row
+from qsr_engine.data.samples import Sample
+from qsr_engine.data.streaming import Streamed
+from qsr_engine.data.table import open_table
 from qsr_engine.data.tar import key_and_suffix
 from qsr_engine.data.tar_shard import TarShard
 from qsr_engine.data.writing.scanning import scan_shard
 from tests.fuzz.make_seeds import CORPUS
+from tests.support.bucket import bucket
 from tests.support.shard_files import noise, shards_of, tar_bytes
 
 REMARK = re.compile(r"__[^/]*__($|/)")  # what webdataset passes over
@@ -48,7 +53,7 @@ def test_keys_and_suffixes_are_those_of_webdataset(name: str) -> None:
 def test_members_are_grouped_as_webdataset_groups_them(
     tmp_path_factory: pytest.TempPathFactory, names: list[str], format: int
 ) -> None:
-    """By both readers and by the check; what webdataset does not see is that a key comes back later."""
+    """By the scan that makes the index; what webdataset does not see is that a key comes back later."""
     path = tmp_path_factory.mktemp("names") / "all-000000.tar"
     written = []
     with tarfile.open(path, "w", format=format) as tar:
@@ -63,70 +68,64 @@ def test_members_are_grouped_as_webdataset_groups_them(
                 tar.addfile(info, io.BytesIO(name.encode()))
                 if not REMARK.match(name):
                     written.append({"fname": name, "data": name.encode(), "__url__": ""})
-    expected: list[RawSample] = []
-    error = ""
+    expected: list[str] = []
+    error = False
     try:
         for sample in group_by_keys(written):
-            if sample["__key__"] in [one.key for one in expected]:
+            if sample["__key__"] in expected:
                 raise ValueError
-            expected.append(RawSample(sample["__key__"], {k: v for k, v in sample.items() if k[:2] != "__"}))
+            expected.append(sample["__key__"])
     except ValueError:
-        error = f"{path}: this shard cannot be read past sample {len(expected)}: the key "
-    found, shard = [], TarShard(path)
-    with pytest.raises(DataError, match=re.escape(error)) if error else contextlib.nullcontext():
-        for raw in read_shard(path):
-            found.append(raw)
-    assert found == expected
-    assert [shard.read(number) for number in range(len(expected))] == expected
-    with pytest.raises(DataError, match=re.escape(error)):
-        shard.read(len(expected))
+        error = True
     scan = scan_shard(path, None)
     assert scan.samples >= len(expected) if error else scan.samples == len(expected)
-    assert any("two members of one name" in text or "occurs more than once" in text for text in scan.problems) == (
-        error != ""
-    )
+    assert any("two members of one name" in text or "occurs more than once" in text for text in scan.problems) == error
 
 
-def test_a_damaged_header_is_found_and_samples_before_it_are_good(tmp_path: Path) -> None:
-    folder, _ = shards_of(tmp_path, [5])
+def test_an_image_is_read_only_where_a_header_of_its_name_and_size_is(tmp_path: Path) -> None:
+    folder, index = shards_of(tmp_path, [5])
     path = folder / "all-000000.tar"
+    table = open_table(folder / "samples.npy", index)
+    rows = [table.row(path.name, number) for number in range(5)]
     whole = path.read_bytes()
-    with tarfile.open(path) as tar:
-        places = [info.offset for info in tar]
-    for number, place in enumerate(places):
-        for at in (0, 5, 100, 124, 130, 148, 156, 257, 345):
-            damaged = bytearray(whole)
-            damaged[place + at] ^= 0x11
-            path.write_bytes(damaged)
-            shard = TarShard(path)
-            assert len(shard.samples) <= number // 2 + 1
-            for good in range(number // 2):
-                assert shard.read(good).members["cls"] == str(good).encode()
-            with pytest.raises(DataError, match=r"all-000000\.tar: this shard (cannot be read past|ends after)"):
-                shard.read(number // 2 + 1)
+    for at in (0, 5, 124, 130, 345):  # name, size, and what would be a longer name
+        damaged = bytearray(whole)
+        damaged[rows[2].offset - 512 + at] ^= 0x11
+        path.write_bytes(damaged)
+        shard = TarShard(path)
+        for good in (0, 1, 3, 4):
+            assert shard.read(good, rows[good]) == (f"{good:08d}", noise(good))
+        if at in (0, 5):
+            assert shard.read(2, rows[2])[0] != "00000002"  # another key is as good as this one
+        else:
+            with pytest.raises(
+                DataError, match=r"all-000000\.tar: this shard has no image at byte \d+, where its index"
+            ):
+                shard.read(2, rows[2])
+    with pytest.raises(DataError, match=r"has no image at byte"):
+        shard.read(1, rows[1]._replace(offset=rows[1].offset + 512))
 
 
-@pytest.mark.parametrize("byte", [b"9", b"8", b"-", b" ", b"\xff"])
+@pytest.mark.parametrize("byte", [b"9", b"8", b"-", b"\xff"])
 def test_a_header_with_a_number_that_is_none_is_damage(tmp_path: Path, byte: bytes) -> None:
-    folder, _ = shards_of(tmp_path, [3])
+    folder, index = shards_of(tmp_path, [3])
     path = folder / "all-000000.tar"
-    for at in (124, 150):
-        data = bytearray(path.read_bytes())
-        data[at : at + 1] = byte
-        (tmp_path / "damaged.tar").write_bytes(data)
-        with pytest.raises(DataError, match=r"damaged\.tar: this shard cannot be read past sample 0"):
-            TarShard(tmp_path / "damaged.tar").read(0)
+    row = open_table(folder / "samples.npy", index).row(path.name, 0)
+    data = bytearray(path.read_bytes())
+    data[row.offset - 512 + 124 : row.offset - 512 + 125] = byte
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"all-000000\.tar: this shard has no image"):
+        TarShard(path).read(0, row)
 
 
-def test_a_negative_size_does_not_send_the_walk_back(tmp_path: Path) -> None:
+def test_a_negative_size_does_not_send_the_scan_back(tmp_path: Path) -> None:
     """It once went round for ever, and took memory on every turn."""
     header = bytearray(512)
     header[:1], header[124:135], header[156:157] = b"x", b"-0000001000", b"0"
     (tmp_path / "all-000000.tar").write_bytes(bytes(512 * 4) + header)
     (tmp_path / "all-000001.tar").write_bytes(bytes(header) * 3)
     for name in ("all-000000.tar", "all-000001.tar"):
-        with pytest.raises(DataError, match=name):
-            TarShard(tmp_path / name).read(0)
+        assert any(name in text for text in scan_shard(tmp_path / name, None).problems)
 
 
 def test_a_name_that_is_not_utf_8_is_read(tmp_path: Path) -> None:
@@ -136,12 +135,11 @@ def test_a_name_that_is_not_utf_8_is_read(tmp_path: Path) -> None:
             info = tarfile.TarInfo(f"\xe9.{suffix}")
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-    assert TarShard(path).read(0) == next(read_shard(path))
+    assert TarShard(path).read(0, Row(*PACKED.unpack(scan_shard(path, None).rows))) == ("\udce9", noise(0))
 
 
-@pytest.mark.parametrize("way", ["random access", "streamed"])
 @pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
-def test_a_bomb_in_a_tar_takes_no_memory(tmp_path: Path, kind: str, way: str) -> None:
+def test_a_bomb_in_a_tar_takes_no_memory(tmp_path: Path, kind: str) -> None:
     """Each would take 10 MB in the hands of tarfile alone; headers that announce more are in tests/fuzz/corpus."""
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode=f"w:{kind}") as tar:  # type: ignore[call-overload]
@@ -151,9 +149,8 @@ def test_a_bomb_in_a_tar_takes_no_memory(tmp_path: Path, kind: str, way: str) ->
     path = tmp_path / "bomb.tar"
     path.write_bytes(stream.getvalue())
     tracemalloc.start()
-    read = TarShard(path).read if way == "random access" else lambda _: next(read_shard(path))
-    with pytest.raises(DataError, match=r"bomb\.tar: this shard cannot be read past sample 0"):
-        read(0)
+    (problem,) = scan_shard(path, None).problems
+    assert "bomb.tar: this shard cannot be read past sample 0: it is compressed; decompress it" in problem
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 4 << 20  # tarfile's blocks of 10 KiB, and what it imports for it
@@ -167,10 +164,10 @@ def test_links_devices_and_names_that_lead_out_are_keys_or_nothing(
     monkeypatch.chdir(folder)
     path = folder / "s.tar"
     path.write_bytes((CORPUS / "shards" / "links.tar").read_bytes())
-    shard = TarShard(path)
-    keys = [shard.read(number).key for number in range(len(shard.samples))]
-    assert keys == [raw.key for raw in read_shard(path)]
-    assert keys == ["a", "/absolute", "../outside", "__remark__", "b", "c"]
+    scan = scan_shard(path, None)
+    keys = [TarShard(path).read(0, Row(*row))[0] for row in PACKED.iter_unpack(scan.rows)]
+    assert keys == ["a", "b", "c"]
+    assert [text.split("'")[1] for text in scan.problems] == ["/absolute", "../outside", "__remark__"]
     assert [p.name for p in tmp_path.rglob("*")] == ["in", "s.tar"]
 
 
@@ -185,10 +182,13 @@ def test_nothing_in_a_shard_is_unpickled(tmp_path: Path) -> None:
     content = {f"a.{suffix}": evil for suffix in ("pyd", "pickle", "pkl", "pth", "npy")}
     path = tmp_path / "all-000000.tar"
     path.write_bytes(tar_bytes({**content, "a.cls": b"1", "a.png": noise(0)}))
-    for source in (
-        RandomAccess(lambda name: TarShard(tmp_path / name), None),
-        Streamed(str, lambda name: (tmp_path / name).open("rb"), None),
-    ):
-        (item,) = source.items([ShardSlice(path.name, 0, 1)])
-        assert isinstance(source.load(item), Sample)
+    index = index_shards(tmp_path, say=lambda _: None)
+    table = open_table(tmp_path / "samples.npy", index)
+    with bucket(tmp_path, "s3") as (url, _):
+        for source in (
+            RandomAccess(lambda name: TarShard(tmp_path / name), table, None),
+            Streamed(lambda name, start: ShardStream(f"{url}/{name}", None, start), table, url, None),
+        ):
+            (item,) = source.items([ShardSlice(path.name, 0, 1)])
+            assert isinstance(source.load(item), Sample)
     assert not (tmp_path / "hit").exists()
