@@ -14,6 +14,7 @@ from benchmarks.gpu.rows import Found, Row, checked
 from qsr_engine.config.recipe import DataConfig
 from qsr_engine.data.index import Index, Split
 from qsr_engine.data.loader import TrainLoader
+from qsr_engine.data.writing.folder import write_index
 from qsr_engine.data.writing.shard import write_shard
 from tests.support.shard_files import picture
 
@@ -35,8 +36,9 @@ def _look(device: torch.device, processes: int, batches: int) -> Found:
     with tempfile.TemporaryDirectory() as folder:
         pictures = [picture(*SIDE, seed=seed) for seed in range(8)]
         samples = [(f"{n:06d}", "jpg", pictures[n % len(pictures)], n % 10) for n in range(4 * BATCH)]
-        shard = write_shard(Path(folder, "train-000000.tar"), samples).shard
-        index = Index(classes=None, splits={"train": Split(samples=len(samples), shards=[shard])})
+        written = write_shard(Path(folder, "train-000000.tar"), samples)
+        split = Split(samples=len(samples), shards=[written.shard])
+        index = write_index(Path(folder), Index(classes=None, splits={"train": split}), [written.rows])
         config = DataConfig(
             shards=folder, image_size=SIZE, augment="crop_flip", shuffle_buffer=64, loader_processes=processes
         )

@@ -161,6 +161,7 @@ def _recipe(args: argparse.Namespace) -> str:
         optimizer, peak, source = _ADAMW, 1e-3 * math.sqrt(batch / 1024), "0.001 for a batch of 1024, by the root"
     return _TEMPLATE.format(
         name=args.model,
+        shards=shards,
         out=args.out,
         stem=Path(args.out).stem,
         model_and_data=model_and_data,

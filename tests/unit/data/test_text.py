@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 import random
+import tarfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ import torch
 from qsr_engine.cli.main import main
 from qsr_engine.config.recipe import DataConfig
 from qsr_engine.data import DataError, Index, index_shards, read_index, shuffle_shards, verify_shards, write_text
-from qsr_engine.data.index import INDEX_NAME
 from qsr_engine.data.loader import EvalLoader, TrainLoader
+from qsr_engine.data.rows import pack
+from qsr_engine.data.writing.folder import write_index
 from qsr_engine.training.text import tokens_of
 from tests.support.shard_files import read_samples, tar_bytes
 from tests.support.text import CONTEXT, write_documents
@@ -199,11 +200,14 @@ def test_a_block_that_is_none_is_named_and_nothing_is_unpickled(
     else:
         bad = {"longer": np.arange(6, dtype="<u1"), "other type": good.astype("<u2"), "other token": good + 200}[kind]
         np.save(stream, bad)
-    (tmp_path / "train-000000.tar").write_bytes(tar_bytes({"a.npy": encode(good), "b.npy": stream.getvalue()}))
+    path = tmp_path / "train-000000.tar"
+    path.write_bytes(tar_bytes({"a.npy": encode(good), "b.npy": stream.getvalue()}))
     shard = {"name": "train-000000.tar", "samples": 2, "bytes": 10240, "sha256": "0" * 64}
     about = {"context": 4, "vocabulary": 200, "end": 0, "bytes_per_token": {"train": 1.0}}
     raw = {"format": 1, "classes": None, "splits": {"train": {"samples": 2, "shards": [shard]}}, "text": about}
-    (tmp_path / INDEX_NAME).write_text(json.dumps(raw))
+    with tarfile.open(path) as tar:
+        rows = [pack(info.offset_data, tar.extractfile(info).read(), 0, 1) for info in tar]  # type: ignore[union-attr]
+    write_index(tmp_path, Index.model_validate(raw), [b"".join(rows)])
     index = read_index(tmp_path)
     loader = EvalLoader(tmp_path, index, DataConfig(shards=".", eval="train"), rank=0, ranks=1, batch_size=2)
     with pytest.raises(DataError, match=r"sample 'b'.*(no block of 5 tokens of type uint8|has the token 204)"):
