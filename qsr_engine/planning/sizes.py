@@ -198,10 +198,13 @@ def index_of(recipe: Recipe) -> tuple[Index, list[str]]:
     except DataError:
         pass
     if recipe.task == "text":
-        vocabulary = kwargs.get("vocab_size", VOCABULARY)
-        text = TextData(context=CONTEXT, vocabulary=vocabulary, end=0, bytes_per_token={})
+        # What is wrong with these keys is said where the model is made.
+        sizes = {key: size for key, size in kwargs.items() if isinstance(size, int) and 1 < size < 2**31}
+        vocabulary = sizes.get("vocab_size", VOCABULARY)
+        context = min(CONTEXT, *(sizes.get(key, CONTEXT) for key in ("max_position_embeddings", "n_positions")))
+        text = TextData(context=context, vocabulary=vocabulary, end=0, bytes_per_token={})
         return Index(classes=None, splits={}, text=text), [
-            f"{vocabulary} tokens and a context of {CONTEXT}, since there are no shards that say it"
+            f"{vocabulary} tokens and a context of {context}, since there are no shards that say it"
         ]
     if "num_classes" in kwargs:
         return Index(classes=None, splits={}), []

@@ -17,6 +17,7 @@ import torch
 from qsr_engine.cli.main import main
 from qsr_engine.config.recipe import DataConfig
 from qsr_engine.data import DataError, Index, index_shards, read_index, shuffle_shards, verify_shards, write_text
+from qsr_engine.data.index import INDEX_NAME
 from qsr_engine.data.loader import EvalLoader, TrainLoader
 from qsr_engine.data.rows import pack
 from qsr_engine.data.writing.folder import write_index

@@ -134,6 +134,11 @@ def test_plan_init_and_a_dry_run_of_a_text(
     recipe = text_recipe(tmp_path, shards)
     assert main(["plan", str(recipe), "--json", "--workers", "2", "--bandwidth", "1gbit", "--step-seconds", "1ms"]) == 0
     assert json.loads(capsys.readouterr().out)["total_steps"] == 14
+    elsewhere = ["--set", "data.shards=none", "--set", "model.kwargs.n_positions=8"]
+    assert (
+        main(["plan", str(recipe), *elsewhere, "--workers", "2", "--bandwidth", "1gbit", "--step-seconds", "1ms"]) == 0
+    )
+    assert "256 tokens and a context of 8, since there are no shards that say it" in capsys.readouterr().out
     for words, expected in (
         (["--model", "timm/resnet18", "--shards", str(shards)], "the shards hold text; write transformers/TYPE"),
         (["--model", "transformers/gpt2", "--shards", "none"], "index is missing"),
