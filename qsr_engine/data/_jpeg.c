@@ -154,7 +154,7 @@ static void show(Work *work, const Picture *picture, int size) {
     const int down_first = down_is_first(region, size), bytes = size * 3;
     const int decoded = (int)reader->info.output_width * 4;
     const size_t stride = (size_t)(down_first ? decoded : bytes) + PADDING;
-    Byte *row = wanted(reader, &work->row, (size_t)decoded + PADDING);
+    Byte *row = wanted(reader, &work->row, (size_t)decoded + 4 * (size_t)across->most + PADDING);
     Byte *shown = wanted(reader, &work->shown, (size_t)bytes + PADDING);
     Byte *rows = wanted(reader, &work->rows, stride * (size_t)down->most);
     Byte *out = picture->out;

@@ -40,7 +40,8 @@ void axis_free(Axis *axis);
 int axis_first(const Axis *axis);
 int axis_end(const Axis *axis);
 
-/* RGBX pixels, the first of them number `first` of the axis, to axis->size RGB pixels. Both rows have PADDING. */
+/* RGBX pixels, the first of them number `first` of the axis, to axis->size RGB pixels. Both rows have PADDING, and that of
+ * RGBX has axis->most pixels besides: who sees fewer than others is given as many, of weight 0. */
 void resize_across(const Axis *axis, const Byte *row, int first, Byte *out);
 
 /* Row `number` of the result from rows that resize_across() made; row n lies at
