@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from qsr_engine.averaging.allreduce import average_in_place
+from qsr_engine.averaging.allreduce import average_tensors
 from qsr_engine.averaging.background import Background
 from qsr_engine.averaging.buckets import Places, bucket_bytes, pieces_of
 from qsr_engine.averaging.choose import choose_reducer
@@ -143,7 +143,7 @@ class Averager:
         assert not self.in_background, "finish() comes first"
         held = [bucket.to("cpu", copy=True) for bucket in self.buckets]
         try:
-            average_in_place(self.buckets, self.group, bucket_bytes(self.options.bucket_mb, self.group))
+            average_tensors(self.buckets, self.group, bucket_bytes(self.options.bucket_mb, self.group))
             yield
         finally:
             for bucket, value in zip(self.buckets, held, strict=True):

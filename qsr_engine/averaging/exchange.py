@@ -7,13 +7,14 @@ ring, 2 (n - 1) / n of a piece, in 2 (n - 1) messages, so it is for few ranks an
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from qsr_engine.averaging.chunks import add_up, squares_of_chunks, sum_of_squares
 from qsr_engine.averaging.errors import Group
-from qsr_engine.averaging.reducer import time_out
 
 MOST_RANKS = 8  # measured up to 4 (python -m benchmarks.averaging); beyond, messages are small and many
 
@@ -32,11 +33,13 @@ class Exchange:
         flat: 1-d and contiguous, on a CPU; when all is done, the sum over the group over the divisor.
         incoming: 1-d, of the type of flat, with room for this rank's part of n - 1 ranks; it lies there until add_up().
         number: the same on every rank, and of no other piece that is on its way.
+        limit: how long to wait for a message; None for as long as when the group began.
     """
 
-    def __init__(self, flat: Tensor, incoming: Tensor, group: Group, number: int) -> None:
+    def __init__(self, flat: Tensor, incoming: Tensor, group: Group, number: int, limit: timedelta | None) -> None:
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
         self._group, self._tag, self._numel = group, 2 * number, flat.numel()
+        self._limit = limit
         self._others = [other for other in range(ranks) if other != rank]
         self._parts = [part_of(flat, other, ranks) for other in range(ranks)]
         self._mine = self._parts[rank]
@@ -45,6 +48,7 @@ class Exchange:
         self._arriving = self._receive(self._rows)
         self._leaving = self._send([self._parts[other] for other in self._others])
 
+    @torch.no_grad()
     def add_up(self, divisor: int) -> Tensor:
         """Average this rank's part, and give it to the others.
 
@@ -82,9 +86,6 @@ class Exchange:
         ]
 
     def _wait(self, works: list[dist.Work | None]) -> None:
-        """Not longer than for a collective: messages between two ranks know only the time-out that the group began
-        with."""
-        limit = time_out(self._group)
         for work in works:
             assert work is not None
-            work.wait() if limit is None else work.wait(limit)
+            work.wait() if self._limit is None else work.wait(self._limit)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from qsr_engine.averaging import Averager, CollectiveError, average_packed, flat_buckets
+from qsr_engine.averaging import Averager, CollectiveError, average_tensors, flat_buckets
 from qsr_engine.averaging.allreduce import AllReduce
 from qsr_engine.averaging.buckets import packed_pieces
 from qsr_engine.config.qsr import AveragingConfig
@@ -48,7 +48,7 @@ def average_job(way: str) -> list[torch.Tensor]:
     dist.init_process_group("gloo")
     tensors = tensors_of(dist.get_rank())
     if way == "packed":
-        average_packed(tensors[:-2], None, bucket_bytes=256)  # packing copies, so shared memory would count twice
+        average_tensors(tensors[:-2], None, bucket_bytes=256)  # packing copies, so shared memory would count twice
     else:
         buckets = flat_buckets(tensors, bucket_bytes=256)
         averager = Averager(buckets, None, AveragingConfig(bucket_mb=256e-6, **WAYS[way]))
