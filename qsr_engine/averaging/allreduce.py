@@ -12,7 +12,7 @@ from torch import Tensor
 from qsr_engine.averaging.buckets import PIECE, Piece, packed_pieces, pieces_in_place
 from qsr_engine.averaging.chunks import CHUNK, divide, squares_of_piece, sum_of_squares
 from qsr_engine.averaging.errors import Group, collective
-from qsr_engine.averaging.exchange import MOST_RANKS, Exchange
+from qsr_engine.averaging.exchange import MOST_RANKS, Exchange, part_size
 from qsr_engine.averaging.reducer import NOBODY, LeftOut, Reducer, backend_of, piece_name, ring_bytes, time_out
 
 STAGING_BUCKETS = 2
@@ -109,7 +109,7 @@ class AllReduce(Reducer):
         """Of each type, where the others' values of this rank's part of a piece arrive, of IN_FLIGHT pieces."""
         sizes: dict[torch.dtype, int] = {}
         for piece in (self.pieces[index] for index in order):
-            size = (self.ranks - 1) * -(-piece.numel // self.ranks)
+            size = (self.ranks - 1) * part_size(piece.numel, piece.dtype.itemsize, self.ranks)
             sizes[piece.dtype] = max(sizes.get(piece.dtype, 0), size)
         return {dtype: [torch.empty(size, dtype=dtype) for _ in range(IN_FLIGHT)] for dtype, size in sizes.items()}
 
