@@ -17,7 +17,7 @@ from qsr_engine.averaging.reducer import NOBODY, LeftOut, Reducer, backend_of, p
 
 STAGING_BUCKETS = 2
 IN_FLIGHT = 2  # pieces in each half of an exchange
-MOST_IN_FLIGHT = 3
+MOST_IN_FLIGHT = 3  # in both halves: more do not stay in the cache
 
 
 class AllReduce(Reducer):
