@@ -38,7 +38,7 @@ class AllReduce(Reducer):
         self.group = group
         self._difference = difference
         self._give = give
-        on_cpus = all(piece.device.type == "cpu" for piece in pieces)
+        on_cpus = {piece.device.type for piece in pieces} == {"cpu"}
         self._by_hand = on_cpus and 1 < ranks <= MOST_RANKS and backend_of(group, torch.device("cpu")) == "gloo"
         self._staging: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         self._views: dict[tuple[int, int], list[Tensor]] = {}  # of a piece's tensors in a staging bucket
