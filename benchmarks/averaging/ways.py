@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from qsr_engine.averaging import Averager, average_packed, bucket_bytes, flat_buckets
+from qsr_engine.averaging import Averager, average_tensors, bucket_bytes, flat_buckets
 from qsr_engine.config.averaging import AveragingConfig
 from qsr_engine.local_steps.header import Header, exchange_headers
 
@@ -151,8 +151,8 @@ def boundary(averager: Averager) -> Way:
     return way
 
 
-def packed(tensors: list[Tensor]) -> Way:
-    return lambda: average_packed(tensors, None, 64_000_000)
+def where_they_are(tensors: list[Tensor]) -> Way:
+    return lambda: average_tensors(tensors, None)
 
 
 def averager_of(shapes: list[torch.Size], **options: Any) -> Averager:
@@ -193,7 +193,7 @@ def ways(shapes: list[torch.Size], only: str) -> dict[str, Callable[[], Way | No
         "qsr: in place, gloo": lambda: averager(False).average,
         "qsr: in place, one flat tensor, gloo": lambda: averager_of([torch.Size([total])]).average,
         "qsr: the whole boundary, gloo": lambda: boundary(averager(False)),
-        "qsr: packed through two buckets": lambda: packed(shared()),
+        "qsr: tensors that must not move": lambda: where_they_are(shared()),
         "qsr: bf16 on the wire": lambda: averager_of(shapes, wire_dtype="bf16").average,
         "qsr: fp16 on the wire": lambda: averager_of(shapes, wire_dtype="fp16").average,
         "qsr: int8 on the wire": lambda: averager_of(shapes, wire_dtype="int8").average,

@@ -36,7 +36,7 @@ This package knows tensors, modules and process groups, and no engine. Its files
     averager       all of it for one rank
 """
 
-from qsr_engine.averaging.allreduce import average_in_place, average_packed
+from qsr_engine.averaging.allreduce import average_tensors
 from qsr_engine.averaging.averager import Averager
 from qsr_engine.averaging.buckets import bucket_bytes, flat_buckets, place_in
 from qsr_engine.averaging.errors import CollectiveError
@@ -48,8 +48,7 @@ __all__ = [
     "CollectiveError",
     "LeftOut",
     "all_gather_flat",
-    "average_in_place",
-    "average_packed",
+    "average_tensors",
     "bucket_bytes",
     "flat_buckets",
     "place_in",

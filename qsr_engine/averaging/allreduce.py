@@ -12,11 +12,12 @@ from torch import Tensor
 from qsr_engine.averaging.buckets import PIECE, Piece, packed_pieces, pieces_in_place
 from qsr_engine.averaging.chunks import CHUNK, divide, squares_of_piece, sum_of_squares
 from qsr_engine.averaging.errors import Group, collective
-from qsr_engine.averaging.exchange import MOST_RANKS, Exchange
-from qsr_engine.averaging.reducer import NOBODY, LeftOut, Reducer, backend_of, piece_name, ring_bytes
+from qsr_engine.averaging.exchange import MOST_RANKS, Exchange, part_size
+from qsr_engine.averaging.reducer import NOBODY, LeftOut, Reducer, backend_of, piece_name, ring_bytes, time_out
 
 STAGING_BUCKETS = 2
 IN_FLIGHT = 2  # pieces in each half of an exchange
+MOST_IN_FLIGHT = 3  # in both halves: more do not stay in the cache
 
 
 class AllReduce(Reducer):
@@ -37,7 +38,7 @@ class AllReduce(Reducer):
         self.group = group
         self._difference = difference
         self._give = give
-        on_cpus = all(piece.device.type == "cpu" for piece in pieces)
+        on_cpus = {piece.device.type for piece in pieces} == {"cpu"}
         self._by_hand = on_cpus and 1 < ranks <= MOST_RANKS and backend_of(group, torch.device("cpu")) == "gloo"
         self._staging: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         self._views: dict[tuple[int, int], list[Tensor]] = {}  # of a piece's tensors in a staging bucket
@@ -76,18 +77,20 @@ class AllReduce(Reducer):
     def _exchange(self, order: Sequence[int], divisor: int) -> Iterator[tuple[int, Tensor | None]]:
         """As _run(), by hand. At the end a tiny all-reduce makes the sums of squares those of whole pieces."""
         squares = torch.zeros(len(order), dtype=torch.float64)
-        free, incoming = self._free_staging(), self._room_to_receive(order)
+        free, incoming, limit = self._free_staging(), self._room_to_receive(order), time_out(self.group)
         begun: deque[tuple[int, int, Tensor, Exchange]] = deque()
         given: deque[tuple[int, int, Tensor, Exchange]] = deque()
         waiting = deque(enumerate(order))
         while waiting or begun or given:
             staged = sum(not self._is_in_place(self.pieces[index]) for _, index, *_ in (*begun, *given))
-            if waiting and len(begun) < IN_FLIGHT and staged < STAGING_BUCKETS:
+            room_left = len(begun) < IN_FLIGHT and len(begun) + len(given) < MOST_IN_FLIGHT
+            if waiting and room_left and staged < STAGING_BUCKETS:
                 number, index = waiting.popleft()
                 buffer = self._buffer(index, free)
                 room = incoming[self.pieces[index].dtype][number % IN_FLIGHT]
                 with collective(piece_name(self.pieces, index), self.group):
-                    begun.append((number, index, buffer, Exchange(self._flat(index, buffer), room, self.group, number)))
+                    exchange = Exchange(self._flat(index, buffer), room, self.group, number, limit)
+                begun.append((number, index, buffer, exchange))
             elif begun and len(given) < IN_FLIGHT:
                 number, index, buffer, exchange = begun.popleft()
                 with collective(piece_name(self.pieces, index), self.group):
@@ -106,7 +109,7 @@ class AllReduce(Reducer):
         """Of each type, where the others' values of this rank's part of a piece arrive, of IN_FLIGHT pieces."""
         sizes: dict[torch.dtype, int] = {}
         for piece in (self.pieces[index] for index in order):
-            size = (self.ranks - 1) * -(-piece.numel // self.ranks)
+            size = (self.ranks - 1) * part_size(piece.numel, piece.dtype.itemsize, self.ranks)
             sizes[piece.dtype] = max(sizes.get(piece.dtype, 0), size)
         return {dtype: [torch.empty(size, dtype=dtype) for _ in range(IN_FLIGHT)] for dtype, size in sizes.items()}
 
@@ -192,7 +195,7 @@ class AllReduce(Reducer):
         return self._views[key]
 
 
-def average_packed(
+def average_tensors(
     tensors: Sequence[Tensor],
     group: Group,
     bucket_bytes: int = PIECE,
@@ -200,31 +203,22 @@ def average_packed(
     *,
     give: bool = False,
 ) -> int:
-    """Replace tensors that must stay where they are by their mean over the group, through two staging buckets.
+    """Replace tensors by their mean over the group; they stay where they are, and no two may share memory.
+
+    Large contiguous ones are averaged in place, the others through two staging buckets.
 
     Args:
-        give: on ranks that are not left out, leave the tensors as they are; those that are get the others' mean.
+        give: on ranks that are not left out, leave the tensors as they are; those that are get the others' mean. All
+            travel through the staging buckets then.
     Returns:
         Bytes that this rank sent (see ring_bytes).
     """
-    give = give and not left_out.here
-    return _average(AllReduce(packed_pieces(tensors, bucket_bytes), group, give=give), left_out)
-
-
-def average_in_place(
-    tensors: Sequence[Tensor], group: Group, bucket_bytes: int = PIECE, left_out: LeftOut = NOBODY
-) -> int:
-    """Replace tensors by their mean over the group: large contiguous ones where they are, others as average_packed().
-
-    Returns:
-        Bytes that this rank sent.
-    """
-    flat = [tensor.detach().view(-1) for tensor in tensors if tensor.is_contiguous()]
-    others = packed_pieces([tensor for tensor in tensors if not tensor.is_contiguous()], bucket_bytes)
-    return _average(AllReduce(pieces_in_place(flat, bucket_bytes) + others, group), left_out)
-
-
-def _average(reducer: AllReduce, left_out: LeftOut) -> int:
+    if give:
+        reducer = AllReduce(packed_pieces(tensors, bucket_bytes), group, give=not left_out.here)
+    else:
+        flat = [tensor.detach().view(-1) for tensor in tensors if tensor.is_contiguous()]
+        others = packed_pieces([tensor for tensor in tensors if not tensor.is_contiguous()], bucket_bytes)
+        reducer = AllReduce(pieces_in_place(flat, bucket_bytes) + others, group)
     for _ in reducer.run(range(len(reducer.pieces)), left_out):
         pass
     return reducer.bytes_sent

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from qsr_engine.averaging.allreduce import average_in_place
+from qsr_engine.averaging.allreduce import average_tensors
 from qsr_engine.averaging.background import Background
-from qsr_engine.averaging.buckets import Places, bucket_bytes, pieces_of
+from qsr_engine.averaging.buckets import Places, bucket_bytes, parts_within, pieces_of
 from qsr_engine.averaging.choose import choose_reducer
 from qsr_engine.averaging.distance import Squares
 from qsr_engine.averaging.errors import CollectiveError, Group
@@ -147,7 +147,7 @@ class Averager:
         assert not self.in_background, "finish() comes first"
         held = [bucket.to("cpu", copy=True) for bucket in self.buckets]
         try:
-            average_in_place(self.buckets, self.group, bucket_bytes(self.options.bucket_mb, self.group))
+            average_tensors(self.buckets, self.group, bucket_bytes(self.options.bucket_mb, self.group))
             yield
         finally:
             for bucket, value in zip(self.buckets, held, strict=True):
@@ -162,8 +162,9 @@ class Averager:
     def _finished(self, averaged: Iterator[tuple[int, Tensor | None]]) -> Iterator[int]:
         try:
             for index in self._squares.noted(averaged):
-                for part in self.pieces[index].tensors:
-                    self._refresh(part)
+                for piece in self.pieces[index].tensors:
+                    for part in parts_within(piece, self.buckets):
+                        self._refresh(part)
                 yield index
         except CollectiveError as error:
             raise CollectiveError(f"after step {self.step}: {error}") from error

@@ -238,6 +238,34 @@ def pieces_in_place(buckets: Sequence[Tensor], capacity: int) -> list[Piece]:
     return alone + [piece for piece in packed if len(piece.tensors) > 1]
 
 
+def joined(buckets: Sequence[Tensor]) -> list[Tensor]:
+    """The same elements in fewer 1-d views: those that follow one another in memory without a gap become one."""
+    found: list[Tensor] = []
+    for bucket in buckets:
+        last = found[-1] if found else None
+        if (
+            last is not None
+            and last.dtype == bucket.dtype
+            and last.untyped_storage().data_ptr() == bucket.untyped_storage().data_ptr()
+            and last.storage_offset() + last.numel() == bucket.storage_offset()
+        ):
+            size = last.numel() + bucket.numel()
+            found[-1] = torch.as_strided(last, (size,), (1,), last.storage_offset())
+        else:
+            found.append(bucket)
+    return found
+
+
+def parts_within(flat: Tensor, buckets: Iterable[Tensor]) -> list[Tensor]:
+    """Views of a 1-d tensor, each of what lies in one of the buckets."""
+    (start, stop), found = _span(flat), []
+    for first, end in map(_span, buckets):
+        lo, hi = max(start, first), min(stop, end)
+        if lo < hi:
+            found.append(flat[(lo - start) // flat.element_size() : (hi - start) // flat.element_size()])
+    return found
+
+
 def small_first(buckets: Sequence[Tensor], capacity: int) -> list[Tensor]:
     """Views of flat buckets that together are all of their elements, cut so that the first pieces are small.
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsr_engine.averaging.allreduce import AllReduce
-from qsr_engine.averaging.buckets import PIECE, Piece, bucket_bytes, pieces_in_place, small_first
+from qsr_engine.averaging.buckets import PIECE, Piece, bucket_bytes, joined, pieces_in_place, small_first
 from qsr_engine.averaging.compressed import Compressed
 from qsr_engine.averaging.cuda_graph import Captured
 from qsr_engine.averaging.errors import Group, collective
@@ -48,13 +48,15 @@ def choose_reducer(
     Raises:
         ConfigError: as Captured and agree_on_two_levels().
     """
-    reducer = _choose([buckets] if fragments is None else fragments, group, options, device)
-    return reducer if outer is None or outer.is_plain_average else OuterStep(reducer, Outer(outer, buckets))
+    plain = outer is None or outer.is_plain_average
+    reducer = _choose([buckets] if fragments is None else fragments, group, options, device, join=plain)
+    return reducer if outer is None or plain else OuterStep(reducer, Outer(outer, buckets))
 
 
 def _choose(
-    fragments: Sequence[Sequence[Tensor]], group: Group, options: AveragingConfig, device: torch.device
+    fragments: Sequence[Sequence[Tensor]], group: Group, options: AveragingConfig, device: torch.device, *, join: bool
 ) -> Reducer:
+    """join: a piece may have elements of two buckets, so that most pieces are as large as they may be."""
     capacity = bucket_bytes(options.bucket_mb, group)
     if options.wire_dtype != "fp32":
         capacity = min(capacity, PIECE)
@@ -65,7 +67,8 @@ def _choose(
         by_topology = _by_topology(alone, group, options, device)
         if by_topology is not None:
             return by_topology
-    pieces = [piece for part in fragments for piece in pieces_in_place(small_first(part, capacity), capacity)]
+    parts = [joined(part) if join else part for part in fragments]
+    pieces = [piece for part in parts for piece in pieces_in_place(small_first(part, capacity), capacity)]
     reducer = AllReduce(pieces, group)
     return Captured(reducer, group) if options.cuda_graph else reducer
 

@@ -17,9 +17,8 @@ EXACT = 1 << 20  # elements up to which squares are added up in fp64, which take
 _ACCURATE = (torch.float32, torch.float64)  # values of other types are added up in fp32
 
 
-@torch.no_grad()
 def add_up(sources: Sequence[Tensor], targets: Sequence[Tensor], divisor: int = 1) -> Iterator[Tensor]:
-    """Write the sum of the sources over the divisor into the targets, chunk by chunk.
+    """Write the sum of the sources over the divisor into the targets, chunk by chunk. For use in torch.no_grad().
 
     Args:
         sources: 1-d tensors of the same size and type on a CPU; the first is used up where its type is accurate.
@@ -92,7 +91,7 @@ def squares_of_chunks(chunks: Iterable[Tensor], numel: int) -> Tensor:
         numel: elements of the whole that the chunks are a part of; beyond EXACT each is added up in its own type (in
             fp32 below it), and only their sums in fp64.
     """
-    return torch.stack([_squares_of_chunk(chunk, numel <= EXACT) for chunk in chunks]).sum()
+    return torch.stack([_squares_of_chunk(chunk, numel <= EXACT) for chunk in chunks]).double().sum()
 
 
 def _squares_of_chunk(chunk: Tensor, exact: bool) -> Tensor:
@@ -101,7 +100,7 @@ def _squares_of_chunk(chunk: Tensor, exact: bool) -> Tensor:
         chunk = chunk.double()
     elif chunk.dtype not in _ACCURATE:
         chunk = chunk.float()
-    return torch.dot(chunk, chunk).double()
+    return torch.dot(chunk, chunk)
 
 
 @torch.no_grad()

@@ -7,20 +7,28 @@ ring, 2 (n - 1) / n of a piece, in 2 (n - 1) messages, so it is for few ranks an
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from qsr_engine.averaging.buckets import ALIGNMENT
 from qsr_engine.averaging.chunks import add_up, squares_of_chunks, sum_of_squares
 from qsr_engine.averaging.errors import Group
-from qsr_engine.averaging.reducer import time_out
 
 MOST_RANKS = 8  # measured up to 4 (python -m benchmarks.averaging); beyond, messages are small and many
 
 
+def part_size(numel: int, itemsize: int, ranks: int) -> int:
+    """Elements of every rank's part but the last ones: parts begin on cache lines, where copies are fastest."""
+    line = max(1, ALIGNMENT // itemsize)
+    return -(-numel // (ranks * line)) * line
+
+
 def part_of(flat: Tensor, rank: int, ranks: int) -> Tensor:
     """Which part of a 1-d tensor a rank averages; it may be empty."""
-    size = -(-flat.numel() // ranks)
+    size = part_size(flat.numel(), flat.element_size(), ranks)
     start = min(rank * size, flat.numel())
     return flat[start : start + size]
 
@@ -32,11 +40,13 @@ class Exchange:
         flat: 1-d and contiguous, on a CPU; when all is done, the sum over the group over the divisor.
         incoming: 1-d, of the type of flat, with room for this rank's part of n - 1 ranks; it lies there until add_up().
         number: the same on every rank, and of no other piece that is on its way.
+        limit: how long to wait for a message; None for as long as when the group began.
     """
 
-    def __init__(self, flat: Tensor, incoming: Tensor, group: Group, number: int) -> None:
+    def __init__(self, flat: Tensor, incoming: Tensor, group: Group, number: int, limit: timedelta | None) -> None:
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
         self._group, self._tag, self._numel = group, 2 * number, flat.numel()
+        self._limit = limit
         self._others = [other for other in range(ranks) if other != rank]
         self._parts = [part_of(flat, other, ranks) for other in range(ranks)]
         self._mine = self._parts[rank]
@@ -45,6 +55,7 @@ class Exchange:
         self._arriving = self._receive(self._rows)
         self._leaving = self._send([self._parts[other] for other in self._others])
 
+    @torch.no_grad()
     def add_up(self, divisor: int) -> Tensor:
         """Average this rank's part, and give it to the others.
 
@@ -82,9 +93,6 @@ class Exchange:
         ]
 
     def _wait(self, works: list[dist.Work | None]) -> None:
-        """Not longer than for a collective: messages between two ranks know only the time-out that the group began
-        with."""
-        limit = time_out(self._group)
         for work in works:
             assert work is not None
-            work.wait() if limit is None else work.wait(limit)
+            work.wait() if self._limit is None else work.wait(self._limit)

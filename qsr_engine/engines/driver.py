@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from qsr_engine.averaging import Averager, average_packed, bucket_bytes, ring_bytes
+from qsr_engine.averaging import Averager, average_tensors, bucket_bytes, ring_bytes
 from qsr_engine.config.qsr import QSRConfig
 from qsr_engine.engines.groups import OwnGroups
 from qsr_engine.engines.learning_rate import LearningRate
@@ -264,7 +264,7 @@ class Driver:
         """Average over the workers what the framework reduced inside this one; the first phase of `post_local`."""
         with self.timed():
             across, bucket_mb = self.place.own.across, self.local_steps.qsr.averaging.bucket_mb
-            sent = average_packed(self.replica.gradients(), across, bucket_bytes(bucket_mb, across))
+            sent = average_tensors(self.replica.gradients(), across, bucket_bytes(bucket_mb, across))
             self.replica.gradients_changed()
             if self._gradient_bytes is None:
                 (self._gradient_bytes,) = self._of_the_worker(sent)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsr_engine.averaging import NOBODY, LeftOut, average_in_place, average_packed, bucket_bytes
+from qsr_engine.averaging import NOBODY, LeftOut, average_tensors, bucket_bytes
 from qsr_engine.averaging.buckets import PIECE
 from qsr_engine.averaging.errors import Group
 from qsr_engine.config.averaging import AveragingConfig
@@ -90,7 +90,7 @@ class OptimizerState:
         tensors = [tensor for name in names for tensor in self._replica.state_to_average(name)]
         capacity = bucket_bytes(self._bucket_mb, self._group)
         if tensors:
-            average_in_place(tensors, self._group, capacity, left_out)
+            average_tensors(tensors, self._group, capacity, left_out)
         return len(names) + (self._give_mean(capacity, left_out, names) if left_out.ranks else 0)
 
     @torch.no_grad()
@@ -107,7 +107,7 @@ class OptimizerState:
         dist.all_gather_object(names, {name for _, name, _ in replica.state_tensors()}, group=self._group)
         others = sorted(set().union(*names) - set(averaged))
         for name in others:
-            average_packed(replica.state_to_average(name), self._group, capacity, left_out, give=True)
+            average_tensors(replica.state_to_average(name), self._group, capacity, left_out, give=True)
         if left_out.here:
             for value in (value for name in replica.state_names() for value in replica.state(name)):
                 if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
@@ -190,7 +190,7 @@ class Buffers:
         everywhere, sent = left_out.with_all_ranks(self._worker_size), 0
         for tensors in _of_some_bytes(buffers):
             exact = [tensor.to(torch.float64, copy=True) for tensor in tensors]
-            sent += average_packed(exact, self._everybody, left_out=everywhere)
+            sent += average_tensors(exact, self._everybody, left_out=everywhere)
             for tensor, mean in zip(tensors, exact, strict=True):
                 tensor.copy_(mean)
         return sent if buffers and dist.get_world_size(self._everybody) > self._worker_size else 0

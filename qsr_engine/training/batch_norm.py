@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
-from qsr_engine.averaging import average_packed
+from qsr_engine.averaging import average_tensors
 from qsr_engine.config.recipe import Recipe
 from qsr_engine.data import Index
 from qsr_engine.data.device import Normalise
@@ -111,6 +111,6 @@ def _cuda_devices(tensors: Iterable[Tensor]) -> list[torch.device]:
 def _average(statistics: list[Tensor]) -> None:
     """Replace them by their mean over all ranks, which is computed in fp64."""
     exact = [value.to(torch.float64, copy=True) for value in statistics]
-    average_packed(exact, None)
+    average_tensors(exact, None)
     for value, mean in zip(statistics, exact, strict=True):
         value.copy_(mean)

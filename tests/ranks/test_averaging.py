@@ -6,12 +6,13 @@ import math
 import random
 import warnings
 from typing import Any, cast
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from qsr_engine.averaging import Averager, CollectiveError, average_packed, flat_buckets
+from qsr_engine.averaging import Averager, CollectiveError, allreduce, average_tensors, flat_buckets
 from qsr_engine.averaging.allreduce import AllReduce
 from qsr_engine.averaging.buckets import packed_pieces
 from qsr_engine.config.averaging import AveragingConfig
@@ -48,7 +49,7 @@ def average_job(way: str) -> list[torch.Tensor]:
     dist.init_process_group("gloo")
     tensors = tensors_of(dist.get_rank())
     if way == "packed":
-        average_packed(tensors[:-2], None, bucket_bytes=256)  # packing copies, so shared memory would count twice
+        average_tensors(tensors[:-2], None, bucket_bytes=256)  # packing copies, so shared memory would count twice
     else:
         buckets = flat_buckets(tensors, bucket_bytes=256)
         averager = Averager(buckets, None, AveragingConfig(bucket_mb=256e-6, **WAYS[way]))
@@ -71,6 +72,30 @@ def test_every_tensor_is_averaged_exactly_once(processes: Processes, way: str, r
         for result in results:
             torch.testing.assert_close(result[index], mean, rtol=tolerance, atol=tolerance)
             assert torch.equal(result[index], results[0][index]), "the ranks must agree bit for bit"
+
+
+def gloo_job() -> list[list[torch.Tensor]]:
+    """In place, and packed, as between more ranks than exchange parts by hand."""
+    with mock.patch.object(allreduce, "MOST_RANKS", 1):
+        return [average_job("gloo"), average_packed()]
+
+
+def average_packed() -> list[torch.Tensor]:
+    tensors = tensors_of(dist.get_rank())[:-2]
+    for _ in (mean := AllReduce(packed_pieces(tensors, 256), None)).run(range(len(mean.pieces))):
+        pass
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def test_between_many_ranks_gloo_adds_up(processes: Processes) -> None:
+    results = processes.run(gloo_job, ranks=3)
+    inputs = [tensors_of(rank) for rank in range(3)]
+    for way in (0, 1):
+        for index, mean in enumerate(results[0][way]):
+            exact = torch.stack([worker[index].detach() for worker in inputs]).sum(0) / 3
+            tolerance = 4 * torch.finfo(mean.dtype).eps
+            torch.testing.assert_close(mean.detach(), exact, rtol=tolerance, atol=tolerance)
+            assert all(torch.equal(result[way][index], mean) for result in results)
 
 
 # What an averaging may be off by, where fewer bits travel: of differences of up to about 5, a half step of the type.

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsr_engine.averaging import Averager, LeftOut, average_packed, flat_buckets
+from qsr_engine.averaging import Averager, LeftOut, average_tensors, flat_buckets
 from qsr_engine.averaging.cuda_graph import Captured
 from qsr_engine.config.averaging import AveragingConfig, OuterConfig
 from qsr_engine.local_steps.header import Header, exchange_headers, not_finite
@@ -114,7 +114,7 @@ def packed_job() -> bool:
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), 100_000
     tensors = [torch.full((size,), float(rank)), torch.full((size,), math.nan if rank == 0 else 4.0)]
-    average_packed(tensors, None, 1_000_000, LeftOut((0,), 1, rank == 0))
+    average_tensors(tensors, None, 1_000_000, LeftOut((0,), 1, rank == 0))
     return all(bool((tensor == mean).all()) for tensor, mean in zip(tensors, (1.5, 4.0), strict=True))
 
 

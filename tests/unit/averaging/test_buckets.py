@@ -13,7 +13,9 @@ from qsr_engine.averaging.buckets import (
     ALIGNMENT,
     Piece,
     flat_buckets,
+    joined,
     packed_pieces,
+    parts_within,
     pieces_in_place,
     plan_buckets,
     small_first,
@@ -127,6 +129,20 @@ def test_the_first_pieces_are_small() -> None:
         piece.tensors[0].add_(1)
     assert all(bool((bucket == 1).all()) for bucket in buckets)
     assert all(piece.tensors[0].data_ptr() % ALIGNMENT == 0 for piece in pieces)
+
+
+def test_buckets_without_a_gap_are_joined() -> None:
+    tensors = [torch.full((size,), float(size)) for size in (32, 16, 17, 64)] + [torch.zeros(16, dtype=torch.float64)]
+    buckets = [bucket for bucket in flat_buckets(tensors, 64) if bucket.numel()]
+    assert [bucket.numel() for bucket in buckets] == [32, 16, 17, 64, 16]
+    whole = joined(buckets)
+    assert [flat.numel() for flat in whole] == [65, 64, 16], "after 17 elements there is a gap"
+    assert [part.tolist() for part in parts_within(whole[0][20:], buckets)] == [[32.0] * 12, [16.0] * 16, [17.0] * 17]
+    for flat in whole:
+        flat.add_(1)
+    assert [tensor[0].item() for tensor in tensors] == [33, 17, 18, 65, 1]
+    apart = [torch.zeros(16), torch.zeros(16)]
+    assert [a is b for a, b in zip(joined(apart), apart, strict=True)] == [True, True]
 
 
 def test_small_buckets_are_not_cut() -> None:
