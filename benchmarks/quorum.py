@@ -16,7 +16,7 @@ own, whose loopback interface counts the bytes (with headers of TCP and IP). Els
 
 Seconds are those from the common start to the answer: of the median member and of the slowest, median over the rounds.
 "died" is the next quorum after a manager has gone without a word: it waits until the lighthouse's heartbeat time-out.
-"joined" is the first one with a new member.
+"joined" is the first one with a new member, which asks a second before the others and waits for them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ import psutil
 
 from benchmarks.report import Report, parser, table
 
-MEMBERS = (2, 10, 25, 50, 100, 200)
+MEMBERS = (2, 10, 50, 100, 200)
 HEARTBEAT = 0.1  # seconds between two of a manager's; the default of torchft's Manager
 TIMEOUT = timedelta(seconds=60)
 CLONE_NEWNET = 0x40000000
@@ -147,13 +147,22 @@ class Rounds:
         self._members, self._lighthouses, self._counted = members, lighthouses, counted
         self._pool = ThreadPoolExecutor(members)
 
-    def one(self, ask: Callable[[int, int], int], step: int, who: Sequence[int] | None = None) -> dict[str, Any]:
+    def one(
+        self, ask: Callable[[int, int], int], step: int, who: Sequence[int] | None = None, joining: int | None = None
+    ) -> dict[str, Any]:
         """Seconds until each was answered, bytes, and CPU seconds of the lighthouses.
 
+        Args:
+            who: asks; all by default.
+            joining: one more, who was not in the last quorum, and asks before the others.
         Raises:
             RuntimeError: somebody was told of another number of members.
         """
         asking = range(self._members) if who is None else who
+        first = None if joining is None else self._pool.submit(ask, joining, step)
+        expected = len(asking) + (first is not None)
+        if first is not None:
+            time.sleep(10 * HEARTBEAT)
         start = threading.Barrier(len(asking))
 
         def timed(member: int) -> tuple[float, int]:
@@ -165,8 +174,9 @@ class Rounds:
         cpu, before, begun = self._lighthouses.cpu_seconds(), bytes_so_far(), time.perf_counter()
         answers = list(self._pool.map(timed, asking))
         lasted, after = time.perf_counter() - begun, bytes_so_far()
-        if {found for _, found in answers} != {len(asking)}:
-            raise RuntimeError(f"{len(asking)} members asked, and were told of {sorted({n for _, n in answers})}")
+        told = {found for _, found in answers} | ({first.result()} if first is not None else set())
+        if told != {expected}:
+            raise RuntimeError(f"{expected} members asked, and were told of {sorted(told)}")
         seconds = sorted(second for second, _ in answers)
         return {
             "median": statistics.median(seconds),
@@ -203,7 +213,10 @@ def direct(members: int) -> Callable[[int, int], int]:
 
 def _quorum(client: Any, name: str, step: int, data: dict[str, Any] | None = None) -> Any:
     where = "http://10.100.100.100:29500"
-    return client.quorum(name, TIMEOUT, where, where.removeprefix("http://"), step, 1, False, data)
+    store = where.removeprefix("http://")
+    return client.quorum(
+        replica_id=name, timeout=TIMEOUT, address=where, store_address=store, step=step, world_size=1, data=data
+    )
 
 
 def region_of(member: int, members: int, regions: int) -> int:
@@ -260,7 +273,15 @@ class Managers:
 
     def ask(self, member: int, step: int) -> int:
         _, client = self._made[member]
-        found = client._quorum(0, step, "http://10.100.100.100:29501", False, TIMEOUT, 0, True)
+        found = client._quorum(
+            group_rank=0,
+            step=step,
+            checkpoint_metadata="http://10.100.100.100:29501",
+            shrink_only=False,
+            timeout=TIMEOUT,
+            commit_failures=0,
+            init_sync=True,
+        )
         return int(found.replica_world_size)
 
     def close(self) -> None:
@@ -292,7 +313,7 @@ def measure(members: int, rounds: int, heartbeat_timeout: float, wire: Connectio
     managers.die(members - 1)
     row.died = asking.one(managers.ask, rounds + 1, range(members - 1))["slowest"]
     managers.begin(members - 1)
-    row.joined = asking.one(managers.ask, rounds + 2)["slowest"]
+    row.joined = asking.one(managers.ask, rounds + 2, range(members - 1), joining=members - 1)["slowest"]
     managers.close()
     lighthouses.close()
 
