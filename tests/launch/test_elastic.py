@@ -113,3 +113,24 @@ def test_the_recorder_is_killed_and_started_again(
     assert found.finished
     assert find_alone(run / "checkpoints")[1].step == 500
     assert "worker 0 has died (signal 9) and is started again" in (tmp_path / "output-0").read_text()
+
+
+@pytest.mark.slow
+def test_all_are_stopped_and_go_on_from_the_last_checkpoint_with_fewer_workers(
+    tmp_path: Path, recipe: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    run = tmp_path / "runs" / "run"
+    words = (str(recipe), "--elastic", "--set", "qsr.faults.on_signal=finish_round", "--set", "engine=deepspeed")
+    process = start(*words, "--ranks", "3")
+    wait_for("step 100", lambda: any(row["step"] >= 100 for row in lines(run / "metrics.jsonl")), process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(LIMIT) == 75, (tmp_path / "output-0").read_text()[-3000:]
+    stopped = find_alone(run / "checkpoints")[1].step
+    assert stopped >= 100
+    assert stopped % 20 == 0  # on a boundary
+    again = start(*words, "--ranks", "2", "--resume")
+    assert again.wait(LIMIT) == 0, (tmp_path / "output-1").read_text()[-3000:]
+    assert [row["step"] for row in lines(run / "metrics.jsonl")] == list(range(10, STEPS + 1, 10))
+    images = {row["step"]: row["images_seen"] for row in lines(run / "metrics.jsonl")}
+    assert images[stopped] == 24 * stopped
+    assert images[STEPS] == 24 * stopped + 16 * (STEPS - stopped)
