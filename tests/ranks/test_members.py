@@ -115,6 +115,7 @@ def test_a_worker_dies_at_a_boundary(tmp_path: Path, where: str, in_round: bool)
         assert events == ([] if in_round else [("failed", "")]) + [("leave", "b")]
 
 
+@pytest.mark.slow
 def test_the_lighthouse_dies_and_a_worker_freezes(tmp_path: Path) -> None:
     """Without a lighthouse members wait at the boundary, together. One that was frozen joins as a new one."""
     block = qsr(total_steps=60, alpha=0.0, h_base=5)
