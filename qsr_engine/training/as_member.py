@@ -44,7 +44,7 @@ def train_as_member(recipe: Recipe, index: Index, *, resume: bool = False) -> di
     with told_to_all():
         if recipe.stop_at_step is not None:
             raise ConfigError("stop_at_step is given, where members would stop inside a round; leave it out")
-        batch = batch_of_worker(recipe, ranks)
+        batch = batch_of_worker(recipe, ranks, resume=resume)
         check_same_recipe(recipe)
         share_cores()
         task = make_task(recipe, index)

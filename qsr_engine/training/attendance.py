@@ -18,6 +18,7 @@ from typing import IO, Any
 
 import torch
 
+from qsr_engine.checkpoint.find import any_here, find_alone
 from qsr_engine.config.batch import Batch
 from qsr_engine.config.recipe import Recipe
 from qsr_engine.config.recipe_batch import resolve_recipe_batch
@@ -27,15 +28,16 @@ from qsr_engine.local_steps.member import Loop, Standing
 from qsr_engine.membership.quorum import EXPECTED
 from qsr_engine.records.monitor import Monitor
 from qsr_engine.records.records import Record, WorkersRecord
-from qsr_engine.records.run_folder import EVENTS, METRICS
+from qsr_engine.records.run_folder import CHECKPOINTS, EVENTS, METRICS
 from qsr_engine.records.trackers import JsonLines
 from qsr_engine.training.batches import Batches
 
 
-def batch_of_worker(recipe: Recipe, ranks: int) -> Batch:
+def batch_of_worker(recipe: Recipe, ranks: int, *, resume: bool) -> Batch:
     """Batch sizes of one worker of so many ranks, the same whoever else is there.
 
-    batch.train_batch_size is that of as many workers as `--ranks` starts, or membership.min_workers if more.
+    batch.train_batch_size is that of as many workers as `--ranks` starts, or membership.min_workers if more. A run that
+    goes on from a checkpoint leaves every rank its part, whatever it says.
 
     Raises:
         ConfigError: the recipe asks for what cannot be so.
@@ -50,6 +52,10 @@ def batch_of_worker(recipe: Recipe, ranks: int) -> Batch:
             "data.loader is given, and a loader of your own cannot be told that other members are there now; leave it "
             "out, or write membership 'fixed'"
         )
+    if resume and any_here(recipe.run_dir / CHECKPOINTS):
+        saved = find_alone(recipe.run_dir / CHECKPOINTS)[1].config
+        micro, accumulation = int(saved["train_micro_batch_size_per_gpu"]), int(saved["gradient_accumulation_steps"])
+        return Batch(micro * accumulation * ranks, micro, accumulation)
     workers = max(recipe.qsr.membership.min_workers, int(os.environ.get(EXPECTED, "1")))
     all_of_them = resolve_recipe_batch(recipe, workers * ranks)
     return Batch(all_of_them.micro * all_of_them.accumulation * ranks, all_of_them.micro, all_of_them.accumulation)

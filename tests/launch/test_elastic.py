@@ -22,7 +22,7 @@ from qsr_engine.records.runs import read_run
 pytestmark = pytest.mark.launch
 
 LIMIT = 120.0  # seconds, for anything that is waited for
-STEPS = 600
+STEPS = 300
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ qsr:
   lr: {{schedule: cosine, peak: 1e-3}}
   membership: {{way: torchft, timeout_seconds: 3}}
 logging:
-  {{dir: "{tmp_path / "runs"}", name: run, every: 10, eval_every: 300, checkpoint_every: 100, keep_checkpoints: 2}}
+  {{dir: "{tmp_path / "runs"}", name: run, every: 10, eval_every: 150, checkpoint_every: 100, keep_checkpoints: 2}}
 """)
     return path
 
@@ -96,7 +96,7 @@ def test_the_recorder_is_killed_and_started_again(
     """One record of the run, without a gap, whoever dies; the others go on, and the one that is started again joins."""
     run = tmp_path / "runs" / "run"
     process = start(str(recipe), "--elastic", "--ranks", "3", "--restarts", "2")
-    wait_for("step 100", lambda: any(row["step"] >= 100 for row in lines(run / "metrics.jsonl")), process)
+    wait_for("step 60", lambda: any(row["step"] >= 60 for row in lines(run / "metrics.jsonl")), process)
     (first,) = {row["member"] for row in lines(run / "events.jsonl") if row["member"].startswith("0.")}
     victim = worker(process, "0")
     assert victim is not None
@@ -111,5 +111,26 @@ def test_the_recorder_is_killed_and_started_again(
     assert last["eval_accuracy"] is not None
     found = read_run(run)
     assert found.finished
-    assert find_alone(run / "checkpoints")[1].step == 500
+    assert find_alone(run / "checkpoints")[1].step == 200
     assert "worker 0 has died (signal 9) and is started again" in (tmp_path / "output-0").read_text()
+
+
+@pytest.mark.slow
+def test_all_are_stopped_and_go_on_from_the_last_checkpoint_with_fewer_workers(
+    tmp_path: Path, recipe: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    run = tmp_path / "runs" / "run"
+    words = (str(recipe), "--elastic", "--set", "qsr.faults.on_signal=finish_round", "--set", "engine=deepspeed")
+    process = start(*words, "--ranks", "3")
+    wait_for("step 60", lambda: any(row["step"] >= 60 for row in lines(run / "metrics.jsonl")), process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(LIMIT) == 75, (tmp_path / "output-0").read_text()[-3000:]
+    stopped = find_alone(run / "checkpoints")[1].step
+    assert stopped >= 60
+    assert stopped % 20 == 0  # on a boundary
+    again = start(*words, "--ranks", "2", "--resume")
+    assert again.wait(LIMIT) == 0, (tmp_path / "output-1").read_text()[-3000:]
+    assert [row["step"] for row in lines(run / "metrics.jsonl")] == list(range(10, STEPS + 1, 10))
+    images = {row["step"]: row["images_seen"] for row in lines(run / "metrics.jsonl")}
+    assert images[stopped] == 24 * stopped
+    assert images[STEPS] == 24 * stopped + 16 * (STEPS - stopped)

@@ -13,6 +13,7 @@ import torch
 
 from tests.support import reference, training
 from tests.support.members import Cluster, cluster
+from tests.support.pool import Processes
 from tests.support.training import QSR
 
 TIMEOUT = 2.0
@@ -64,20 +65,21 @@ def check_equal(run: Cluster, names: str, expected: torch.Tensor, worker_size: i
         torch.testing.assert_close(flat(end["values"]), expected, rtol=2e-5, atol=2e-6)
 
 
-WAYS = [  # engine's ZeRO stage (None: FSDP), ranks in a worker
-    pytest.param(None, 1, "mean", id="fsdp, 1"),
-    pytest.param(None, 2, "mean", id="fsdp, 2", marks=pytest.mark.slow),
-    pytest.param(0, 1, "fresh", id="deepspeed, 1", marks=pytest.mark.slow),
-    pytest.param(2, 2, "mean", id="deepspeed, 2", marks=pytest.mark.slow),
+OUTER = {"lr": 0.7, "momentum": 0.9, "nesterov": True}
+WAYS = [  # engine's ZeRO stage (None: FSDP), ranks in a worker, optimizer state of who joins, outer optimizer
+    pytest.param(None, 1, "mean", None, id="fsdp, 1"),
+    pytest.param(None, 2, "mean", OUTER, id="fsdp, 2", marks=pytest.mark.slow),
+    pytest.param(0, 1, "fresh", OUTER, id="deepspeed, 1", marks=pytest.mark.slow),
+    pytest.param(2, 2, "mean", None, id="deepspeed, 2", marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize(("stage", "worker_size", "states"), WAYS)
+@pytest.mark.parametrize(("stage", "worker_size", "states", "outer"), WAYS)
 def test_workers_die_inside_rounds_and_another_joins(
-    tmp_path: Path, stage: int | None, worker_size: int, states: str
+    tmp_path: Path, stage: int | None, worker_size: int, states: str, outer: dict[str, Any] | None
 ) -> None:
     """b dies in the third round, c in the fourth; a waits for a second worker, and d begins the fifth round with it."""
-    block = qsr(min_workers=2, worker_size=worker_size, on_other_workers=states)
+    block = qsr(min_workers=2, worker_size=worker_size, on_other_workers=states, outer=outer)
     with cluster(tmp_path, TIMEOUT, expected=3) as run:
         start = partial(run.start, worker_size=worker_size, qsr=block, stage=stage)
         start("a", part=0)
@@ -87,7 +89,7 @@ def test_workers_die_inside_rounds_and_another_joins(
         start("d", part=30, seed=9)
         assert run.ended("a", "d") == [0] * 2 * worker_size
         there = {"a": (0, 12), "b": (0, 4), "c": (0, 6), "d": (8, 12)}
-        expected, _ = simulated(there, worker_size=worker_size, joins_fresh=states == "fresh")
+        expected, _ = simulated(there, worker_size=worker_size, joins_fresh=states == "fresh", outer=outer)
         check_equal(run, "ad", expected, worker_size)
         at = run.boundaries("a")
         assert [len(at[step]["names"]) for step in ROUNDS] == [3, 3, 2, 2, 2]
@@ -115,6 +117,7 @@ def test_a_worker_dies_at_a_boundary(tmp_path: Path, where: str, in_round: bool)
         assert events == ([] if in_round else [("failed", "")]) + [("leave", "b")]
 
 
+@pytest.mark.slow
 def test_the_lighthouse_dies_and_a_worker_freezes(tmp_path: Path) -> None:
     """Without a lighthouse members wait at the boundary, together. One that was frozen joins as a new one."""
     block = qsr(total_steps=60, alpha=0.0, h_base=5)
@@ -152,3 +155,22 @@ def test_who_runs_something_else_is_refused_and_who_is_not_finite_joins_anew(tmp
         assert run.boundaries("a")[4]["digest"] == run.boundaries("b")[4]["digest"]
         assert [line["what"] for line in run.said("b")].count("finished") == 1
         assert expected.isfinite().all()
+
+
+def refused_job(block: dict[str, Any]) -> str:
+    from tests.support import fsdp_engine
+
+    try:
+        fsdp_engine.start(block)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "taken"
+
+
+def test_a_worker_without_a_lighthouse_and_two_workers_in_one_job_are_refused(processes: Processes) -> None:
+    (said,) = processes.run(refused_job, ranks=1, block=qsr())
+    assert "ConfigError: qsr.membership is 'torchft', and TORCHFT_LIGHTHOUSE is not set" in said
+    for said in processes.run(refused_job, ranks=2, block=qsr()):
+        assert "ConfigError: qsr.membership is 'torchft', where every worker is a job of its own" in said
+    for said in processes.run(refused_job, ranks=2, block=qsr(worker_size=2)):  # rank 0 tells the other one
+        assert "TORCHFT_LIGHTHOUSE is not set" in said

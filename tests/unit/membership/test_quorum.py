@@ -1,0 +1,43 @@
+"""What is said where torchft or its lighthouse is not there, and which members a lighthouse does not wait for."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import pytest
+
+from qsr_engine.config.strict import ConfigError
+from qsr_engine.membership.members import Telling
+from qsr_engine.membership.quorum import Lighthouse, start_lighthouse, torchft_part
+from tests.support.pool import free_port
+
+
+def test_without_torchft_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchft", None)
+    with pytest.raises(ConfigError, match=r"pip install qsr-engine\[elastic\]"):
+        torchft_part("LighthouseClient")
+
+
+def test_without_a_lighthouse_the_error_names_its_address() -> None:
+    port = free_port()
+    with pytest.raises(ConfigError, match=rf"no lighthouse answers at http://127.0.0.1:{port} \(TORCHFT_LIGHTHOUSE\)"):
+        Lighthouse(f"http://127.0.0.1:{port}", "a", 1.0)
+
+
+def test_all_who_are_there_are_waited_for_and_who_was_frozen_is_not() -> None:
+    port = free_port()
+    lighthouse = start_lighthouse(port, 1.0)
+    waited: list[None] = []
+    a, b = (Lighthouse(f"http://127.0.0.1:{port}", name, 1.0) for name in "ab")
+    b._beating.clear()  # as its beats find that the process slept
+    began = time.monotonic()
+    quorum = a.ask(Telling("a", "a:1", 3, True, {"model": "1"}), lambda: waited.append(None))
+    assert [one.step for one in quorum.there] == [3]
+    assert 0.5 < time.monotonic() - began < 3
+    assert waited
+    assert b.has_left
+    assert not a.has_left
+    a.close()
+    b.close()
+    lighthouse.shutdown()
