@@ -20,7 +20,7 @@ from benchmarks.frontier.workers import Outcome, train
 TUNING, COUNTING = 1, 2  # blocks of trials
 TRIALS = {TUNING: 8, COUNTING: 30}
 FACTORS = (0.5, 1.0, 2.0)  # of the problem's own rate, to begin with
-FURTHEST = (1 / 16, 16.0)
+FURTHEST = (1 / 64, 16.0)
 
 
 @dataclass(frozen=True)
