@@ -130,7 +130,7 @@ CURVES = {
 
 
 def frontier() -> str:
-    """Test error beside data parallel's over averagings, a curve a rule; bands are 95 % intervals of the differences."""
+    """Test error beside data parallel's over averagings, a curve a rule; bands are 95 % intervals."""
     rows = json.loads(FRONTIER.read_text(encoding="utf-8"))["rows"]["main"]
     left, right, top, bottom = 60.0, WIDTH - 200.0, 50.0, 330.0
     parallel = next(row for row in rows if row["rule"] == "parallel")
