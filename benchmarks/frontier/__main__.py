@@ -32,7 +32,7 @@ from benchmarks.frontier.study import Runs, main_cases, picture_cases, run_all, 
 from benchmarks.report import Report, parser
 
 PARTS = {"main": main_cases, "varied": varied_cases, "sparse": sparse_cases, "pictures": picture_cases}
-SHARES = {"main": (0.04, 0.01, 0.0025), "varied": (0.01,), "sparse": (0.04, 0.01, 0.0025), "pictures": (0.01,)}
+SHARES = {"main": (0.04, 0.01, 0.0025), "varied": (0.01,), "sparse": (0.04, 0.0025), "pictures": (0.01,)}
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -13,7 +13,7 @@ import math
 import re
 from pathlib import Path
 
-from benchmarks.frontier.statements import interval
+from benchmarks.frontier.statements import difference
 from qsr_engine.config.qsr import LearningRateConfig, QSRConfig
 from qsr_engine.schedule import learning_rate, rounds
 
@@ -130,41 +130,32 @@ CURVES = {
 
 
 def frontier() -> str:
-    """Test error over averagings, a curve a rule; bands are 95 % intervals, of parallel all across."""
+    """Test error beside data parallel's over averagings, a curve a rule; bands are 95 % intervals."""
     rows = json.loads(FRONTIER.read_text(encoding="utf-8"))["rows"]["main"]
     left, right, top, bottom = 60.0, WIDTH - 200.0, 50.0, 330.0
-    shown = [row for row in rows if row["rule"] in CURVES or row["rule"] == "parallel"]
-    ends = [mean + sign * half for mean, half in (interval(row["errors"]) for row in shown) for sign in (-1, 1)]
-    low, high = math.floor(min(ends) * 2) / 2, math.ceil(max(ends) * 2) / 2
-    most, least = 5.0, 0.2  # per cent
+    parallel = next(row for row in rows if row["rule"] == "parallel")
+    most, least, low, high = 5.0, 0.2, -1.0, 0.5  # per cent of the steps; points
 
     def x(percent: float) -> float:
         return left + (right - left) * math.log(most / percent) / math.log(most / least)
 
-    def y(error: float) -> float:
-        return bottom - (bottom - top) * (error - low) / (high - low)
+    def y(points: float) -> float:
+        return bottom - (bottom - top) * (points - low) / (high - low)
 
-    parts = [
-        _text(20, 26, "Test error in % (digits, 8 workers, 30 trials, rates tuned for each) over averagings", GREY)
-    ]
-    for tick in range(round(2 * low), round(2 * high) + 1):
-        parts.append(f'<path d="M{left} {y(tick / 2):.1f}H{right}" stroke="{LINE}" stroke-width="0.5"/>')
-        parts.append(_text(left - 8, y(tick / 2) + 4, f"{tick / 2:g}", GREY, 11, "end"))
+    words = "Points of test error beside data parallel's (digits, 8 workers, 30 trials, the rate tuned for each)"
+    parts = [_text(20, 26, words, GREY)]
+    for tick in (-1, -0.75, -0.5, -0.25, 0, 0.25, 0.5):
+        parts.append(f'<path d="M{left} {y(tick):.1f}H{right}" stroke="{LINE}" stroke-width="0.5"/>')
+        parts.append(_text(left - 8, y(tick) + 4, f"{tick:+g}" if tick else "0", GREY, 11, "end"))
     for percent in (4, 2, 1, 0.5, 0.25):
-        parts.append(_text(x(percent), bottom + 18, f"{percent:g} %", GREY, 11, "middle"))
-    parts.append(
-        _text((left + right) / 2, bottom + 38, "averagings in 100 steps (data parallel: 100)", GREY, 12, "middle")
-    )
-    mean, half = interval(next(row["errors"] for row in rows if row["rule"] == "parallel"))
-    parts.append(
-        f'<rect x="{left}" y="{y(mean + half):.1f}" width="{right - left}" '
-        f'height="{y(mean - half) - y(mean + half):.1f}" fill="{LOCAL}" opacity="0.35"/>'
-    )
-    parts.append(f'<path d="M{left} {y(mean):.1f}H{right}" stroke="#5a7fa3" stroke-dasharray="4 3"/>')
-    key = [("data parallel", "#5a7fa3")]
+        parts.append(_text(x(percent), bottom + 18, f"{percent:g}", GREY, 11, "middle"))
+    words = "averagings in 100 steps, fewer to the right (data parallel: 100)"
+    parts.append(_text((left + right) / 2, bottom + 38, words, GREY, 12, "middle"))
+    parts.append(f'<path d="M{left} {y(0):.1f}H{right}" stroke="{INK}" stroke-width="1.5" stroke-dasharray="5 4"/>')
+    key = [("data parallel", INK)]
     for rule, (name, color) in CURVES.items():
         own = sorted((row for row in rows if row["rule"] == rule), key=lambda row: -row["averagings_percent"])
-        points = [(x(row["averagings_percent"]), *interval(row["errors"])) for row in own]
+        points = [(x(row["averagings_percent"]), *difference(row, parallel)) for row in own]
         line = " ".join(f"{place:.1f},{y(value):.1f}" for place, value, _ in points)
         if rule in ("constant", "QSR"):
             upper = [f"{place:.1f},{y(value + wide):.1f}" for place, value, wide in points]
@@ -176,7 +167,7 @@ def frontier() -> str:
     for number, (name, color) in enumerate(key):
         parts.append(_box(right + 30, top + 24 * number, 14, 4, color))
         parts.append(_text(right + 52, top + 24 * number + 7, name, INK, 13))
-    return _svg(int(bottom) + 54, "Test error over averagings for each rule, with 95 % intervals", parts)
+    return _svg(int(bottom) + 54, "Test error beside data parallel's over averagings, with 95 % intervals", parts)
 
 
 if __name__ == "__main__":
