@@ -111,7 +111,7 @@ def test_a_language_model_trains_as_the_reference_says(
 
 def test_the_example_of_a_text_runs(processes: Processes, tmp_path: Path, shards: Path) -> None:
     """Its first steps, on other text."""
-    path = tmp_path / "text-gpt.yaml"
+    path = tmp_path / "text-qsr.yaml"
     path.write_text((Path(__file__).parents[2] / "configs" / path.name).read_text())
     sets = ["qsr.total_steps=3", "qsr.lr.warmup_steps=1", f"data.shards={shards}", f"logging.dir={tmp_path / 'runs'}"]
     assert records(train(processes, path, *sets))[-1]["step"] == 3
