@@ -33,6 +33,8 @@ from tests.support.launch import qsr_job, records, train, workers
 from tests.support.pool import Processes
 from tests.support.recipes import STEPS, normalised
 
+OF_TEXT = {"eval_perplexity", "eval_bits_per_byte", "best_loss"}
+
 
 class InTwo(nn.Module):
     """A model that gives a tuple in training, as GoogLeNet and Inception do."""
@@ -221,7 +223,8 @@ def test_a_run_writes_what_it_promises(processes: Processes, recipe: Path) -> No
 
     events = EventAccumulator(str(run)).Reload()
     tags = {tag for tag in events.Tags()["scalars"] if not tag.startswith("workers")}
-    assert tags == set(TAGS) - {"eval/sharpness", "norms/momentum_buffer", "train/loss_scale"} - COUNTERS
+    of_text = {tag for tag, name in TAGS.items() if name.startswith("tokens") or name in OF_TEXT}
+    assert tags == set(TAGS) - {"eval/sharpness", "norms/momentum_buffer", "train/loss_scale"} - COUNTERS - of_text
     assert "total_steps: 14" in str(events.Tensors("recipe/text_summary")[0].tensor_proto)
     predicted = EventAccumulator(str(run / "tensorboard" / "predicted")).Reload()
     for tag in ("local_steps/period", "train/lr"):
@@ -405,7 +408,7 @@ def test_ranks_of_a_worker_evaluate_the_same_number_of_batches(
     assert summary["eval_accuracy"] == pytest.approx(round(summary["eval_accuracy"] * 14.37) / 14.37), "of 1437 images"
 
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("digits*.yaml"))
 
 
 @pytest.mark.fast_cells(2)

@@ -188,7 +188,7 @@ class Evil:
         return Path.touch, (Path("was-here"),)
 
 
-@pytest.mark.parametrize("kind", ["pickled", "longer", "other type", "other token"])
+@pytest.mark.parametrize("kind", ["pickled", "longer", "other type", "signed", "other token"])
 def test_a_block_that_is_none_is_named_and_nothing_is_unpickled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
@@ -199,7 +199,12 @@ def test_a_block_that_is_none_is_named_and_nothing_is_unpickled(
     if kind == "pickled":
         np.save(stream, np.array([Evil()], dtype=object), allow_pickle=True)
     else:
-        bad = {"longer": np.arange(6, dtype="<u1"), "other type": good.astype("<u2"), "other token": good + 200}[kind]
+        bad = {
+            "longer": np.arange(6, dtype="<u1"),
+            "other type": good.astype("<u2"),
+            "signed": good.astype("i1"),
+            "other token": good + 200,
+        }[kind]
         np.save(stream, bad)
     path = tmp_path / "train-000000.tar"
     path.write_bytes(tar_bytes({"a.npy": encode(good), "b.npy": stream.getvalue()}))

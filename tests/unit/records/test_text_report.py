@@ -88,5 +88,8 @@ def test_runs_of_both_tasks_stand_in_one_report(tmp_path: Path) -> None:
     assert "vit reached 100.00 %" in printed
     assert "gpt reached a loss of 1.5000" in printed
     assert "gpt-qsr reached a loss of 1.7500, 0.2500 more" in printed
+    write_run(tmp_path / "gpt-best", {"strategy": "constant", "h_base": 4}, 1.25)
+    words = " ".join(report([tmp_path / "gpt-qsr", tmp_path / "gpt-best"], tmp_path / "other").split())
+    assert "gpt-qsr reached a loss of 1.7500, 0.5000 more" in words, "than the best, which has the lowest"
     rows = {row["run"]: row for row in json.loads((tmp_path / "report" / "report.json").read_text())}
     assert rows["vit"]["images_per_second"] == pytest.approx(64)
