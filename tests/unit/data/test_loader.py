@@ -17,13 +17,12 @@ from pydantic import ValidationError
 
 from qsr_engine.data.batches import decode_batch
 from qsr_engine.data.errors import DataError
-from qsr_engine.data.index import Index, Split
+from qsr_engine.data.index import Index
 from qsr_engine.data.loader import EvalLoader, TrainLoader
 from qsr_engine.data.order import samples_before
 from qsr_engine.data.rows import Row
 from qsr_engine.data.tar_shard import TarShard
 from qsr_engine.data.writing.folder import write_index
-from qsr_engine.data.writing.shard import write_shard
 from tests.support.loading import data_config, equal, labels, take, train_loader
 from tests.support.shard_files import noise, shards_of
 
@@ -195,9 +194,8 @@ def test_evaluation_sees_every_sample_once_in_order(numbered: tuple[Path, Index]
 
 
 def test_a_rank_may_have_nothing_to_evaluate(tmp_path: Path) -> None:
-    shard = write_shard(tmp_path / "all-000000.tar", [("a", "png", noise(0), 0)]).shard
-    index = Index(classes=["only"], splits={"all": Split(samples=1, shards=[shard])})
-    sizes = [len(list(EvalLoader(tmp_path, index, data_config(), rank=r, ranks=3, batch_size=4))) for r in range(3)]
+    data = shards_of(tmp_path, [1])
+    sizes = [len(list(EvalLoader(*data, data_config(), rank=r, ranks=3, batch_size=4))) for r in range(3)]
     assert sorted(sizes) == [0, 0, 1]
 
 
