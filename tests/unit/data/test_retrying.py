@@ -19,7 +19,7 @@ from qsr_engine.data.order import ShardSlice
 from qsr_engine.data.random_access import RandomAccess
 from qsr_engine.data.remote import ShardStream
 from qsr_engine.data.retrying import LONGEST_WAIT, Retry, retried
-from qsr_engine.data.samples import Position, Sample, bad_sample
+from qsr_engine.data.samples import Placed, Position, Sample, bad_sample
 from qsr_engine.data.streaming import Streamed
 from qsr_engine.data.table import open_table
 from qsr_engine.data.tar import span_of
@@ -131,6 +131,11 @@ def test_files_stay_open_until_the_batch_is_decoded(tmp_path: Path, monkeypatch:
     assert equal(list(islice(loader.batches(), 4)), whole)
     source = loader._source
     assert isinstance(source, RandomAccess)
+    loaded = [one for one in map(source.load, islice(loader.items(), 24)) if isinstance(one, Placed)]
+    assert len(loaded) >= 8
+    for one in loaded:
+        assert os.pread(one.extent.file, one.extent.length, one.extent.offset) == one.whole().image
+    del loaded, one
     assert (len(source._open), len(source._closing)) == (4, 0), "the others are closed"
 
 
