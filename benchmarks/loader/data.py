@@ -42,6 +42,11 @@ class Data:
         return self.root / f"shards-{self.copies}"
 
     @property
+    def written(self) -> Path:
+        """The same, written by webdataset's ShardWriter."""
+        return self.root / f"written-{self.copies}"
+
+    @property
     def folder(self) -> Path:
         """train/CLASS/KEY.jpg."""
         return self.root / f"folder-{self.copies}"
@@ -96,7 +101,7 @@ def make_base(source: Path, data: Data, short_side: int | None) -> None:
                 _reencode(path, folder / path.name, short_side)
 
     make_once(data.single, single)
-    make_once(data.shards, partial(_copied_shards, data))
+    make_once(data.shards, partial(_copied_shards, data, data.single))
     make_once(data.root / "files", partial(_extract, data))
     make_once(data.folder, partial(_copied_folder, data))
 
@@ -122,11 +127,27 @@ def _reencode(source: Path, target: Path, short_side: int) -> None:
             write.addfile(info, io.BytesIO(content))
 
 
-def _copied_shards(data: Data, folder: Path) -> None:
+def make_written(data: Data) -> None:
+    """Shards of webdataset's ShardWriter, with its headers of two blocks more."""
+
+    def write(folder: Path) -> None:
+        import webdataset as wds
+
+        folder.mkdir()
+        with wds.ShardWriter(str(folder / "train-%06d.tar"), maxcount=125, verbose=0) as writer:
+            for key, jpeg, label in data.samples():
+                writer.write({"__key__": key, "jpg": jpeg, "cls": label})
+
+    once = data.root / "written"
+    make_once(once, write)
+    make_once(data.written, partial(_copied_shards, data, once))
+
+
+def _copied_shards(data: Data, single: Path, folder: Path) -> None:
     from qsr_engine.data import index_shards
 
     folder.mkdir()
-    for number, (_, tar) in enumerate(itertools.product(range(data.copies), data.tars())):
+    for number, (_, tar) in enumerate(itertools.product(range(data.copies), data.tars(single))):
         (folder / f"train-{number:06d}.tar").symlink_to(Path(tar).resolve())
     split = index_shards(folder).splits["train"]
     timm_split = {

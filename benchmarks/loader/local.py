@@ -11,14 +11,17 @@ from typing import Any
 from benchmarks.loader.data import BATCH, SIZE, Batches, Data, random_box
 
 
-def ours(data: Data, processes: int, randaugment: bool = False, threads: int = 1, most: int = 0) -> Batches:
-    """`most`: loader processes, whatever the number of cores."""
+def ours(
+    data: Data, processes: int, randaugment: bool = False, threads: int = 1, most: int = 0, others: bool = False
+) -> Batches:
+    """`most`: loader processes, whatever the number of cores; `others`: shards that webdataset's writer has made."""
     from qsr_engine.config.recipe import DataConfig, RandAugmentConfig
     from qsr_engine.data import read_index
     from qsr_engine.data.loader import TrainLoader
 
+    folder = data.written if others else data.shards
     config = DataConfig(
-        shards=str(data.shards),
+        shards=str(folder),
         train="train",
         image_size=SIZE,
         augment="crop_flip",
@@ -26,8 +29,7 @@ def ours(data: Data, processes: int, randaugment: bool = False, threads: int = 1
         loader_processes=most or processes,
         loader_threads=threads,
     )
-    index = read_index(data.shards)
-    loader = TrainLoader(data.shards, index, config, rank=0, ranks=1, batch_size=BATCH, seed=0)
+    loader = TrainLoader(folder, read_index(folder), config, rank=0, ranks=1, batch_size=BATCH, seed=0)
     for batch in loader.batches():
         yield batch.images
 

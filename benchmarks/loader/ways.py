@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from benchmarks.loader.data import Batches, Data
+from benchmarks.loader.data import Batches, Data, make_written
 from benchmarks.loader.local import floor, ours, timm_loader, torchvision_folder
 from benchmarks.loader.peers import (
     dali,
@@ -40,6 +40,7 @@ OURS, BASELINE, FLOOR = "qsr_engine", "torchvision ImageFolder, Pillow", "floor:
 FFCV_JPEG = "ffcv, JPEG"
 AUGMENTED = "qsr_engine, RandAugment (the paper's)"
 EIGHT = ("qsr_engine, 8 processes", "qsr_engine, 8 threads")
+WRITTEN = "qsr_engine, shards of webdataset's ShardWriter"
 WAYS = [
     Way(FLOOR, "qsr_engine", floor, ""),
     Way(OURS, "qsr_engine", ours, "ours", versions=("qsr-engine",)),
@@ -112,6 +113,7 @@ WAYS = [
         "augmented",
         cores=(1,),
     ),
+    Way(WRITTEN, "qsr_engine", partial(ours, others=True), "ours", make_written, cores=(1,)),
     Way(EIGHT[0], "qsr_engine", partial(ours, most=8), "ours", cores=(2,)),
     Way(EIGHT[1], "qsr_engine", partial(ours, most=1, threads=8), "ours", cores=(2,)),
 ]

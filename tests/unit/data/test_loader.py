@@ -23,9 +23,8 @@ from qsr_engine.data.order import samples_before
 from qsr_engine.data.rows import Row
 from qsr_engine.data.tar_shard import TarShard
 from qsr_engine.data.writing.folder import write_index
-from qsr_engine.data.writing.shard import write_shard
 from tests.support.loading import data_config, equal, labels, take, train_loader
-from tests.support.shard_files import indexed, noise, shards_of
+from tests.support.shard_files import noise, shards_of
 
 
 def keys(loader: TrainLoader, number: int, start: int = 0) -> list[str]:
@@ -195,8 +194,8 @@ def test_evaluation_sees_every_sample_once_in_order(numbered: tuple[Path, Index]
 
 
 def test_a_rank_may_have_nothing_to_evaluate(tmp_path: Path) -> None:
-    index = indexed(tmp_path, [write_shard(tmp_path / "all-000000.tar", [("a", "png", noise(0), 0)])])
-    sizes = [len(list(EvalLoader(tmp_path, index, data_config(), rank=r, ranks=3, batch_size=4))) for r in range(3)]
+    data = shards_of(tmp_path, [1])
+    sizes = [len(list(EvalLoader(*data, data_config(), rank=r, ranks=3, batch_size=4))) for r in range(3)]
     assert sorted(sizes) == [0, 0, 1]
 
 
