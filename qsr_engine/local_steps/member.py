@@ -33,6 +33,7 @@ from qsr_engine.membership.quorum import Members
 
 log = logging.getLogger(__name__)
 
+_MOST_FAILURES = 3  # of exchanges with who joins, who might be what makes them fail
 _POLL = 0.3  # seconds between quorums of those who wait for others
 
 
@@ -162,7 +163,7 @@ class MemberBoundary:
 
     def _meet(self, telling: Telling) -> Plan:
         """Ask and exchange until an exchange counts in which this worker took part."""
-        patience, last, said = time.monotonic() + self.members.config.timeout_seconds, None, ""
+        patience, last, said, failed = time.monotonic() + self.members.config.timeout_seconds, None, "", 0
         while True:
             asked = time.monotonic()
             quorum = self.members.ask(telling, self._moved)
@@ -184,6 +185,13 @@ class MemberBoundary:
             else:
                 last = found
                 done = self._exchange(quorum.key, found, telling.name)
+                failed = 0 if done else failed + 1
+                if failed == _MOST_FAILURES and found.source.joined and not telling.joined:
+                    self.members.close()
+                    raise CollectiveError(
+                        f"this worker could not join the members {failed} times in a row, and leaves them alone; what "
+                        "failed is said above, and also comes of a model that makes its buffers later than at the start"
+                    )
                 telling = dataclasses.replace(telling, attempt=quorum.key, done=done, group=self.members.usable)
 
     def _behind(self, telling: Telling) -> Telling:
