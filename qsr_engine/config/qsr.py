@@ -291,6 +291,11 @@ def _check_membership(qsr: QSRConfig) -> None:
             "membership is 'torchft' and there is no lr block: who joins cannot know where another's scheduler stands; "
             "write qsr.lr, a function of the step"
         )
+    if qsr.faults.on_signal == "cut_round":
+        raise ValueError(
+            "faults.on_signal is 'cut_round' and membership is 'torchft': a worker that is to stop would wait for the "
+            "others to come to their boundary; write 'save' or 'finish_round'"
+        )
     for key, why in _NOT_OF_MEMBERS.items():
         if getattr(averaging, key) not in (getattr(plain, key), False):
             raise ValueError(
