@@ -185,7 +185,7 @@ optimizer: {{type: AdamW, weight_decay: 0.05, gradient_clipping: 1.0}}
 qsr:
   strategy: constant
   h_base: 100
-  total_steps: 100000000
+  total_steps: 1000000
   lr: {{schedule: constant, peak: 1e-4}}
   faults: {{timeout_seconds: 5}}
 logging: {{dir: "{folder}", name: {name}, every: 20, checkpoint_every: 100, keep_checkpoints: 2, tensorboard: false}}

@@ -238,6 +238,11 @@ def _check_membership(qsr: QSRConfig) -> None:
             "faults.outlier is given and membership is 'torchft': members do not exchange how far each has moved; "
             "leave it out, or write membership 'fixed'"
         )
+    if qsr.faults.on_signal == "cut_round":
+        raise ValueError(
+            "faults.on_signal is 'cut_round' and membership is 'torchft': a worker that is to stop would wait for the "
+            "others to come to their boundary; write 'save' or 'finish_round'"
+        )
     for key, why in _NOT_OF_MEMBERS.items():
         if getattr(averaging, key) not in (getattr(plain, key), False):
             raise ValueError(

@@ -13,26 +13,25 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsr_engine.averaging import Averager, CollectiveError, ring_bytes
+from qsr_engine.averaging import Averager, CollectiveError
 from qsr_engine.averaging.errors import Group
-from qsr_engine.averaging.tentative import Tentative
 from qsr_engine.local_steps.averaged import Averaged, Buffers
 from qsr_engine.local_steps.costs import Costs
+from qsr_engine.local_steps.exchange import Exchange
 from qsr_engine.local_steps.header import BoundaryError
-from qsr_engine.local_steps.joining import Handover
 from qsr_engine.local_steps.rounds import Rounds
 from qsr_engine.membership.members import Plan, Telling, plan
 from qsr_engine.membership.quorum import Members
 
 log = logging.getLogger(__name__)
 
+_MOST_FAILURES = 3  # of exchanges with who joins, who might be what makes them fail
 _POLL = 0.3  # seconds between quorums of those who wait for others
 
 
@@ -74,8 +73,7 @@ class MemberBoundary:
     """This rank's part in the boundaries of a worker that may lose others, or join them.
 
     Args:
-        replica: what else belongs to the parameters, in the averager's buckets.
-        everybody: the ranks of this worker.
+        averager, replica, buffers, everybody: as Exchange has them.
         moved: called while others are waited for.
     """
 
@@ -90,12 +88,9 @@ class MemberBoundary:
         everybody: Group,
         moved: Callable[[], None],
     ) -> None:
-        self._rounds, self._costs, self._averager, self._buffers = rounds, costs, averager, buffers
-        self._qsr, self._replica = rounds.qsr, replica
-        self.members, self._everybody, self._moved = members, everybody, moved
-        self._handover = Handover(replica, averager, self._qsr.on_other_workers)
-        self._parameters = Tentative(averager.buckets)
-        self._put_rest: Callable[[], None] = lambda: None  # of the exchange that was made, beside the parameters
+        self._rounds, self._costs, self._qsr = rounds, costs, rounds.qsr
+        self.members, self._moved = members, moved
+        self._exchange = Exchange(rounds.qsr, costs, averager, replica, buffers, members, everybody)
         self._loop = Loop()
         self.joined = False
         self.begun = False  # with the first step of all, and did not join others
@@ -130,7 +125,7 @@ class MemberBoundary:
         took_over = telling.name not in found.giving
         before = sum(one.squares for one in found.members if one.name in found.giving)
         known = all(name in {one.name for one in found.members} for name in found.giving)
-        return took_over, self._distance(before, len(found.giving)) if known else None
+        return took_over, self._exchange.relative_distance(before, len(found.giving)) if known else None
 
     def seconds_waited(self) -> float:
         """For the others to come, since this was last called."""
@@ -160,7 +155,7 @@ class MemberBoundary:
 
     def _meet(self, telling: Telling) -> Plan:
         """Ask and exchange until an exchange counts in which this worker took part."""
-        patience, last, said = time.monotonic() + self.members.config.timeout_seconds, None, ""
+        patience, last, said, failed = time.monotonic() + self.members.config.timeout_seconds, None, "", 0
         while True:
             asked = time.monotonic()
             quorum = self.members.ask(telling, self._moved)
@@ -181,8 +176,24 @@ class MemberBoundary:
                 telling = dataclasses.replace(telling, impatient=time.monotonic() > patience)
             else:
                 last = found
-                done = self._exchange(quorum.key, found, telling.name)
-                telling = dataclasses.replace(telling, attempt=quorum.key, done=done, group=self.members.usable)
+                why = self._exchange.run(quorum.key, found, telling.name)
+                failed = self._note_failure(found, why, failed + 1) if why else 0
+                usable = self.members.usable
+                telling = dataclasses.replace(telling, attempt=quorum.key, done=not why, group=usable)
+
+    def _note_failure(self, found: Plan, why: str, failed: int) -> int:
+        """An exchange failed, so many times in a row. Raises CollectiveError where this worker may be the reason."""
+        self.repeated += 1
+        self._happened("failed", "", why)
+        members = len(found.giving)
+        self._say("step %d: averaging with %d members failed, and is repeated: %s", self._rounds.step, members, why)
+        if failed == _MOST_FAILURES and found.source.joined and not self.joined:
+            self.members.close()
+            raise CollectiveError(
+                f"this worker could not join the members {failed} times in a row, and leaves them alone; what failed "
+                "is said above, and also comes of a model that makes its buffers later than at the start"
+            )
+        return failed
 
     def _behind(self, telling: Telling) -> Telling:
         """The others go on without this worker; it joins them at their next boundary."""
@@ -213,64 +224,14 @@ class MemberBoundary:
                 "rate, a longer warm-up or gradient clipping helps against divergence"
             )
 
-    # ------------------------------------------------------------------------------------------------- an exchange
-
-    def _exchange(self, key: str, found: Plan, name: str) -> bool:
-        """Whether all ranks of this worker have the mean, in copies; what they hold is as it was, unless they join."""
-        names = tuple(one.name for one in found.members)
-        groups = {one.group for one in found.members}
-        usable = groups.pop() if len(groups) == 1 else ""
-        gives, giving = name in found.giving, len(found.giving)
-        done, why = True, ""
-        try:
-            group = self.members.group(key, names, found.source.store, usable)
-            self._parameters.average(group, giving, gives=gives)
-            if found.source.joined:
-                due = self._qsr.averaging.states_due(found.source.position["round"])
-                self._average_the_rest(group, giving, due, gives=gives)
-            if giving < len(names):
-                source = names.index(next(one.name for one in found.members if one.name in found.giving))
-                self._handover.run(group, source, giving, gives=gives)
-            self._costs.bytes_sent += ring_bytes(self._parameters.nbytes, len(names)) * self._qsr.worker_size
-        except CollectiveError as error:
-            done, why = False, str(error).splitlines()[0]
-        if not self.members.agree(done):
-            self.members.forget_group()
-            self.repeated += 1
-            self._happened("failed", "", why)
-            self._say("step %d: averaging with %d members failed, and is repeated: %s", self._rounds.step, giving, why)
-            return False
-        return True
-
-    def _average_the_rest(self, group: dist.ProcessGroup, giving: int, due: Iterable[str], *, gives: bool) -> None:
-        """Buffers, in fp64, and the optimizer's state that is due, in copies as the parameters."""
-        exact = self._buffers.inside_mean()
-        state = [value for name in due for value in self._replica.state_to_average(name)]
-        rest = Tentative([value for value, _ in exact] + state)
-        rest.average(group, giving, gives=gives)
-
-        def put() -> None:
-            rest.put()
-            with torch.no_grad():
-                for value, buffer in exact:
-                    buffer.copy_(value)
-
-        self._put_rest = put
+    # ------------------------------------------------------------------------------------------------- afterwards
 
     def _commit(self, exchanged: Plan, found: Plan, telling: Telling) -> None:
         """The exchange counts."""
         begins = not exchanged.source.joined
-        joins = telling.name not in exchanged.giving
-        self._parameters.put()
-        self._put_rest()
-        self._put_rest = lambda: None
-        if not begins:
-            at = exchanged.source.position
-            self._averager.round_lasted(self._rounds.units_of(at["round_start"], at["step"]))
-            self._averager.average()  # of this worker alone, for the outer optimizer: it moves on from the mean
-        self._replica.refresh()
-        self._buffers.same_everywhere()
-        if joins:
+        at = exchanged.source.position
+        self._exchange.put(None if begins else self._rounds.units_of(at["round_start"], at["step"]))
+        if telling.name not in exchanged.giving:
             self._take_position(exchanged.source, begins=begins)
         self._take_standing(exchanged, found, telling, begins=begins)
 
@@ -309,14 +270,6 @@ class MemberBoundary:
     def _say(self, text: str, *values: Any) -> None:
         if dist.get_rank() == 0:
             log.warning(text, *values)
-
-    def _distance(self, before: float, giving: int) -> Tensor:
-        """As averaging.distance.Squares.relative_distance(), from sums of squares over all ranks of every worker."""
-        after = self._parameters.sum_of_squares()
-        if self._qsr.worker_size > 1:
-            after = after.to(self._averager.device)
-            dist.all_reduce(after, group=self._everybody)
-        return torch.where(after > 0, (before / (after * giving) - 1).clamp(min=0).sqrt(), 0.0)
 
 
 _COUNTS = ("averagings", "bytes_sent", "parallel_bytes_so_far")  # of Costs, which who joins goes on with

@@ -157,6 +157,21 @@ def test_who_runs_something_else_is_refused_and_who_is_not_finite_joins_anew(tmp
         assert expected.isfinite().all()
 
 
+@pytest.mark.slow
+def test_who_joins_gets_the_buffers_too(tmp_path: Path) -> None:
+    """Batch norm's statistics are averaged, and its counts of batches are those of a member."""
+    with cluster(tmp_path, TIMEOUT, expected=2) as run:
+        start = partial(run.start, qsr=qsr(min_workers=2), model_name="resnet")
+        start("a", part=0)
+        start("b", part=10, dies_at=5)
+        run.ended("b")
+        start("d", part=30, seed=9)
+        assert run.ended("a", "d") == [0, 0]
+        of_a, of_d = run.boundaries("a"), run.boundaries("d")
+        assert set(of_d) == {8, 12}
+        assert [of_d[step]["digest"] for step in (8, 12)] == [of_a[step]["digest"] for step in (8, 12)]
+
+
 def refused_job(block: dict[str, Any]) -> str:
     from tests.support import fsdp_engine
 

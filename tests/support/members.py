@@ -158,6 +158,7 @@ def train(
     nan_at: int | None = None,
     dies_in: tuple[str, int] | None = None,
     seed: int = 7,
+    model_name: str = "mlp",
 ) -> None:
     """One rank of a worker. It says "joined", every "boundary" with a digest of what it holds, and "finished".
 
@@ -175,7 +176,7 @@ def train(
     from tests.support import fsdp_engine, training
 
     torch.manual_seed(seed)
-    model = training.make_model(torch.float32)
+    model = fsdp_engine.MODELS[model_name]()
     if seed != 7:
         with torch.no_grad():
             for parameter in model.parameters():
@@ -198,7 +199,7 @@ def train(
             freezes_at = None
             os.kill(os.getpid(), signal.SIGSTOP)
         time.sleep(seconds)
-        inputs, targets = training.batch(part + rank, step, dtype=torch.float32)
+        inputs, targets = fsdp_engine.batch_of(model_name, part + rank, step)
         if nan_at == step:
             inputs = inputs * float("nan")
         started = time.monotonic()

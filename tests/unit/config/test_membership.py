@@ -39,6 +39,7 @@ def test_a_name_stands_for_a_block() -> None:
         ({"averaging": {"wire_dtype": "bf16"}}, ["averaging.wire_dtype is 'bf16'"]),
         ({"averaging": {"overlap": "next_forward"}}, ["averaging.overlap is 'next_forward'"]),
         ({"averaging": {"fragments": 2}}, ["averaging.fragments is 2"]),
+        ({"faults": {"on_signal": "cut_round"}}, ["faults.on_signal is 'cut_round'", "write 'save' or 'finish_round'"]),
         ({"averaging": {"mixing": 0.5}}, ["averaging.mixing is 0.5"]),
         ({"faults": {"outlier": {"z": 3, "then": "clip"}}}, ["faults.outlier is given", "how far each has moved"]),
     ],
