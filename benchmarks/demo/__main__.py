@@ -22,7 +22,7 @@ from qsr_engine.data import read_index
 from qsr_engine.records.runs import figures, find_runs, read_run
 from qsr_engine.records.seeds import Group, groups
 
-SEEDS = 12
+SEEDS = 8
 PAIRS = [  # a constant H, and QSR with about as many averagings, as benchmarks/demo_tune.py has found them
     (Setting.constant(4, 0.03), Setting.qsr(2, 1.5, 0.03)),
     (Setting.constant(8, 0.03), Setting.qsr(2, 2.5, 0.03)),

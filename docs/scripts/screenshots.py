@@ -3,7 +3,8 @@ TensorBoard.
 
     make docs && make demo
     python -m docs.scripts.screenshots build/shots              # all of them, to look at
-    python -m docs.scripts.screenshots docs/pictures report     # those that the pages show
+
+docs/pictures has report.png and tensorboard-custom.png of these.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-SITE, RUNS, REPORT = ROOT / "build/site", ROOT / "demo/runs", ROOT / "demo/report/report.html"
+SITE, RUNS, REPORT = ROOT / "build/site", "demo/runs", ROOT / "demo/report/report.html"
 DARK = "--blink-settings=preferredColorScheme=0"
 
 
@@ -56,7 +57,7 @@ def shoot_phone(url: str, out: Path, height: int) -> None:
 def served(command: Sequence[str], port: int) -> Iterator[str]:
     """The address of a server while it runs."""
     url = f"http://127.0.0.1:{port}/"
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
             for _ in range(240):
                 try:
@@ -100,7 +101,7 @@ def tensorboard(folder: Path) -> None:
         "-m",
         "tensorboard.main",
         "--logdir",
-        str(RUNS),
+        RUNS,
         "--port",
         str(port),
         "--load_fast=false",
