@@ -24,8 +24,8 @@ class AllReduce(Reducer):
     """The mean by all-reduce: every in-place piece in flight at once, packed ones through two staging buckets.
 
     NCCL divides on the way (AVG), unless a rank is left out. Gloo adds up, and each piece is divided while later ones
-    are still in flight; between few ranks with all pieces on CPUs it is done by hand instead (see Exchange), with two
-    pieces in each of its two halves. What that needs to receive into is freed after each run.
+    are still in flight; between few ranks with all pieces on CPUs it is done by hand instead (see Exchange), with at
+    most three pieces on their way. What that needs to receive into is freed after each run.
 
     Args:
         difference: leave (mean - own value) in the pieces instead of the mean; all pieces are packed then.
