@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# elastic.sh HOSTFILE RECIPE RANKS [--set key=value ...]: workers that come and go, RANKS ranks on each of several hosts.
+# elastic.sh HOSTFILE RECIPE RANKS [--set key=value ...]: workers that come and go, RANKS ranks on each of some hosts.
 # HOSTFILE has a line a host, `NAME slots=...`. A lighthouse runs here, at PORT (29510) of this host, and `qsr train
 # --elastic` on every host, by ssh without a password; the same checkout and environment on all of them, and one folder
 # for the run. A worker that dies is started again RESTARTS (100) times on each host. A host that is lost is left out,
