@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# elastic.sh HOSTFILE RECIPE RANKS [--set key=value ...]: workers that come and go, RANKS ranks on each of several hosts.
+# elastic.sh HOSTFILE RECIPE RANKS [--set key=value ...]: workers that come and go, RANKS ranks on each of some hosts.
 # HOSTFILE has a line a host, `NAME slots=...`. A lighthouse runs here, at PORT (29510) of this host, and `qsr train
 # --elastic` on every host, by ssh without a password; the same checkout and environment on all of them, and one folder
-# for the run. A worker that dies is started again RESTARTS (100) times on each host. A host that is lost is left out, and
-# `TORCHFT_LIGHTHOUSE=... qsr train RECIPE --elastic --ranks N` on another one joins. docs/elastic.md says what it promises.
+# for the run. A worker that dies is started again RESTARTS (100) times on each host. A host that is lost is left out,
+# and `TORCHFT_LIGHTHOUSE=... qsr train RECIPE --elastic --ranks N` on another one joins. docs/elastic.md says what is
+# promised.
 # NCCL_..., GLOO_... and DS_ACCELERATOR of this shell are handed on.
 set -euo pipefail
 hostfile=${1:?hostfile} recipe=${2:?recipe} ranks=${3:?ranks on each host}

@@ -6,8 +6,9 @@
 #SBATCH --no-kill
 # sbatch [--nodes N] [--gpus-per-node G] launch/slurm_elastic.sh RECIPE [--set key=value ...]
 # Workers that come and go: the lighthouse on the first node, at PORT (29510), and `qsr train --elastic` on every node,
-# with RANKS_PER_NODE ranks (G unless set). A node that is lost ends nothing but its own workers, unless it is the first; a
-# worker that dies is started again RESTARTS (100) times on its node. Further jobs join with TORCHFT_LIGHTHOUSE set.
+# with RANKS_PER_NODE ranks (G unless set). A node that is lost ends nothing but its own workers, unless it is the
+# first; a worker that dies is started again RESTARTS (100) times on its node. Further jobs join with TORCHFT_LIGHTHOUSE
+# set. docs/elastic.md says what is promised.
 set -euo pipefail
 recipe=${1:?recipe}
 ranks=${RANKS_PER_NODE:-${SLURM_GPUS_PER_NODE:?write RANKS_PER_NODE}}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -82,6 +83,7 @@ class _Worker:
         self.number, self._size, self._words, self._more = number, size, words, more
         self._folder = folder / f"worker-{number}"
         self._folder.mkdir()
+        self._name = str(number) if EXPECTED in more else f"{socket.gethostname()}-{number}"  # others are elsewhere
         self.stopped = self._folder / "stopped"
         self.starts = 0
         self._ranks: list[subprocess.Popen[bytes]] = []
@@ -96,7 +98,7 @@ class _Worker:
             environment = {
                 **os.environ,
                 **self._more,
-                WORKER: str(self.number),
+                WORKER: self._name,
                 STOPPED_FILE: str(self.stopped),
                 "RANK": str(rank),
                 "LOCAL_RANK": str(self.number * self._size + rank),

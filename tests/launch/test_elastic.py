@@ -90,6 +90,7 @@ def worker(process: subprocess.Popen[str], name: str) -> psutil.Process | None:
     return max(found, key=lambda child: child.create_time(), default=None)
 
 
+@pytest.mark.slow
 def test_the_recorder_is_killed_and_started_again(
     tmp_path: Path, recipe: Path, start: Callable[..., subprocess.Popen[str]]
 ) -> None:
