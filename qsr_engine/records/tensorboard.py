@@ -27,7 +27,11 @@ COUNTERS = {
 }
 _LINES = {  # category, card and the tags of its curves
     "train": {"loss": ["train/loss", "eval/loss"], "accuracy (%)": ["train/accuracy", "eval/accuracy"]},
-    "eval": {"accuracy (%)": ["eval/accuracy", "eval/best_accuracy", "eval/top5_accuracy"], "loss": ["eval/loss"]},
+    "eval": {
+        "accuracy (%)": ["eval/accuracy", "eval/best_accuracy"],
+        "top-5 accuracy (%)": ["eval/top5_accuracy"],
+        "loss": ["eval/loss"],
+    },
     "H and learning rate": {"H (steps)": ["local_steps/period"], "learning rate": ["train/lr"]},
     "communication": {
         "of parallel's (%)": ["communication/averagings_percent", "communication/bytes_percent"],
