@@ -143,9 +143,9 @@ def exchange_headers(
         values[len(movements) :],
     )
     if are_alike(sums, ranks) and not moved and not not_finite:
-        return Met(header.lr, squares_of_all, ranks, round(skipped), stop > 0, [], moves)
+        return Met(header.lr, squares_of_all, ranks, round(skipped), stop > 0, [], tuple(moves))
     met = _meet_again(header, device, group, buffers or {}, leave_out=leave_out, worker_size=worker_size)
-    return dataclasses.replace(met, movements=moves)
+    return dataclasses.replace(met, movements=tuple(moves))
 
 
 def _slot_of_this_worker(

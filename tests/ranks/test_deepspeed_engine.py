@@ -35,8 +35,9 @@ def test_no_collective_crosses_workers_between_boundaries(
     results = processes.run(count_job, ranks=ranks, qsr=qsr, config=config, clip=clip)
     for counts in results:
         assert [count for boundary, count in counts if not boundary] == [0] * (len(counts) - 5)
-        # One header and one all-reduce: the model is one bucket. In shared memory, the header and two meetings.
-        assert [count for boundary, count in counts if boundary] == [3 if shared else 2] * 5
+        # The model is one bucket. In shared memory: the header and two meetings. Through gloo: the header, two messages
+        # to the one other worker and two from it, and the sum of the squares.
+        assert [count for boundary, count in counts if boundary] == [3 if shared else 6] * 5
 
 
 def test_the_counter_sees_data_parallel(processes: Processes) -> None:
