@@ -24,7 +24,6 @@ from qsr_engine.cli.launched import asked_file
 from qsr_engine.cli.launcher import free_port
 from qsr_engine.config.batch import check_world_size
 from qsr_engine.config.recipe import Recipe
-from qsr_engine.config.strict import ConfigError
 from qsr_engine.data.writing.processes import usable_cores
 from qsr_engine.membership.quorum import EXPECTED, LIGHTHOUSE, WORKER, start_lighthouse
 from qsr_engine.membership.signals import SIGNALS, STOPPED, STOPPED_FILE
@@ -32,7 +31,7 @@ from qsr_engine.membership.signals import SIGNALS, STOPPED, STOPPED_FILE
 _LOOK = 0.2  # seconds between two looks at the workers
 
 
-def launch_workers(recipe: Recipe, ranks: int | None, words: Sequence[str], *, restarts: int) -> int:
+def launch_workers(recipe: Recipe, ranks: int, words: Sequence[str], *, restarts: int) -> int:
     """Start the workers of this host, and wait until all have ended. Returns the exit code: 0 if the last one did.
 
     Args:
@@ -42,8 +41,6 @@ def launch_workers(recipe: Recipe, ranks: int | None, words: Sequence[str], *, r
     Raises:
         ConfigError: so many ranks are no workers, or torchft is not there.
     """
-    if ranks is None:
-        raise ConfigError("--elastic needs the number of ranks on this host; write --ranks N")
     workers = check_world_size(ranks, recipe.qsr.worker_size)
     launch = uuid.uuid4().hex
     with (
@@ -177,7 +174,8 @@ def _run(workers: list[_Worker], restarts: int, received: list[int]) -> dict[int
                 worker.start()
                 continue
             if code and not received:
-                print(f"qsr: worker {worker.number} has died ({_spelled(code)}); the others go on", file=sys.stderr)
+                then = "; the others go on" if len(running) > 1 else ""
+                print(f"qsr: worker {worker.number} has died ({_spelled(code)}){then}", file=sys.stderr)
             running.remove(worker)
             codes[worker.number] = code
     return codes

@@ -18,7 +18,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         examples=["qsr export runs/vit/checkpoints vit.safetensors   # of the newest whole checkpoint"],
     )
     command.add_argument("checkpoint", help="a checkpoint's folder, or a folder of checkpoints: the newest whole one")
-    command.add_argument("out", help="file to write; timm.create_model(NAME, checkpoint_path=OUT) loads it")
+    command.add_argument("out", help="file to write; of pictures timm.create_model(NAME, checkpoint_path=OUT) loads it")
     command.set_defaults(run=run)
 
 

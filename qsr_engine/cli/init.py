@@ -61,7 +61,7 @@ logging:
 _IMAGES = """\
 model:
   name: {name}  # timm/NAME, torchvision/NAME, or qsr/simple_vit_b16
-  kwargs: {{}}  # of its constructor; the number of classes comes from the shards
+  kwargs: {kwargs}  # of its constructor; the number of classes comes from the shards
 data:
   shards: {shards}
   train: {train}  # the splits in its index.json: {samples} samples, {classes}
@@ -151,10 +151,12 @@ def _recipe(args: argparse.Namespace) -> str:
         _check_language_model(args.model, index.text)
         model_and_data = _TEXT.format(**about, context=index.text.context)
     else:
-        convolutions, image_size = _of_model(args.model, index.class_count, args.image_size)
+        convolutions, image_size, kwargs = _of_model(args.model, index.class_count, args.image_size)
         processes = 0 if image_size < 64 else 4
         classes = f"{index.class_count} classes"
-        model_and_data = _IMAGES.format(**about, classes=classes, image_size=image_size, processes=processes)
+        model_and_data = _IMAGES.format(
+            **about, kwargs=kwargs, classes=classes, image_size=image_size, processes=processes
+        )
     if convolutions:
         optimizer, peak, source = _SGD, 0.1 * batch / 256, "0.1 for a batch of 256, in proportion"
     else:
@@ -203,8 +205,8 @@ def _check_language_model(name: str, text: TextData) -> None:
         create_language_model(validate(ModelConfig, {"name": name}, where="--model", prefix="model."), text)
 
 
-def _of_model(name: str, classes: int | None, image_size: int | None) -> tuple[bool, int]:
-    """Whether it has batch norm, as models trained with SGD have, and the pictures that it takes.
+def _of_model(name: str, classes: int | None, image_size: int | None) -> tuple[bool, int, str]:
+    """Whether it has batch norm, as models trained with SGD have, the pictures that it takes, and its kwargs in YAML.
 
     Raises:
         ConfigError: there is no such model, or it does not take these pictures.
@@ -223,5 +225,11 @@ def _of_model(name: str, classes: int | None, image_size: int | None) -> tuple[b
         raise ConfigError("the shards' index.json names no classes; add them there, as `qsr shards index` explains")
     size = image_size or usual_image_size(name)
     with torch.device("meta"):
-        model = create_model(config, classes, size)
-    return has_batch_norm(model), size
+        try:
+            return has_batch_norm(create_model(config, classes, size)), size, "{}"
+        except ConfigError as error:  # timm's transformers are made for pictures of one size
+            sized = config.model_copy(update={"kwargs": {"img_size": size}})
+            try:
+                return has_batch_norm(create_model(sized, classes, size)), size, f"{{img_size: {size}}}"
+            except ConfigError:
+                raise error from None

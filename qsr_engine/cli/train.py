@@ -16,6 +16,7 @@ from qsr_engine.cli.dry_run import dry_run
 from qsr_engine.cli.errors import CommandError, UsageError
 from qsr_engine.cli.launched import hopeless, no_restart, restarted, started_by_a_launcher, stopped_already
 from qsr_engine.cli.launcher import launch
+from qsr_engine.config.batch import check_world_size
 from qsr_engine.config.recipe import Recipe
 from qsr_engine.config.recipe_file import load_recipe, resolve_recipe
 from qsr_engine.config.strict import ConfigError
@@ -143,12 +144,23 @@ def _train_workers(args: argparse.Namespace, recipe: Recipe, index: Index) -> in
     """The workers of this host, each a job of its own."""
     from qsr_engine.cli.elastic import launch_workers
     from qsr_engine.membership.quorum import LIGHTHOUSE
+    from qsr_engine.training.attendance import batch_of_worker
 
     if args.origin is not None:
         raise UsageError(
             "--from is given, and the run is elastic; begin it without --from, or write membership 'fixed'"
         )
+    if args.ranks is None:
+        raise ConfigError("--elastic needs the number of ranks on this host; write --ranks N")
     alone = not os.environ.get(LIGHTHOUSE)  # else workers on other hosts may have begun the run
+    workers = check_world_size(args.ranks, recipe.qsr.worker_size)
+    if alone and workers < recipe.qsr.membership.min_workers:
+        raise ConfigError(
+            f"membership.min_workers is {recipe.qsr.membership.min_workers}, and {workers} workers start here with a "
+            f"lighthouse of their own, where no others come; write --ranks for so many, or name a lighthouse "
+            f"({LIGHTHOUSE}, `qsr lighthouse`)"
+        )
+    batch_of_worker(recipe, recipe.qsr.worker_size, resume=args.resume, workers=workers if alone else 1)
     if args.resume:
         check_unfinished(recipe.run_dir, recipe.last_step)
     elif alone:
@@ -216,7 +228,8 @@ def _train_rank(recipe: Recipe, index: Index, origin: Origin | None, *, resume: 
     from qsr_engine.training.saving import UnsavedError
 
     rank = int(os.environ["RANK"])
-    if rank == 0 and int(os.environ["WORLD_SIZE"]) == recipe.qsr.worker_size:
+    alone = int(os.environ["WORLD_SIZE"]) == recipe.qsr.worker_size and not recipe.qsr.membership.elastic
+    if rank == 0 and alone:
         print(
             "qsr: one worker trains, so that nothing is averaged; more ranks make more (`--ranks N`, or more GPUs)",
             file=sys.stderr,

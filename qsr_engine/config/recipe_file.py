@@ -192,6 +192,10 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     except ValueError as error:
         raise ConfigError(f"--set {override}: the value is not YAML: {error}") from error
     target = raw
+    if keys[:2] == ["qsr", "membership"] and len(keys) > 2 and isinstance(raw.get("qsr"), dict):
+        named = raw["qsr"].get("membership")
+        if isinstance(named, str):  # the short spelling of a block
+            raw["qsr"]["membership"] = {"way": named}
     for depth, key in enumerate(keys[:-1]):
         target = target.setdefault(key, {})
         if not isinstance(target, dict):

@@ -281,8 +281,8 @@ def _overlap(averager: Averager, replica: Replica, worker_size: int) -> None:
 def check_state_names(names: Sequence[str], replica: Replica) -> None:
     """Check averaging.state against the state that an optimizer keeps for a parameter, before any training.
 
-    One step of an optimizer of its class on a parameter of its own tells what it keeps; a class that cannot be made
-    from its own defaults is trusted.
+    One step of an optimizer of its class on a vector and a matrix of its own tells what it keeps of either; a class
+    that cannot be made from its own defaults is trusted.
 
     Raises:
         ConfigError: the optimizer keeps nothing of this name.
@@ -290,18 +290,27 @@ def check_state_names(names: Sequence[str], replica: Replica) -> None:
     if not names:
         return
     optimizer = replica.optimizer
-    parameter = nn.Parameter(torch.zeros(2, device=replica.masters()[0].device))
-    parameter.grad = torch.zeros_like(parameter)
+    device = replica.masters()[0].device
+    parameters = [nn.Parameter(torch.zeros(shape, device=device)) for shape in ((2,), (2, 2))]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
     accepted = inspect.signature(type(optimizer).__init__).parameters
     try:
         trial = type(optimizer)(
-            [parameter],
+            parameters,
             **{key: value for key, value in optimizer.param_groups[0].items() if key in accepted and key != "params"},
         )
         trial.step()
     except Exception:
         return
-    kept = sorted(k for k, v in trial.state[parameter].items() if isinstance(v, Tensor) and v.shape == parameter.shape)
+    kept = sorted(
+        {
+            name
+            for parameter in parameters
+            for name, value in trial.state[parameter].items()
+            if isinstance(value, Tensor) and value.shape == parameter.shape
+        }
+    )
     unknown = [name for name in names if name not in kept]
     if unknown:
         raise ConfigError(

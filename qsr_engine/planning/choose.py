@@ -29,7 +29,8 @@ def choices(forecast: Forecast, failure_seconds: float | None = None) -> list[di
     plan, own = forecast.plan, forecast.plan.qsr
     if own.lr is None or not own.alpha:
         raise ConfigError(
-            f"{plan.name}: --choose tries values around an alpha, beside a learning rate, and there is none; write "
+            f"{plan.name}: --choose tries values around an alpha, beside a learning rate, and "
+            f"{'there is no block qsr.lr' if own.lr is None else 'qsr.alpha is not given'}; write "
             "qsr.alpha (the paper's are 2.2 of the peak rate for ViT-B and 0.25 for ResNets) and the block qsr.lr"
         )
     if failure_seconds is not None and forecast.costs is None:

@@ -42,8 +42,6 @@ def train_as_member(recipe: Recipe, index: Index, *, resume: bool = False) -> di
     """
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     with told_to_all():
-        if recipe.stop_at_step is not None:
-            raise ConfigError("stop_at_step is given, where members would stop inside a round; leave it out")
         batch = batch_of_worker(recipe, ranks, resume=resume)
         check_same_recipe(recipe)
         share_cores()

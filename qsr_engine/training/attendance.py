@@ -33,15 +33,19 @@ from qsr_engine.records.trackers import JsonLines
 from qsr_engine.training.batches import Batches
 
 
-def batch_of_worker(recipe: Recipe, ranks: int, *, resume: bool) -> Batch:
+def batch_of_worker(recipe: Recipe, ranks: int, *, resume: bool, workers: int | None = None) -> Batch:
     """Batch sizes of one worker of so many ranks, the same whoever else is there.
 
     batch.train_batch_size is that of as many workers as `--ranks` starts, or membership.min_workers if more. A run that
     goes on from a checkpoint leaves every rank its part, whatever it says.
 
+    Args:
+        workers: that `--ranks` starts; None where it has started this one.
     Raises:
-        ConfigError: the recipe asks for what cannot be so.
+        ConfigError: the recipe asks for what cannot be so, or its batch cannot be divided among them.
     """
+    if recipe.stop_at_step is not None:
+        raise ConfigError("stop_at_step is given, where members would stop inside a round; leave it out")
     if recipe.batch.on_other_ranks == "keep":
         raise ConfigError(
             "batch.on_other_ranks is 'keep', and members come and go while every worker's batch stays as it is; write "
@@ -56,7 +60,8 @@ def batch_of_worker(recipe: Recipe, ranks: int, *, resume: bool) -> Batch:
         saved = find_alone(recipe.run_dir / CHECKPOINTS)[1].config
         micro, accumulation = int(saved["train_micro_batch_size_per_gpu"]), int(saved["gradient_accumulation_steps"])
         return Batch(micro * accumulation * ranks, micro, accumulation)
-    workers = max(recipe.qsr.membership.min_workers, int(os.environ.get(EXPECTED, "1")))
+    started = int(os.environ.get(EXPECTED, "1")) if workers is None else workers
+    workers = max(recipe.qsr.membership.min_workers, started)
     all_of_them = resolve_recipe_batch(recipe, workers * ranks)
     return Batch(all_of_them.micro * all_of_them.accumulation * ranks, all_of_them.micro, all_of_them.accumulation)
 

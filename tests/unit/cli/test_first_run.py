@@ -39,6 +39,9 @@ def test_every_example_of_the_help_can_be_typed() -> None:
             parser.parse_args(shlex.split(line, comments=True))
 
 
+MEMBERS = "--elastic --ranks 2 --set batch.on_other_ranks=per_rank --set qsr.membership=torchft"
+
+
 def test_versions(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
@@ -57,14 +60,26 @@ def test_completion_of_a_shell(capsys: pytest.CaptureFixture[str]) -> None:
         assert 'write `pip install "qsr-engine[completion]"`' in said.err
 
 
-@pytest.mark.parametrize("model", ["timm/vit_tiny_patch16_224", "torchvision/resnet18"])
+@pytest.mark.parametrize(
+    ("model", "more"),
+    [
+        ("timm/vit_tiny_patch16_224", []),
+        ("timm/vit_tiny_patch16_224", ["--image-size", "32"]),  # as its constructor must be told too
+        ("torchvision/resnet18", []),
+    ],
+)
 def test_a_recipe_is_written_and_can_be_trained(
-    model: str, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    model: str,
+    more: list[str],
+    digits: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It would need a moment more to train: what `--dry-run` checks is what a run checks."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.chdir(tmp_path)
-    words = ["init", "--model", model, "--shards", os.path.relpath(digits), "--epochs", "20"]
+    words = ["init", "--model", model, "--shards", os.path.relpath(digits), "--epochs", "20", *more]
     assert main(words) == 0
     assert "qsr H>=4 alpha=" in capsys.readouterr().out
     recipe = load_recipe("my.yaml")
@@ -113,6 +128,12 @@ def test_what_init_refuses(tmp_path: Path, digits: Path, capsys: pytest.CaptureF
         ("--resume --ranks 2", 0, "(begins anew: there is no whole checkpoint)"),
         ("--ranks 4 --set qsr.worker_size=2 --set engine=fsdp", 0, "4, 2 workers of 2, engine fsdp, CPU; 24 samples"),
         ("", 0, "not checked, since there is no GPU here"),
+        ("--elastic", 1, "write --ranks N"),
+        ("--elastic --ranks 2", 1, "batch.on_other_ranks is 'keep'"),
+        (f"{MEMBERS} --set stop_at_step=3", 1, "stop_at_step is given, where members would stop inside a round"),
+        (f"{MEMBERS} --set qsr.membership.min_workers=3", 1, "min_workers is 3, and 2 workers start here"),
+        (f"{MEMBERS} --set batch.train_batch_size=97", 1, "97"),
+        (MEMBERS, 0, "2, 2 workers of 1"),
     ],
 )
 def test_what_a_dry_run_finds(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 from qsr_engine.config.strict import ConfigError
 from qsr_engine.engines.muon import MuonWithAdamW
+from qsr_engine.engines.replica import check_state_names
 
 OPTIONS: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1}
 
@@ -61,3 +63,12 @@ def test_it_is_torchs_two_optimizers_also_after_a_state_was_loaded(last: bool) -
 def test_a_bias_in_a_group_for_muon_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"shape \[8\], and Muon takes matrices"):
         MuonWithAdamW([{"params": model()[0].parameters(), "muon": True}])
+
+
+def test_what_either_optimizer_keeps_may_be_averaged() -> None:
+    """The state of matrices is Muon's momentum, and that of all others AdamW's moments."""
+    made = model()
+    replica: Any = SimpleNamespace(optimizer=MuonWithAdamW(made.parameters()), masters=lambda: list(made.parameters()))
+    check_state_names(["momentum_buffer", "exp_avg", "exp_avg_sq"], replica)
+    with pytest.raises(ConfigError, match=r"names \['exp_inf'\], and MuonWithAdamW .* \['exp_avg', 'exp_avg_sq', 'mom"):
+        check_state_names(["exp_avg", "exp_inf"], replica)
