@@ -28,7 +28,6 @@ from qsr_engine.local_steps.header import BoundaryError
 from qsr_engine.local_steps.rounds import Rounds
 from qsr_engine.membership.members import Plan, Telling, plan
 from qsr_engine.membership.quorum import Members
-from qsr_engine.membership.rendezvous import start_seconds
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +155,7 @@ class MemberBoundary:
 
     def _meet(self, telling: Telling) -> Plan:
         """Ask and exchange until an exchange counts in which this worker took part."""
-        patience, last, said, failed = time.monotonic() + start_seconds(), None, "", 0
+        patience, last, said, failed = time.monotonic() + self.members.patience, None, "", 0
         while True:
             asked = time.monotonic()
             quorum = self.members.ask(telling, self._moved)

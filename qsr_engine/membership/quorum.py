@@ -31,6 +31,7 @@ from qsr_engine.config.membership import MembershipConfig
 from qsr_engine.config.strict import ConfigError
 from qsr_engine.membership.members import Quorum, Telling
 from qsr_engine.membership.network import address_on_the_way_to
+from qsr_engine.membership.rendezvous import start_seconds
 
 log = logging.getLogger(__name__)
 
@@ -243,6 +244,12 @@ class Members:
     def expected(self) -> int:
         """Workers that a launcher has started with this one, and for which a run waits before its first step."""
         return max(self.config.min_workers, int(os.environ.get(EXPECTED, "1")))
+
+    @property
+    def patience(self) -> float:
+        """Seconds for which it waits for them. One that was started again finds the others there, or the run over."""
+        again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+        return self.config.timeout_seconds if again else start_seconds()
 
     def ask(self, telling: Telling, waiting: Callable[[], None]) -> Quorum:
         """The quorum of everybody who is there, the same on all ranks of this worker."""

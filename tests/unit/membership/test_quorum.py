@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from qsr_engine.config.membership import MembershipConfig
 from qsr_engine.config.strict import ConfigError
 from qsr_engine.membership.members import Telling
-from qsr_engine.membership.quorum import Lighthouse, start_lighthouse, torchft_part
+from qsr_engine.membership.quorum import Lighthouse, Members, start_lighthouse, torchft_part
 from tests.support.pool import free_port
 
 
@@ -42,3 +45,14 @@ def test_all_who_are_there_are_waited_for_and_who_was_frozen_is_not() -> None:
     a.close()
     b.close()
     lighthouse.shutdown()
+
+
+def test_who_is_started_again_does_not_wait_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its run may be over by then, and nobody come any more. `Members` itself would need a lighthouse."""
+    here: Any = SimpleNamespace(config=MembershipConfig(way="torchft", timeout_seconds=3))
+    patience = Members.__dict__["patience"].fget
+    monkeypatch.setenv("QSR_START_SECONDS", "77")
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    assert patience(here) == 77
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert patience(here) == 3
