@@ -83,8 +83,18 @@ def meet_job(
     return time.monotonic() - started, "", sums
 
 
+def there_job() -> None:
+    """Nothing; but a process that has just been started imports this module and what it needs for it."""
+    import torch.distributed
+
+    from qsr_engine.membership import roll_call
+
+    assert torch.distributed and roll_call
+
+
 def told(processes: Processes, ranks: int, limit: float = 4.0, absent: tuple[int, ...] = (), **kwargs: Any) -> str:
     """What the ranks that came are told; all of them the same, in time."""
+    processes.run(there_job, ranks=ranks)  # the time that the others have is that of coming, not of importing torch
     found = processes.run(meet_job, ranks=ranks, absent=absent, **kwargs)
     came = [result for rank, result in enumerate(found) if rank not in absent]
     for seconds, text, sums in came:

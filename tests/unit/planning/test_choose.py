@@ -78,7 +78,10 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
         (["--failures", "72h"], "--failures 72h: it is for --choose"),
         (["--choose", "--failures", "0h"], "a time above 0 such as 72h"),
         (["--choose", "--failures", "often"], "--failures often: this is not a time"),
-        (["--choose", "--set", "qsr.alpha=0"], "there is none; write qsr.alpha (the paper's are 2.2 of the peak rate"),
+        (
+            ["--choose", "--set", "qsr.alpha=0"],
+            "qsr.alpha is not given; write qsr.alpha (the paper's are 2.2 of the peak rate",
+        ),
     ],
 )
 def test_what_is_refused(more: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
