@@ -85,11 +85,12 @@ def meet_job(
 
 def there_job() -> None:
     """Nothing; but a process that has just been started imports this module and what it needs for it."""
-    import torch.distributed
+    import torch.distributed as dist
 
     from qsr_engine.membership import roll_call
 
-    assert torch.distributed and roll_call
+    assert dist.is_available()
+    assert roll_call.__file__
 
 
 def told(processes: Processes, ranks: int, limit: float = 4.0, absent: tuple[int, ...] = (), **kwargs: Any) -> str:
