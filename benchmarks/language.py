@@ -34,6 +34,7 @@ from typing import Any
 import yaml
 
 from benchmarks import ranks, report
+from benchmarks.intervals import interval
 from benchmarks.report import Report, parser
 from qsr_engine.data.writing.text import write_text
 
@@ -53,7 +54,6 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "qsr": {"strategy": "qsr", "h_base": 4, "alpha": 1.9},  # of the peak
     "outer-8": {"strategy": "constant", "h_base": 8, "outer": OUTER},
 }
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # Student's t, by the number of seeds
 
 
 @dataclass(frozen=True)
@@ -181,11 +181,6 @@ def tune(steps: int, folder: Path, deadline: float) -> dict[str, dict[float, flo
             tried[name].append(peak)
 
 
-def interval(values: Sequence[float]) -> float:
-    """Half of the 95 % interval of the mean, by Student's t."""
-    return T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
-
-
 def rows_of(tunings: dict[str, dict[float, float]], seeds: int, folder: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for strategy, tuned in tunings.items():
@@ -218,9 +213,9 @@ def table(rows: list[dict[str, Any]]) -> str:
             [
                 row["strategy"],
                 f"{row['peak']:g}{edge}",
-                f"{statistics.mean(loss):.4f} ± {interval(loss):.4f}",
+                f"{statistics.mean(loss):.4f} ± {interval(loss).half:.4f}",
                 f"{statistics.mean(row['bits_per_byte']):.4f}",
-                f"{statistics.mean(behind):+.4f} ± {interval(behind):.4f}" if loss is not base else "",
+                f"{statistics.mean(behind):+.4f} ± {interval(behind).half:.4f}" if loss is not base else "",
                 f"{row['averagings_percent']:.1f}",
                 f"{row['bytes_percent']:.1f}",
             ]
@@ -233,7 +228,7 @@ def main() -> None:
     made = parser(__doc__)
     made.add_argument("--runs", type=Path, required=True, metavar="FOLDER", help="what is finished there is kept")
     made.add_argument("--steps", type=int, default=500)
-    made.add_argument("--seeds", type=int, default=3, choices=sorted(T_95))
+    made.add_argument("--seeds", type=int, default=3, choices=range(2, 31))
     made.add_argument("--minutes", type=float, default=600.0, help="no run begins that would end after them")
     args = made.parse_args()
     deadline = time.time() + 60 * args.minutes

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from benchmarks.demo.frontier import STEPS, Result, Setting, run_all
+from benchmarks.intervals import Interval, interval
 from benchmarks.report import table
 from qsr_engine.data import read_index
 from qsr_engine.records.runs import figures, find_runs, read_run
@@ -30,26 +30,6 @@ PAIRS = [  # a constant H, and QSR with about as many averagings, as benchmarks/
     (Setting.constant(32, 0.01), Setting.qsr(16, 4, 0.03)),
 ]
 _NORMAL = 1.96  # standard deviations on both sides of a mean hold 95 %
-
-
-class Interval(NamedTuple):
-    """A mean and half of its 95 % interval."""
-
-    mean: float
-    half: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:.2f} \N{PLUS-MINUS SIGN} {self.half:.2f}"
-
-
-def interval(values: Sequence[float]) -> Interval:
-    """Of the mean of a normal population, by Student's t."""
-    from scipy.special import stdtrit
-
-    many = len(values)
-    return Interval(
-        statistics.mean(values), float(stdtrit(many - 1, 0.975)) * statistics.stdev(values) / math.sqrt(many)
-    )
 
 
 def cost_line(found: Sequence[Group]) -> str:

@@ -27,8 +27,9 @@ import torch
 
 from benchmarks import report
 from benchmarks.frontier.rules import RULES
-from benchmarks.frontier.statements import Row, difference, interval, pairs, verdict, with_interval
+from benchmarks.frontier.statements import Row, difference, pairs, verdict, with_interval
 from benchmarks.frontier.study import Runs, main_cases, picture_cases, run_all, sparse_cases, varied_cases
+from benchmarks.intervals import interval
 from benchmarks.report import Report, parser
 
 PARTS = {"main": main_cases, "varied": varied_cases, "sparse": sparse_cases, "pictures": picture_cases}

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.intervals import Interval, interval
+
 Row = dict[str, Any]
-QUANTILES = {30: 2.045, 40: 2.023, 60: 2.001}  # of Student's t for 95 %, by trials
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval."""
-    quantile = QUANTILES.get(len(values), 2.1)
-    return statistics.mean(values), quantile * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def difference(one: Row, other: Row) -> tuple[float, float]:
+def difference(one: Row, other: Row) -> Interval:
     """Of the errors in points, trial by trial: one - other, with half the width of its 95 % interval."""
     return interval([a - b for a, b in zip(one["errors"], other["errors"], strict=True)])
 

@@ -45,13 +45,6 @@ class RefusedError(ValueError):
     """A shard holds what is not read here; the message says what, and what to do."""
 
 
-class TwiceError(RefusedError):
-    """Two samples of a shard have the same key, or two members of a sample the same suffix."""
-
-    def __init__(self, key: str) -> None:
-        super().__init__(f"the key {key!r} is there twice; write this shard again")
-
-
 def key_and_suffix(name: str) -> tuple[str, str] | None:
     """The sample that a member of this name belongs to, and what it is there; None where it belongs to none.
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.demo.__main__ import PAIRS, Interval, accuracy_line, cost_line, frontier_line, interval
+from benchmarks.demo.__main__ import PAIRS, accuracy_line, cost_line, frontier_line
 from benchmarks.demo.frontier import STEPS, WARMUP, Setting
+from benchmarks.intervals import Interval, interval
 from qsr_engine.config.qsr import QSRConfig
 from qsr_engine.config.recipe_file import load_recipe, resolve_recipe
 from qsr_engine.records.runs import Run
