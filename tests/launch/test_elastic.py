@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import pytest
 
 from qsr_engine.checkpoint.find import find_alone
 from qsr_engine.records.runs import read_run
+from tests.support.launch import started_in
 
 pytestmark = pytest.mark.launch
 
@@ -50,25 +51,9 @@ logging:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    started: list[subprocess.Popen[str]] = []
-
-    def make(*words: str) -> subprocess.Popen[str]:
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "QSR_TEST": str(tmp_path)}
-        with (tmp_path / f"output-{len(started)}").open("w") as output:
-            command = [sys.executable, "-m", "qsr_engine", "train", *words]
-            process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, text=True)
-        started.append(process)
-        return process
-
-    yield make
-    for process in psutil.process_iter():
-        try:
-            if process.pid != os.getpid() and process.environ().get("QSR_TEST") == str(tmp_path):
-                process.kill()
-        except psutil.Error:
-            continue
-    for opened in started:
-        opened.wait(LIMIT)
+    """`qsr train` with such words."""
+    with started_in(tmp_path, LIMIT) as start:
+        yield partial(start, sys.executable, "-m", "qsr_engine", "train")
 
 
 def wait_for(what: str, found: Callable[[], Any], process: subprocess.Popen[str]) -> Any:

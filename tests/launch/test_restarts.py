@@ -28,7 +28,7 @@ from qsr_engine.config.strict import ConfigError
 from qsr_engine.membership.signals import STOPPED
 from qsr_engine.records.runs import read_run
 from qsr_engine.training.saving import UnsavedError
-from tests.support.launch import interrupted_job, qsr_job
+from tests.support.launch import interrupted_job, qsr_job, started_in
 from tests.support.pool import Processes, free_port, rank_environment, undo
 
 pytestmark = pytest.mark.launch
@@ -67,26 +67,8 @@ logging:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """A process whose output goes to a file, `output`; whatever it has started is ended with the test."""
-    started: list[subprocess.Popen[str]] = []
-
-    def make(*words: str) -> subprocess.Popen[str]:
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "QSR_TEST": str(tmp_path)}
-        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # as launch/torchrun.sh says it
-        with (tmp_path / f"output-{len(started)}").open("w") as output:
-            process = subprocess.Popen(words, env=environment, stdout=output, stderr=output, text=True)
-        started.append(process)
-        return process
-
-    yield make
-    for process in psutil.process_iter():
-        try:
-            if process.pid != os.getpid() and process.environ().get("QSR_TEST") == str(tmp_path):
-                process.kill()
-        except psutil.Error:
-            continue
-    for opened in started:
-        opened.wait(LIMIT)
+    with started_in(tmp_path, LIMIT, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1") as start:  # as launch/torchrun.sh says it
+        yield start
 
 
 def qsr(recipe: Path, *words: str) -> list[str]:

@@ -8,8 +8,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from tests.support.pool import Processes
 
@@ -76,3 +79,31 @@ def interrupted_job(argv: list[str], at_step: int) -> int:
         return qsr_job(argv)[0]
     finally:
         module._Run._step = original  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def started_in(folder: Path, limit: float, **more: str) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts commands whose output goes to files in a folder, `output-0` and so on; whatever they have started is ended
+    with the block.
+
+    Args:
+        limit: seconds for them to end then. more: variables of their environment.
+    """
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*words: str) -> subprocess.Popen[str]:
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "QSR_TEST": str(folder), **more}
+        with (folder / f"output-{len(started)}").open("w") as output:
+            process = subprocess.Popen(words, env=environment, stdout=output, stderr=output, text=True)
+        started.append(process)
+        return process
+
+    yield start
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and process.environ().get("QSR_TEST") == str(folder):
+                process.kill()
+        except psutil.Error:
+            continue
+    for opened in started:
+        opened.wait(limit)
