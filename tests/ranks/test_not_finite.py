@@ -3,11 +3,9 @@ others. The oracle is the plain mean of what the others held just before the bou
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from tests.support import training
 from tests.support.combinations import Combination
 from tests.support.combinations import start as start_deepspeed
 from tests.support.deepspeed_engine import count_job
-from tests.support.launch import qsr_job
+from tests.support.launch import spoiled_job
 from tests.support.pool import Processes
 from tests.support.training import QSR
 
@@ -311,26 +309,7 @@ def test_what_it_cannot_mend_is_refused(block: dict[str, Any], words: str) -> No
 
 def bad_train_job(argv: list[str]) -> tuple[int, str]:
     """`qsr train` in which rank 0 meets a NaN in the first step of the second round."""
-    module: Any = importlib.import_module("qsr_engine.training.loop")
-    make = module.make_engine
-
-    def make_bad(*args: Any) -> Any:
-        engine = make(*args)
-
-        def hook(model: nn.Module, _: Any) -> None:
-            if model.training and engine.local_steps.step == 2 and os.environ["RANK"] == "0":
-                with torch.no_grad():
-                    next(model.parameters()).view(-1)[0] = math.nan
-
-        engine.module.register_forward_pre_hook(hook)
-        return engine
-
-    module.make_engine = make_bad
-    try:
-        code, _, err = qsr_job(argv)
-        return code, err
-    finally:
-        module.make_engine = make
+    return spoiled_job(argv, 2, lambda parameter: parameter.view(-1)[:1].fill_(math.nan))
 
 
 @pytest.mark.fast_cells(1)

@@ -3,9 +3,7 @@ oracle is the reference, which judges by its own account."""
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from tests.support import reference, training
 from tests.support.combinations import Combination
 from tests.support.combinations import start as start_deepspeed
 from tests.support.fsdp_engine import start as start_fsdp
-from tests.support.launch import qsr_job
+from tests.support.launch import spoiled_job
 from tests.support.pool import Processes
 
 # Seven rounds of 2 steps. Worker 1 goes astray in the fifth, worker 0 in the last.
@@ -225,26 +223,7 @@ def test_what_a_round_began_with_is_missing(processes: Processes, tmp_path: Path
 
 def astray_train_job(argv: list[str]) -> tuple[int, str]:
     """`qsr train` in which the parameters of rank 0 are pushed away once."""
-    module: Any = importlib.import_module("qsr_engine.training.loop")
-    make = module.make_engine
-
-    def make_bad(*args: Any) -> Any:
-        engine = make(*args)
-
-        def hook(model: Any, _: Any) -> None:
-            if model.training and engine.local_steps.step == 6 and os.environ["RANK"] == "0":
-                with torch.no_grad():
-                    next(model.parameters()).add_(1.0)
-
-        engine.module.register_forward_pre_hook(hook)
-        return engine
-
-    module.make_engine = make_bad
-    try:
-        code, _, err = qsr_job(argv)
-        return code, err
-    finally:
-        module.make_engine = make
+    return spoiled_job(argv, 6, lambda parameter: parameter.add_(1.0))
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 
@@ -28,6 +30,33 @@ def qsr_job(argv: list[str], per_rank: list[list[str]] | None = None) -> tuple[i
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main([*argv, *extra])
     return code, out.getvalue(), err.getvalue()
+
+
+def spoiled_job(argv: list[str], step: int, spoil: Callable[[Any], None]) -> tuple[int, str]:
+    """`qsr train` of one rank: exit code and standard error.
+
+    Args:
+        spoil: gets rank 0's first parameter before each forward of training after so many steps.
+    """
+    import torch
+
+    loop: Any = importlib.import_module("qsr_engine.training.loop")
+    make = loop.make_engine
+
+    def make_spoiled(*args: Any) -> Any:
+        engine: Any = make(*args)
+
+        def hook(model: Any, _: Any) -> None:
+            if model.training and engine.local_steps.step == step and os.environ["RANK"] == "0":
+                with torch.no_grad():
+                    spoil(next(model.parameters()))
+
+        engine.module.register_forward_pre_hook(hook)
+        return engine
+
+    with mock.patch.object(loop, "make_engine", make_spoiled):
+        code, _, err = qsr_job(argv)
+    return code, err
 
 
 def train(processes: Processes, recipe: Path, *overrides: str, ranks: int = 2) -> Path:
