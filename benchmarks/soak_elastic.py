@@ -73,13 +73,17 @@ class Elastic:
         command = [sys.executable, "-m", "benchmarks.soak_member", *words]
         self.members[name] = subprocess.Popen(command, env=environment, stdout=self._log, stderr=self._log)
 
+    def _takes_part(self, name: str) -> bool:
+        """A member that has begun to write has joined; where only those that still start were left, the run would be."""
+        return (self.folder / f"{name}.jsonl").exists()
+
     def fault(self) -> None:
-        awake = [name for name in self.members if name not in self.frozen]
+        awake = [name for name in self.members if name not in self.frozen and self._takes_part(name)]
         what = self.random.choice(["killed", "killed", "frozen", "joined", "lighthouse killed"])
         if what in ("killed", "frozen") and len(awake) < 2:
             what = "joined"
         if what == "joined" and len(self.members) >= MOST_WORKERS:
-            what = "killed"
+            what = "killed" if len(awake) > 1 else "lighthouse killed"
         if what == "killed":
             name = self.random.choice(awake)
             self.members.pop(name).kill()
