@@ -77,13 +77,17 @@ class Elastic:
         """A member that has begun to write has joined; where only those that still start were left, the run would be."""
         return (self.folder / f"{name}.jsonl").exists()
 
+    @property
+    def begun(self) -> bool:
+        return all(map(self._takes_part, self.members))
+
     def fault(self) -> None:
         awake = [name for name in self.members if name not in self.frozen and self._takes_part(name)]
         what = self.random.choice(["killed", "killed", "frozen", "joined", "lighthouse killed"])
         if what in ("killed", "frozen") and len(awake) < 2:
             what = "joined"
         if what == "joined" and len(self.members) >= MOST_WORKERS:
-            what = "killed" if len(awake) > 1 else "lighthouse killed"
+            what = "killed" if len(awake) > 1 else "nothing"
         if what == "killed":
             name = self.random.choice(awake)
             self.members.pop(name).kill()
@@ -93,7 +97,7 @@ class Elastic:
             self.frozen[name] = time.monotonic() + self.random.uniform(0.5, 3) * TIMEOUT
         elif what == "joined":
             self.join()
-        else:
+        elif what == "lighthouse killed":
             assert self.lighthouse is not None
             self.lighthouse.kill()
             self.lighthouse.wait()
@@ -169,7 +173,8 @@ def soak(folder: Path, seconds: float, seed: int) -> tuple[dict[str, Any], Count
         for _ in range(WORKERS):
             run.join()
         began = time.monotonic()
-        run.look(20)  # they start
+        while not run.begun:
+            run.look(1)
         while time.monotonic() - began < seconds:
             run.fault()
             run.look(run.random.uniform(4, 12))

@@ -20,6 +20,7 @@ import time
 import urllib.parse
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any, cast
@@ -81,25 +82,36 @@ class Lighthouse:
         address: "http://host:port".
         name: of this process, which no other one has.
     Raises:
-        ConfigError: nobody answers there.
+        ConfigError: nobody answers there within the time-out.
     """
 
     def __init__(self, address: str, name: str, timeout_seconds: float) -> None:
         self.address, self.name, self._timeout = address, name, timeout_seconds
         self.interval = min(1.0, timeout_seconds / 20)
         self._beating, self._closed = threading.Event(), threading.Event()
-        self._last = time.monotonic()  # when this process was awake
         self._returned = 0.0  # when the lighthouse was back, the last time
-        try:
-            self._client = self._connect()
-            self._client.heartbeat(name, timedelta(seconds=timeout_seconds))
-        except Exception as error:
-            raise ConfigError(
-                f"no lighthouse answers at {address} ({LIGHTHOUSE}): {error}; start one with `qsr lighthouse` on the "
-                "host that the address names, and look whether its port is open"
-            ) from error
+        deadline = time.monotonic() + timeout_seconds
+        while (problem := self._first_beat()) is not None:
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"no lighthouse answers at {address} ({LIGHTHOUSE}), for {timeout_seconds:g} s: {problem}; start "
+                    "one with `qsr lighthouse` on the host that the address names, and look whether its port is open"
+                ) from problem
+            time.sleep(self.interval)
+        self._last = time.monotonic()  # when this process was awake
         self._beating.set()
         threading.Thread(target=self._beat, name="qsr beats", daemon=True).start()
+
+    def _first_beat(self) -> Exception | None:
+        """Why there is none. A lighthouse that has died may be on its way back."""
+        try:
+            self._client = self._connect()
+            self._client.heartbeat(self.name, timedelta(seconds=self._timeout))
+        except ConfigError:
+            raise
+        except Exception as error:
+            return error
+        return None
 
     def _connect(self) -> Any:
         connect_timeout = timedelta(seconds=max(1.0, self._timeout / 2))
@@ -108,7 +120,9 @@ class Lighthouse:
     def _beat(self) -> None:
         """Until it is closed. A process that was frozen for so long that it has left does not beat before it asks
         again: nobody should wait for the end of its round."""
-        client: Any = self._connect()
+        client: Any = None
+        with suppress(Exception):  # it may go down between two lines
+            client = self._connect()
         while not self._closed.wait(self.interval):
             if self.has_left:
                 self._beating.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,19 @@ def test_without_a_lighthouse_the_error_names_its_address() -> None:
     port = free_port()
     with pytest.raises(ConfigError, match=rf"no lighthouse answers at http://127.0.0.1:{port} \(TORCHFT_LIGHTHOUSE\)"):
         Lighthouse(f"http://127.0.0.1:{port}", "a", 1.0)
+
+
+def test_a_lighthouse_that_is_on_its_way_back_is_waited_for() -> None:
+    port = free_port()
+    made: list[Any] = []
+    timer = threading.Timer(1.0, lambda: made.append(start_lighthouse(port, 5.0)))
+    timer.start()
+    a = Lighthouse(f"http://127.0.0.1:{port}", "a", 5.0)
+    timer.join()
+    assert made
+    assert not a.has_left
+    a.close()
+    made[0].shutdown()
 
 
 def test_all_who_are_there_are_waited_for_and_who_was_frozen_is_not() -> None:
