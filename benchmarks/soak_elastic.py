@@ -74,7 +74,7 @@ class Elastic:
         self.members[name] = subprocess.Popen(command, env=environment, stdout=self._log, stderr=self._log)
 
     def _takes_part(self, name: str) -> bool:
-        """A member that has begun to write has joined; where only those that still start were left, the run would be."""
+        """A member that has begun to write has joined; the others still start."""
         return (self.folder / f"{name}.jsonl").exists()
 
     @property
