@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from qsr_engine.checkpoint.find import find_alone
 from qsr_engine.records.runs import read_run
@@ -69,6 +70,19 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def saved(run: Path) -> list[int]:
+    """The steps of the checkpoints that are there."""
+    return sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
+
+
+def check_events(run: Path) -> None:
+    """TensorBoard shows every record once, at its step, whoever has written it."""
+    events, rows = EventAccumulator(str(run)).Reload(), lines(run / "metrics.jsonl")
+    for tag, name in (("train/loss", "loss"), ("train/lr", "lr"), ("eval/accuracy", "eval_accuracy")):
+        shown = [(event.step, event.value) for event in events.Scalars(tag)]
+        assert shown == [(row["step"], pytest.approx(row[name])) for row in rows if row[name] is not None]
+
+
 def worker(process: subprocess.Popen[str], name: str) -> psutil.Process | None:
     """The newest process of a worker."""
     found = [child for child in psutil.Process(process.pid).children() if child.environ().get("QSR_WORKER") == name]
@@ -93,6 +107,7 @@ def test_the_recorder_is_killed_and_started_again(
     events = [(row["event"], row["member"]) for row in lines(run / "events.jsonl")]
     assert Counter(event for event, _ in events)["leave"] >= 1
     assert ("leave", first) in events
+    check_events(run)
     last = {row["step"]: row for row in lines(run / "metrics.jsonl")}[STEPS]
     assert last["eval_accuracy"] is not None
     found = read_run(run)
@@ -114,9 +129,55 @@ def test_all_are_stopped_and_go_on_from_the_last_checkpoint_with_fewer_workers(
     stopped = find_alone(run / "checkpoints")[1].step
     assert stopped >= 60
     assert stopped % 20 == 0  # on a boundary
+    assert [step for step in saved(run) if step % 100] == [stopped] * (stopped % 100 > 0)
+    assert "where all have, the run goes on with `--resume`" in (tmp_path / "output-0").read_text()
     again = start(*words, "--ranks", "2", "--resume")
     assert again.wait(LIMIT) == 0, (tmp_path / "output-1").read_text()[-3000:]
     assert [row["step"] for row in lines(run / "metrics.jsonl")] == list(range(10, STEPS + 1, 10))
     images = {row["step"]: row["images_seen"] for row in lines(run / "metrics.jsonl")}
     assert images[stopped] == 24 * stopped
     assert images[STEPS] == 24 * stopped + 16 * (STEPS - stopped)
+
+
+@pytest.mark.slow
+def test_a_stop_inside_a_round_leaves_one_checkpoint(
+    tmp_path: Path, recipe: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """The recorder is behind the others, which wait for it at the boundary when all are asked to stop. It saves its part
+    of the round; they average without it, one of them takes over the records, and saves nothing."""
+    run = tmp_path / "runs" / "run"
+    sets = ("qsr.h_base=100", "logging.checkpoint_every=1000", "qsr.membership.timeout_seconds=8")
+    process = start(str(recipe), "--elastic", "--ranks", "3", *(word for text in sets for word in ("--set", text)))
+    wait_for("step 110", lambda: any(row["step"] >= 110 for row in lines(run / "metrics.jsonl")), process)
+    recorder = worker(process, "0")
+    assert recorder is not None
+    recorder.send_signal(signal.SIGSTOP)
+    time.sleep(3)  # in which the others come to the boundary; where they do not, they stop inside the round as well
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    recorder.send_signal(signal.SIGCONT)
+    assert process.wait(LIMIT) == 75, (tmp_path / "output-0").read_text()[-3000:]
+    (stopped,) = saved(run)
+    assert 110 <= stopped < 200
+
+
+@pytest.mark.slow
+def test_all_workers_are_lost_and_the_run_goes_on_from_the_last_checkpoint(
+    tmp_path: Path, recipe: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    run = tmp_path / "runs" / "run"
+    words = (str(recipe), "--elastic", "--ranks", "2")
+    process = start(*words)
+    wait_for("step 130", lambda: any(row["step"] >= 130 for row in lines(run / "metrics.jsonl")), process)
+    for name in "01":
+        victim = worker(process, name)
+        assert victim is not None
+        victim.send_signal(signal.SIGKILL)
+    assert process.wait(LIMIT) == 128 + signal.SIGKILL, (tmp_path / "output-0").read_text()[-3000:]
+    assert saved(run)[-1] in (100, 200)
+    again = start(*words, "--resume")
+    assert again.wait(LIMIT) == 0, (tmp_path / "output-1").read_text()[-3000:]
+    assert [row["step"] for row in lines(run / "metrics.jsonl")] == list(range(10, STEPS + 1, 10))
+    assert all(row["images_seen"] == 24 * row["step"] for row in lines(run / "metrics.jsonl"))
+    check_events(run)
+    assert read_run(run).finished
