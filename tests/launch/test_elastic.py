@@ -20,34 +20,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from qsr_engine.checkpoint.find import find_alone
 from qsr_engine.records.runs import read_run
 from tests.support.launch import started_in
+from tests.support.recipes import ELASTIC_STEPS as STEPS
+from tests.support.recipes import elastic_recipe
 
 pytestmark = pytest.mark.launch
 
 LIMIT = 120.0  # seconds, for anything that is waited for
-STEPS = 300
 
 
 @pytest.fixture
 def recipe(tmp_path: Path, digits: Path) -> Path:
-    path = tmp_path / "small.yaml"
-    path.write_text(f"""
-model:
-  name: timm/vit_tiny_patch16_224
-  kwargs: {{img_size: 8, patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2}}
-engine: fsdp
-data: {{shards: "{digits}", image_size: 8, augment: crop}}
-batch: {{train_batch_size: 24, on_other_ranks: per_rank}}
-optimizer: {{type: AdamW, gradient_clipping: 1.0}}
-qsr:
-  strategy: constant
-  h_base: 20
-  total_steps: {STEPS}
-  lr: {{schedule: cosine, peak: 1e-3}}
-  membership: {{way: torchft, timeout_seconds: 3}}
-logging:
-  {{dir: "{tmp_path / "runs"}", name: run, every: 10, eval_every: 150, checkpoint_every: 100, keep_checkpoints: 2}}
-""")
-    return path
+    return elastic_recipe(tmp_path, digits)
 
 
 @pytest.fixture
