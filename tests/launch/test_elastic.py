@@ -126,8 +126,8 @@ def test_all_are_stopped_and_go_on_from_the_last_checkpoint_with_fewer_workers(
 def test_a_stop_inside_a_round_leaves_one_checkpoint(
     tmp_path: Path, recipe: Path, start: Callable[..., subprocess.Popen[str]]
 ) -> None:
-    """The recorder is behind the others, which wait for it at the boundary when all are asked to stop. It saves its part
-    of the round; they average without it, one of them takes over the records, and saves nothing."""
+    """The recorder is behind the others, which wait for it at the boundary when all are asked to stop. It saves its
+    part of the round; they average without it, one of them takes over the records, and saves nothing."""
     run = tmp_path / "runs" / "run"
     sets = ("qsr.h_base=100", "logging.checkpoint_every=1000", "qsr.membership.timeout_seconds=8")
     process = start(str(recipe), "--elastic", "--ranks", "3", *(word for text in sets for word in ("--set", text)))
@@ -152,8 +152,8 @@ def test_all_workers_are_lost_and_the_run_goes_on_from_the_last_checkpoint(
     words = (str(recipe), "--elastic", "--ranks", "2")
     process = start(*words)
     wait_for("step 130", lambda: any(row["step"] >= 130 for row in lines(run / "metrics.jsonl")), process)
-    for name in "01":
-        victim = worker(process, name)
+    victims = [worker(process, name) for name in "01"]
+    for victim in victims:
         assert victim is not None
         victim.send_signal(signal.SIGKILL)
     assert process.wait(LIMIT) == 128 + signal.SIGKILL, (tmp_path / "output-0").read_text()[-3000:]
