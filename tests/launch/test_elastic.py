@@ -18,8 +18,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from qsr_engine.checkpoint.find import find_alone
+from qsr_engine.membership.quorum import start_lighthouse
 from qsr_engine.records.runs import read_run
 from tests.support.launch import started_in
+from tests.support.pool import free_port
 from tests.support.recipes import ELASTIC_STEPS as STEPS
 from tests.support.recipes import elastic_recipe
 
@@ -164,3 +166,32 @@ def test_all_workers_are_lost_and_the_run_goes_on_from_the_last_checkpoint(
     assert all(row["images_seen"] == 24 * row["step"] for row in lines(run / "metrics.jsonl"))
     check_events(run)
     assert read_run(run).finished
+
+
+@pytest.mark.slow
+def test_a_host_that_is_stopped_leaves_and_the_other_one_goes_on(
+    tmp_path: Path, recipe: Path, start: Callable[..., subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that leaves has recorded the run. It hands that over, and saves nothing; the other one, when it is
+    stopped as well, saves at its next boundary."""
+    run, port = tmp_path / "runs" / "run", free_port()
+    lighthouse = start_lighthouse(port, 3.0)
+    monkeypatch.setenv("TORCHFT_LIGHTHOUSE", f"http://127.0.0.1:{port}")
+    sets = ("qsr.total_steps=1000000", "logging.checkpoint_every=1000000", "qsr.faults.on_signal=finish_round")
+    words = (str(recipe), "--elastic", "--ranks", "1", *(word for text in sets for word in ("--set", text)))
+    first = start(*words)
+    wait_for("step 20", lambda: any(row["step"] >= 20 for row in lines(run / "metrics.jsonl")), first)
+    second = start(*words)
+    wait_for("a second member", lambda: any(row["members"] == 2 for row in lines(run / "events.jsonl")), second)
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(LIMIT) == 75, (tmp_path / "output-0").read_text()[-3000:]
+    assert saved(run) == []
+    left = lines(run / "metrics.jsonl")[-1]["step"]
+    wait_for("the other one", lambda: lines(run / "metrics.jsonl")[-1]["step"] >= left + 40, second)
+    second.send_signal(signal.SIGTERM)
+    assert second.wait(LIMIT) == 75, (tmp_path / "output-1").read_text()[-3000:]
+    lighthouse.shutdown()
+    (stopped,) = saved(run)
+    assert stopped % 20 == 0
+    assert [row["step"] for row in lines(run / "metrics.jsonl")] == list(range(10, stopped + 1, 10))
+    check_events(run)
