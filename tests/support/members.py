@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from qsr_engine.local_steps.member import Loop
 from tests.support.pool import CONTEXT, free_port, rank_environment
@@ -180,12 +181,12 @@ def train(
     import torch
 
     from qsr_engine.engines import start
+    from qsr_engine.membership.versions import versions as found_versions
     from tests.support import fsdp_engine, training
     from tests.support.sent import bytes_sent_since, sockets
 
     if versions is not None:
-        real = start.versions
-        start.versions = lambda: {**real(), **versions}  # type: ignore[attr-defined]
+        mock.patch.object(start, "versions", return_value={**found_versions(), **versions}).start()
     while waits_for is not None and not waits_for.exists():
         time.sleep(0.02)
 
