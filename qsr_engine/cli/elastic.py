@@ -25,7 +25,7 @@ from qsr_engine.cli.launcher import free_port
 from qsr_engine.config.batch import check_world_size
 from qsr_engine.config.recipe import Recipe
 from qsr_engine.data.writing.processes import usable_cores
-from qsr_engine.membership.quorum import EXPECTED, LIGHTHOUSE, WORKER, start_lighthouse
+from qsr_engine.membership.quorum import EXPECTED, LAUNCHED, LIGHTHOUSE, WORKER, start_lighthouse
 from qsr_engine.membership.signals import SIGNALS, STOPPED, STOPPED_FILE
 
 _LOOK = 0.2  # seconds between two looks at the workers
@@ -48,7 +48,7 @@ def launch_workers(recipe: Recipe, ranks: int, words: Sequence[str], *, restarts
         guarded(launch, Path(folder)),
         contextlib.ExitStack() as stack,
     ):
-        more = {LAUNCH: launch, "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        more = {LAUNCH: launch, LAUNCHED: launch, "TORCH_CPP_LOG_LEVEL": "ERROR"}
         if not os.environ.get(LIGHTHOUSE):
             more |= {LIGHTHOUSE: stack.enter_context(_lighthouse(recipe)), EXPECTED: str(workers)}
         if "OMP_NUM_THREADS" not in os.environ:

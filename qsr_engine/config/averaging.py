@@ -124,7 +124,7 @@ class OuterConfig(StrictModel):
     unit_steps: PositiveInt | None = None
     """`null`: every round has this lr and momentum, whatever its length. A number: they are those of a round of so many
     steps at `lr.peak`; one in which the learning rates add up to p times as much has momentum^p and 1 - (1 - lr)^p.
-    Needs the block `lr` and an outer lr of at most 1; not with `averaging.fragments` or
+    Needs the block `lr` and an outer lr of at most 1, with momentum 0 below 1; not with `averaging.fragments` or
     `mixing`"""
 
     @property
@@ -136,6 +136,11 @@ class OuterConfig(StrictModel):
     def _consistent(self) -> OuterConfig:
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov is true and momentum is 0; write a momentum such as 0.9, or nesterov false")
+        if self.unit_steps is not None and self.is_plain_average:
+            raise ValueError(
+                f"unit_steps is {self.unit_steps}, lr is 1 and momentum is 0: the plain average, whatever a round's "
+                "length; write the lr and momentum of a round of so many steps such as 0.7 and 0.9, or unit_steps null"
+            )
         if self.unit_steps is not None and self.lr > 1:
             raise ValueError(
                 f"unit_steps is {self.unit_steps} and lr is {self.lr:g}: in a round p times as long lr becomes "

@@ -89,7 +89,7 @@ class Driver:
         record: Callable[[Mapping[str, float]], None],
         stand_at: Callable[[int], None],
     ) -> None:
-        check_state_names(list(qsr.averaging.state_periods), replica)
+        check_state_names(list(qsr.averaging.state_periods), replica.optimizer, replica.masters()[0].device)
         own = place.own
         watchdog = Watchdog.of_this_run(qsr.faults.timeout_seconds, own.across, own.inside, own.everybody)
         averager, traffic = Averager([], None), Traffic(parallel=parallel_bytes)

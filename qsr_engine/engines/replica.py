@@ -278,19 +278,19 @@ def _overlap(averager: Averager, replica: Replica, worker_size: int) -> None:
     averager.overlap_with(replica.module, places, refresh)
 
 
-def check_state_names(names: Sequence[str], replica: Replica) -> None:
+def check_state_names(names: Sequence[str], optimizer: torch.optim.Optimizer, device: torch.device) -> None:
     """Check averaging.state against the state that an optimizer keeps for a parameter, before any training.
 
     One step of an optimizer of its class on a vector and a matrix of its own tells what it keeps of either; a class
     that cannot be made from its own defaults is trusted.
 
+    Args:
+        device: of that step.
     Raises:
         ConfigError: the optimizer keeps nothing of this name.
     """
     if not names:
         return
-    optimizer = replica.optimizer
-    device = replica.masters()[0].device
     parameters = [nn.Parameter(torch.zeros(shape, device=device)) for shape in ((2,), (2, 2))]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)

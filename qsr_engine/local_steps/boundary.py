@@ -85,13 +85,21 @@ class Boundary:
         self.member: MemberBoundary | None = None
         if members is not None:
             self.member = MemberBoundary(
-                rounds, costs, averager, replica, self.buffers, members, everybody, watchdog.moved
+                rounds,
+                costs,
+                averager,
+                replica,
+                self.buffers,
+                members,
+                everybody,
+                watchdog.moved,
+                lambda: watchdog.halt.requested,
             )
 
     @property
     def asked_to_stop(self) -> bool:
-        """Whether some rank was, as told at the end of the last round."""
-        return self._meeting.asked_to_stop
+        """Whether some rank was, as told at the end of the last round; of members, whether this one stops there."""
+        return self._meeting.asked_to_stop or (self.member is not None and self.member.stops)
 
     @property
     def largest_z(self) -> float | None:

@@ -26,7 +26,7 @@ from qsr_engine.local_steps.costs import Costs
 from qsr_engine.local_steps.exchange import Exchange
 from qsr_engine.local_steps.header import BoundaryError
 from qsr_engine.local_steps.rounds import Rounds
-from qsr_engine.membership.members import Plan, Telling, plan
+from qsr_engine.membership.members import Plan, Telling, leaving, plan
 from qsr_engine.membership.quorum import Members
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class MemberBoundary:
 
     Args:
         averager, replica, buffers, everybody: as Exchange has them.
-        moved: called while others are waited for.
+        moved: called while others are waited for. asked: whether this rank was asked to stop.
     """
 
     def __init__(
@@ -87,13 +87,16 @@ class MemberBoundary:
         members: Members,
         everybody: Group,
         moved: Callable[[], None],
+        asked: Callable[[], bool],
     ) -> None:
+        self._asked = asked
         self._rounds, self._costs, self._qsr = rounds, costs, rounds.qsr
         self.members, self._moved = members, moved
         self._exchange = Exchange(rounds.qsr, costs, averager, replica, buffers, members, everybody)
         self._loop = Loop()
         self.joined = False
         self.begun = False  # with the first step of all, and did not join others
+        self.stops = False  # this worker, here; the others go on without it, or stop too
         self.standing = Standing()
         self.events: list[dict[str, Any]] = []  # of the run, for whoever records them, and empties this
         self.repeated = 0  # exchanges that failed
@@ -147,6 +150,7 @@ class MemberBoundary:
             finite=finite,
             squares=squares if finite else 0.0,
             expected=expected,
+            launch=members.launch,
             recorder=self.standing.recorder,
             position={**self._rounds.state_dict(), **counts},
             loop=self._loop.state(),
@@ -157,9 +161,10 @@ class MemberBoundary:
         """Ask and exchange until an exchange counts in which this worker took part."""
         patience, last, said, failed = time.monotonic() + self.members.patience, None, "", 0
         while True:
-            asked = time.monotonic()
+            began = time.monotonic()
+            telling = dataclasses.replace(telling, stop=telling.stop or self._asked())
             quorum = self.members.ask(telling, self._moved)
-            self._waited += time.monotonic() - asked
+            self._waited += time.monotonic() - began
             found = plan(quorum, self.members.config.min_workers)
             self._check(found, telling)
             if found.what == "commit" and telling.name in {one.name for one in found.members}:
@@ -248,9 +253,11 @@ class MemberBoundary:
         self._loop.take(source.loop)
 
     def _take_standing(self, exchanged: Plan, found: Plan, telling: Telling, *, begins: bool) -> None:
-        names = tuple(one.name for one in found.members)
-        recorders = [one.name for one in found.members if one.recorder and one.name in exchanged.giving]
-        recorders += [one.name for one in found.members if one.name in exchanged.giving] + list(names)
+        names, leave = tuple(one.name for one in found.members), leaving(found.members)
+        self.stops = telling.name in leave
+        stay = [one for one in found.members if one.name not in leave] or found.members
+        recorders = [one.name for one in stay if one.recorder and one.name in exchanged.giving]
+        recorders += [one.name for one in stay if one.name in exchanged.giving] + [one.name for one in stay]
         before = set(self.standing.names)
         self.begun = self.begun or begins
         self.joined = True

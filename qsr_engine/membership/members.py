@@ -29,6 +29,7 @@ class Telling:
     group: the exchange whose process group it can use again; "" for none.
     finite: whether its parameters and buffers are. squares: sum of squares of its parameters; 0 where not finite.
     skipped: updates that it has skipped, as they overflowed. stop: it was asked to stop.
+    launch: of workers that one launcher has started, which stop together; "" for a worker by itself.
     expected: workers for which it waits before the first step. impatient: it has waited for long enough.
     position: Rounds.state_dict(), and what the run has cost. loop: what the loop that trains goes on with.
     recorder: it writes the records of the run.
@@ -46,6 +47,7 @@ class Telling:
     squares: float = 0.0
     skipped: int = 0
     stop: bool = False
+    launch: str = ""
     expected: int = 1
     impatient: bool = False
     recorder: bool = False
@@ -110,3 +112,12 @@ def _giving(current: Sequence[Telling]) -> list[Telling]:
     """
     finite = [one for one in current if one.finite]
     return finite if current[0].joined else finite[:1]
+
+
+def leaving(members: Sequence[Telling]) -> frozenset[str]:
+    """The names of those who stop at a boundary: they were asked to, or another worker of their launcher was.
+
+    The others go on; where there are none, the run stops.
+    """
+    launches = {one.launch for one in members if one.stop and one.launch}
+    return frozenset(one.name for one in members if one.stop or one.launch in launches)

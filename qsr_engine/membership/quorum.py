@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 LIGHTHOUSE = "TORCHFT_LIGHTHOUSE"  # its address, as torchft's users know it
 WORKER = "QSR_WORKER"  # what this worker is called in records, where its launcher says it
+LAUNCHED = "QSR_LAUNCHED_WITH"  # the workers that its launcher started, which stop together
 EXPECTED = "QSR_EXPECTED_WORKERS"  # that a launcher has started, for which a run waits before its first step
 _FOREVER = timedelta(days=30)  # a quorum comes when the last member does, after a round that may be days long
 _TICK = 0.5  # seconds
@@ -188,12 +189,18 @@ class Lighthouse:
             data={"telling": json.dumps(dataclasses.asdict(telling))},
         )
         key = f"{answer.created.seconds:012d}.{answer.created.nanos:09d}"
-        there = (Telling(**json.loads(one.data["telling"])) for one in answer.participants)
+        there = (_telling(one.data["telling"]) for one in answer.participants)
         return Quorum(key, tuple(sorted(there, key=lambda one: one.name)))
 
     def close(self) -> None:
         """It beats no more; the others wait for this worker for a moment yet. Again is harmless."""
         self._closed.set()
+
+
+def _telling(text: str) -> Telling:
+    """What a worker tells, of which this version knows that much: one of another version is refused by its facts."""
+    told = json.loads(text)
+    return Telling(**{field.name: told[field.name] for field in dataclasses.fields(Telling) if field.name in told})
 
 
 def _waited_for(ask: Callable[[], Quorum], waiting: Callable[[], None]) -> Quorum:
@@ -258,6 +265,11 @@ class Members:
     def expected(self) -> int:
         """Workers that a launcher has started with this one, and for which a run waits before its first step."""
         return max(self.config.min_workers, int(os.environ.get(EXPECTED, "1")))
+
+    @property
+    def launch(self) -> str:
+        """Of the workers that its launcher has started with this one; "" where none says so."""
+        return os.environ.get(LAUNCHED, "")
 
     @property
     def patience(self) -> float:

@@ -8,6 +8,8 @@ from typing import IO, Any
 
 import torch.distributed as dist
 
+from qsr_engine.checkpoint.find import find_alone
+from qsr_engine.checkpoint.manifest import CheckpointError
 from qsr_engine.config.digest import digest
 from qsr_engine.config.recipe import Recipe
 from qsr_engine.config.recipe_file import dump_recipe
@@ -18,7 +20,14 @@ from qsr_engine.local_steps.member import MemberBoundary
 from qsr_engine.membership.roll_call import told_to_all
 from qsr_engine.membership.signals import stops_on_signals
 from qsr_engine.records.monitor import Monitor
-from qsr_engine.records.run_folder import SUMMARY, is_finished, leave_unfinished_run, lock_run_folder, open_run_folder
+from qsr_engine.records.run_folder import (
+    CHECKPOINTS,
+    SUMMARY,
+    is_finished,
+    leave_unfinished_run,
+    lock_run_folder,
+    open_run_folder,
+)
 from qsr_engine.training.attendance import Attendance, Records, batch_of_worker
 from qsr_engine.training.batches import Batches
 from qsr_engine.training.figures import Clock
@@ -85,7 +94,7 @@ def train_as_member(recipe: Recipe, index: Index, *, resume: bool = False) -> di
         member.members.close()
         return None
     records = Records(recipe, begin, monitor, member.members.has_left, writes=rank == 0)
-    with stops_on_signals(state.request_stop), state.watchdog.explained(), closing(records):
+    with closing(member.members), stops_on_signals(state.request_stop), state.watchdog.explained(), closing(records):
         begins = state.step == 0
         run = make_run(recipe, engine, task, batch, batches, records, begins=begins, kind=_MemberRun)
         assert isinstance(run, _MemberRun)
@@ -93,7 +102,6 @@ def train_as_member(recipe: Recipe, index: Index, *, resume: bool = False) -> di
         run.loop()
         summary = run.finish(rank)
     state.watchdog.close()
-    member.members.close()
     return summary
 
 
@@ -131,8 +139,26 @@ class _MemberRun(_Run):
         return super()._evaluate() if self._member.standing.recorder else {}
 
     def _save(self, why: str | None) -> None:
-        if self._member.standing.recorder:
+        """The recorder saves. Where the one before it has saved in this round, it was asked to stop there, and this
+        worker too; then that checkpoint is the run's."""
+        if self._member.standing.recorder and not (why and self._member.members.agree(self._was_saved_in_this_round())):
             super()._save(why)
+
+    def _was_saved_in_this_round(self) -> bool:
+        """In the one that has just ended: members save on boundaries otherwise."""
+        step = self.engine.local_steps.step
+        if step != self._last_boundary:
+            return False
+        try:
+            saved = find_alone(self.recipe.run_dir / CHECKPOINTS)[1].step
+        except CheckpointError:
+            return False
+        return self._boundary_before < saved <= step
+
+    def _stopped(self) -> str:
+        state = self.engine.local_steps
+        at = f"after step {state.step} of {state.qsr.total_steps}"
+        return f"this worker was asked to stop, and has left {at}; where all have, the run goes on with `--resume`"
 
     def finish(self, rank: int) -> dict[str, Any] | None:
         """The model and the summary, on the recorder."""

@@ -74,13 +74,22 @@ def _check_keys(kind: str, config: ModelConfig) -> None:
             raise ConfigError(f"model.kwargs: {config.name} has no {key!r} in its configuration; {hint}")
 
 
+_POSITIONS = "max_position_embeddings"
+
+
+def _key_of_positions(made: Any, config: ModelConfig) -> str:
+    """What the recipe calls them, or else the type's own configuration: older types have a name of their own."""
+    own: str = made.attribute_map.get(_POSITIONS, _POSITIONS)
+    return _POSITIONS if _POSITIONS in config.kwargs else own
+
+
 @torch.no_grad()
 def _check_shapes(model: Any, config: ModelConfig, shape: tuple[int, int], vocabulary: int) -> None:
-    most = getattr(model.config, "max_position_embeddings", None)
+    most = getattr(model.config, _POSITIONS, None)
     if isinstance(most, int) and most < shape[1]:
         raise ConfigError(
             f"the blocks of the shards have {shape[1]} tokens, and {config.name} has {most} positions; write "
-            f"model.kwargs.max_position_embeddings {shape[1]}, or shards of a shorter --context"
+            f"model.kwargs.{_key_of_positions(model.config, config)} {shape[1]}, or shards of a shorter --context"
         )
     if next(model.parameters()).is_meta:  # where the library's masks cannot be made
         return

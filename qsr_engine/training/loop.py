@@ -296,10 +296,13 @@ class _Run:
             if ended:
                 return
             if state.stopping:
-                raise StoppedError(
-                    f"{self.recipe.run_dir}: the run was asked to stop, and has stopped after step {state.step} of "
-                    f"{state.qsr.total_steps}; it goes on with `--resume`"
-                )
+                raise StoppedError(f"{self.recipe.run_dir}: {self._stopped()}")
+
+    def _stopped(self) -> str:
+        """What is said of a run that has been stopped."""
+        state = self.engine.local_steps
+        at = f"after step {state.step} of {state.qsr.total_steps}"
+        return f"the run was asked to stop, and has stopped {at}; it goes on with `--resume`"
 
     def _save(self, why: str | None) -> None:
         """Write a checkpoint; `why` the run ends with it, if it does."""

@@ -15,38 +15,24 @@ from typing import Any
 
 import psutil
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from qsr_engine.checkpoint.find import find_alone
+from qsr_engine.membership.quorum import start_lighthouse
 from qsr_engine.records.runs import read_run
 from tests.support.launch import started_in
+from tests.support.pool import free_port
+from tests.support.recipes import ELASTIC_STEPS as STEPS
+from tests.support.recipes import elastic_recipe
 
 pytestmark = pytest.mark.launch
 
 LIMIT = 120.0  # seconds, for anything that is waited for
-STEPS = 300
 
 
 @pytest.fixture
 def recipe(tmp_path: Path, digits: Path) -> Path:
-    path = tmp_path / "small.yaml"
-    path.write_text(f"""
-model:
-  name: timm/vit_tiny_patch16_224
-  kwargs: {{img_size: 8, patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2}}
-engine: fsdp
-data: {{shards: "{digits}", image_size: 8, augment: crop}}
-batch: {{train_batch_size: 24, on_other_ranks: per_rank}}
-optimizer: {{type: AdamW, gradient_clipping: 1.0}}
-qsr:
-  strategy: constant
-  h_base: 20
-  total_steps: {STEPS}
-  lr: {{schedule: cosine, peak: 1e-3}}
-  membership: {{way: torchft, timeout_seconds: 3}}
-logging:
-  {{dir: "{tmp_path / "runs"}", name: run, every: 10, eval_every: 150, checkpoint_every: 100, keep_checkpoints: 2}}
-""")
-    return path
+    return elastic_recipe(tmp_path, digits)
 
 
 @pytest.fixture
@@ -67,6 +53,19 @@ def wait_for(what: str, found: Callable[[], Any], process: subprocess.Popen[str]
 
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def saved(run: Path) -> list[int]:
+    """The steps of the checkpoints that are there."""
+    return sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
+
+
+def check_events(run: Path) -> None:
+    """TensorBoard shows every record once, at its step, whoever has written it."""
+    events, rows = EventAccumulator(str(run)).Reload(), lines(run / "metrics.jsonl")
+    for tag, name in (("train/loss", "loss"), ("train/lr", "lr"), ("eval/accuracy", "eval_accuracy")):
+        shown = [(event.step, event.value) for event in events.Scalars(tag)]
+        assert shown == [(row["step"], pytest.approx(row[name])) for row in rows if row[name] is not None]
 
 
 def worker(process: subprocess.Popen[str], name: str) -> psutil.Process | None:
@@ -93,6 +92,7 @@ def test_the_recorder_is_killed_and_started_again(
     events = [(row["event"], row["member"]) for row in lines(run / "events.jsonl")]
     assert Counter(event for event, _ in events)["leave"] >= 1
     assert ("leave", first) in events
+    check_events(run)
     last = {row["step"]: row for row in lines(run / "metrics.jsonl")}[STEPS]
     assert last["eval_accuracy"] is not None
     found = read_run(run)
@@ -114,9 +114,84 @@ def test_all_are_stopped_and_go_on_from_the_last_checkpoint_with_fewer_workers(
     stopped = find_alone(run / "checkpoints")[1].step
     assert stopped >= 60
     assert stopped % 20 == 0  # on a boundary
+    assert [step for step in saved(run) if step % 100] == [stopped] * (stopped % 100 > 0)
+    assert "where all have, the run goes on with `--resume`" in (tmp_path / "output-0").read_text()
     again = start(*words, "--ranks", "2", "--resume")
     assert again.wait(LIMIT) == 0, (tmp_path / "output-1").read_text()[-3000:]
     assert [row["step"] for row in lines(run / "metrics.jsonl")] == list(range(10, STEPS + 1, 10))
     images = {row["step"]: row["images_seen"] for row in lines(run / "metrics.jsonl")}
     assert images[stopped] == 24 * stopped
     assert images[STEPS] == 24 * stopped + 16 * (STEPS - stopped)
+
+
+@pytest.mark.slow
+def test_a_stop_inside_a_round_leaves_one_checkpoint(
+    tmp_path: Path, recipe: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """The recorder is behind the others, which wait for it at the boundary when all are asked to stop. It saves its
+    part of the round; they average without it, one of them takes over the records, and saves nothing."""
+    run = tmp_path / "runs" / "run"
+    sets = ("qsr.h_base=100", "logging.checkpoint_every=1000", "qsr.membership.timeout_seconds=8")
+    process = start(str(recipe), "--elastic", "--ranks", "3", *(word for text in sets for word in ("--set", text)))
+    wait_for("step 110", lambda: any(row["step"] >= 110 for row in lines(run / "metrics.jsonl")), process)
+    recorder = worker(process, "0")
+    assert recorder is not None
+    recorder.send_signal(signal.SIGSTOP)
+    time.sleep(3)  # in which the others come to the boundary; where they do not, they stop inside the round as well
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    recorder.send_signal(signal.SIGCONT)
+    assert process.wait(LIMIT) == 75, (tmp_path / "output-0").read_text()[-3000:]
+    (stopped,) = saved(run)
+    assert 110 <= stopped < 200
+
+
+@pytest.mark.slow
+def test_all_workers_are_lost_and_the_run_goes_on_from_the_last_checkpoint(
+    tmp_path: Path, recipe: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    run = tmp_path / "runs" / "run"
+    words = (str(recipe), "--elastic", "--ranks", "2")
+    process = start(*words)
+    wait_for("step 130", lambda: any(row["step"] >= 130 for row in lines(run / "metrics.jsonl")), process)
+    victims = [worker(process, name) for name in "01"]
+    for victim in victims:
+        assert victim is not None
+        victim.send_signal(signal.SIGKILL)
+    assert process.wait(LIMIT) == 128 + signal.SIGKILL, (tmp_path / "output-0").read_text()[-3000:]
+    assert saved(run)[-1] in (100, 200)
+    again = start(*words, "--resume")
+    assert again.wait(LIMIT) == 0, (tmp_path / "output-1").read_text()[-3000:]
+    assert [row["step"] for row in lines(run / "metrics.jsonl")] == list(range(10, STEPS + 1, 10))
+    assert all(row["images_seen"] == 24 * row["step"] for row in lines(run / "metrics.jsonl"))
+    check_events(run)
+    assert read_run(run).finished
+
+
+@pytest.mark.slow
+def test_a_host_that_is_stopped_leaves_and_the_other_one_goes_on(
+    tmp_path: Path, recipe: Path, start: Callable[..., subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that leaves has recorded the run. It hands that over, and saves nothing; the other one, when it is
+    stopped as well, saves at its next boundary."""
+    run, port = tmp_path / "runs" / "run", free_port()
+    lighthouse = start_lighthouse(port, 3.0)
+    monkeypatch.setenv("TORCHFT_LIGHTHOUSE", f"http://127.0.0.1:{port}")
+    sets = ("qsr.total_steps=1000000", "logging.checkpoint_every=1000000", "qsr.faults.on_signal=finish_round")
+    words = (str(recipe), "--elastic", "--ranks", "1", *(word for text in sets for word in ("--set", text)))
+    first = start(*words)
+    wait_for("step 20", lambda: any(row["step"] >= 20 for row in lines(run / "metrics.jsonl")), first)
+    second = start(*words)
+    wait_for("a second member", lambda: any(row["members"] == 2 for row in lines(run / "events.jsonl")), second)
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(LIMIT) == 75, (tmp_path / "output-0").read_text()[-3000:]
+    assert saved(run) == []
+    left = lines(run / "metrics.jsonl")[-1]["step"]
+    wait_for("the other one", lambda: lines(run / "metrics.jsonl")[-1]["step"] >= left + 40, second)
+    second.send_signal(signal.SIGTERM)
+    assert second.wait(LIMIT) == 75, (tmp_path / "output-1").read_text()[-3000:]
+    lighthouse.shutdown()
+    (stopped,) = saved(run)
+    assert stopped % 20 == 0
+    assert [row["step"] for row in lines(run / "metrics.jsonl")] == list(range(10, stopped + 1, 10))
+    check_events(run)

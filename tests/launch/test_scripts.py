@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from qsr_engine.data.writing.processes import usable_cores
@@ -141,6 +142,47 @@ def test_slurm_requeues_a_run_that_has_stopped_and_no_other(
     )
     assert (tmp_path / "arguments").read_text() == f"{expected} --module qsr_engine train RECIPE --resume --set a=b\n"
     assert not list(tmp_path.glob(".qsr-stopped-*"))
+
+
+@pytest.mark.parametrize(
+    ("variables", "lighthouse", "started", "expected"),
+    [
+        ({}, "http://first:29510", ["--port 29510"], "--ranks 8 --restarts 100"),
+        (
+            {"PORT": "29600", "RANKS_PER_NODE": "4", "RESTARTS": "5"},
+            "http://first:29600",
+            ["--port 29600"],
+            "--ranks 4 --restarts 5",
+        ),
+        ({"TORCHFT_LIGHTHOUSE": "http://other:1"}, "http://other:1", [], "--ranks 8 --restarts 100"),
+    ],
+)
+def test_an_elastic_slurm_job_has_one_lighthouse_on_its_first_node(
+    tmp_path: Path, variables: dict[str, str], lighthouse: str, started: list[str], expected: str
+) -> None:
+    """Stand-ins: qsr notes what it is told; as lighthouse it stays, and the script ends it. Another job's is joined."""
+    programs = {
+        "srun": '[ "$1" = --kill-on-bad-exit=0 ] || exit 9; shift; "$@" & "$@" & wait; exit 3',
+        "scontrol": '[ "$*" = "show hostnames node[1-2]" ] && printf "first\\nother\\n"',
+        "qsr": 'echo "$TORCHFT_LIGHTHOUSE ${*:2}" >>"$1"; [ "$1" = train ] || { echo $$ >pid; exec sleep 1000; }',
+    }
+    if started:
+        programs["srun"] = f"while [ ! -s pid ]; do sleep 0.01; done; {programs['srun']}"
+    for program, script in programs.items():
+        (tmp_path / program).write_text(f"#!/usr/bin/env bash\n{script}\n")
+        (tmp_path / program).chmod(0o755)
+    left_out = ("TORCHFT_LIGHTHOUSE", "PORT", "RESTARTS", "RANKS_PER_NODE")
+    known = {name: value for name, value in os.environ.items() if name not in left_out}
+    known |= {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node[1-2]", **variables}
+    words = [str(LAUNCH / "slurm_elastic.sh"), "RECIPE", "--set", "a=b"]
+    done = subprocess.run(words, env={**known, "SLURM_GPUS_PER_NODE": "8"}, cwd=tmp_path, timeout=60, check=False)
+    assert done.returncode == 3
+    assert (tmp_path / "train").read_text() == f"{lighthouse} RECIPE --elastic {expected} --set a=b\n" * 2
+    there = (tmp_path / "lighthouse").read_text().splitlines() if started else []
+    assert there == [f"{lighthouse} {words}" for words in started]
+    if started:
+        psutil.wait_procs([one for one in psutil.process_iter() if one.pid == int((tmp_path / "pid").read_text())], 10)
+        assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
 
 
 def test_the_readme_lists_every_script() -> None:

@@ -68,12 +68,19 @@ class Adapted(nn.Module):
         return adapted + base.to(adapted.dtype)
 
 
+def wide() -> nn.Module:
+    """A model of 256 kB, beside which headers are little."""
+    torch.manual_seed(7)
+    return nn.Sequential(nn.Linear(training.FEATURES, 4000), nn.Tanh(), nn.Linear(4000, training.OUTPUTS))
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "mlp": mlp,
     "vit": vit,
     "resnet": resnet,
     "one row": OneRow,
     "adapted": Adapted,
+    "wide": wide,
 }
 
 

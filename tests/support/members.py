@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+from qsr_engine.local_steps.member import Loop
 from tests.support.pool import CONTEXT, free_port, rank_environment
 
 SECONDS = 40.0  # that a test waits for anything
@@ -159,6 +161,9 @@ def train(
     dies_in: tuple[str, int] | None = None,
     seed: int = 7,
     model_name: str = "mlp",
+    waits_for: Path | None = None,
+    facts: dict[str, str] | None = None,
+    versions: dict[str, str] | None = None,
 ) -> None:
     """One rank of a worker. It says "joined", every "boundary" with a digest of what it holds, and "finished".
 
@@ -170,10 +175,20 @@ def train(
         nan_at: the step after which its parameters are not finite.
         dies_in: ("exchange" or "commit", the step of a boundary): it is killed when it is about to.
         seed: of the model.
+        waits_for: it makes its engine when this file is there, so that many can begin at the same time.
+        facts: that its loop adds to what must be the same on all members. versions: that it has in place of its own.
     """
     import torch
 
+    from qsr_engine.engines import start
+    from qsr_engine.membership.versions import versions as found_versions
     from tests.support import fsdp_engine, training
+    from tests.support.sent import bytes_sent_since, sockets
+
+    if versions is not None:
+        mock.patch.object(start, "versions", return_value={**found_versions(), **versions}).start()
+    while waits_for is not None and not waits_for.exists():
+        time.sleep(0.02)
 
     torch.manual_seed(seed)
     model = fsdp_engine.MODELS[model_name]()
@@ -188,9 +203,10 @@ def train(
     say("ready")
     if dies_in is not None:
         _die_in(engine, *dies_in)
-    engine.join()
+    engine.join(_WithFacts(facts) if facts is not None else None)
     state, rank = engine.local_steps, int(os.environ["RANK"])
     say("joined", step=state.step, round=state.round, names=engine.standing.names, digest=digest_of(engine))
+    before = sockets()
     while not state.finished:
         step = state.step
         if step == dies_at:
@@ -218,12 +234,22 @@ def train(
                 took=time.monotonic() - started,
                 lr=engine.optimizer.param_groups[0]["lr"],
                 events=state.boundary.member.events,
+                sent=bytes_sent_since(before),
             )
+            before = sockets()
             state.boundary.member.events = []
     values = [value.flatten().tolist() for value in fsdp_engine.state_of(engine).values()]
     optimizer_state = digest_of_state(engine)
     say("finished", values=values, optimizer=optimizer_state)
     engine.destroy()
+
+
+class _WithFacts(Loop):
+    def __init__(self, facts: dict[str, str]) -> None:
+        self._facts = facts
+
+    def facts(self) -> dict[str, str]:
+        return self._facts
 
 
 def _die_in(engine: Any, what: str, step: int) -> None:

@@ -10,6 +10,7 @@ from qsr_engine.data.batches import ImageBatch
 from qsr_engine.data.device import Normalise
 
 STEPS = 14
+ELASTIC_STEPS = 300
 
 
 def small_recipe(tmp_path: Path, digits: Path) -> Path:
@@ -70,5 +71,28 @@ batch: {{train_batch_size: 6}}
 optimizer: {{type: AdamW, gradient_clipping: 1.0}}
 qsr: {{strategy: constant, h_base: 2, total_steps: 4, lr: {{schedule: constant, peak: 1e-3}}}}
 logging: {{dir: "{tmp_path / "runs"}"}}
+""")
+    return path
+
+
+def elastic_recipe(tmp_path: Path, digits: Path) -> Path:
+    """Workers that come and go, rounds of 20 steps, and a record every 10."""
+    path = tmp_path / "small.yaml"
+    path.write_text(f"""
+model:
+  name: timm/vit_tiny_patch16_224
+  kwargs: {{img_size: 8, patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2}}
+engine: fsdp
+data: {{shards: "{digits}", image_size: 8, augment: crop}}
+batch: {{train_batch_size: 24, on_other_ranks: per_rank}}
+optimizer: {{type: AdamW, gradient_clipping: 1.0}}
+qsr:
+  strategy: constant
+  h_base: 20
+  total_steps: {ELASTIC_STEPS}
+  lr: {{schedule: cosine, peak: 1e-3}}
+  membership: {{way: torchft, timeout_seconds: 3}}
+logging:
+  {{dir: "{tmp_path / "runs"}", name: run, every: 10, eval_every: 150, checkpoint_every: 100, keep_checkpoints: 2}}
 """)
     return path

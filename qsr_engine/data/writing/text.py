@@ -41,14 +41,14 @@ class _Tokenizer(Protocol):
     vocabulary: int
     end: int
 
-    def tokens(self, document: bytes, where: str) -> NDArray[Any]:
-        """Raises DataError where it is no text."""
+    def tokens(self, document: bytes) -> NDArray[Any]:
+        """Of a text in UTF-8."""
 
 
 class _Bytes:
     name, vocabulary, end = "bytes", 256, 0
 
-    def tokens(self, document: bytes, where: str) -> NDArray[Any]:
+    def tokens(self, document: bytes) -> NDArray[Any]:
         return np.frombuffer(document, np.uint8)
 
 
@@ -78,12 +78,8 @@ class _OfFile:
             )
         self.end = ids[0]
 
-    def tokens(self, document: bytes, where: str) -> NDArray[Any]:
-        try:
-            text = document.decode()
-        except UnicodeDecodeError as error:
-            raise DataError(f"{where}: this is no text in UTF-8 ({error}); convert it, or leave it out") from error
-        return np.array(self._made.encode(text, add_special_tokens=False).ids, dtype_of(self.vocabulary))
+    def tokens(self, document: bytes) -> NDArray[Any]:
+        return np.array(self._made.encode(document.decode(), add_special_tokens=False).ids, dtype_of(self.vocabulary))
 
 
 class _Block(NamedTuple):
@@ -178,11 +174,10 @@ class _Tokens:
         self.count = self.bytes = 0  # tokens, and bytes of their text
         path.touch()
 
-    def add(self, document: bytes, where: str) -> None:
-        """Raises DataError where it is no text."""
+    def add(self, document: bytes) -> None:
         if not document:
             return
-        tokens = self._tokenizer.tokens(document, where)
+        tokens = self._tokenizer.tokens(document)
         ended = np.append(tokens, self._tokenizer.end).astype(dtype_of(self._tokenizer.vocabulary))
         with self.path.open("ab") as stream:
             stream.write(ended.tobytes())
@@ -207,16 +202,28 @@ def _tokenize(files: Sequence[Path], train: _Tokens, val: _Tokens, held_out: flo
         sha256 = hashlib.sha256()
         for file in files:
             document = file.read_bytes()
-            if b"\0" in document:
-                raise DataError(f"{file}: this is no text, it has a byte of 0; convert it, or leave it out")
+            _check_text(document, file)
             sha256.update(f"{file}\0{len(document)}\0".encode(errors="surrogateescape") + document)
             cut = len(document) if len(document) <= left else _end_of_line(document, max(0, left)) if left > 0 else 0
-            train.add(document[:cut], str(file))
-            val.add(document[cut:], str(file))
+            train.add(document[:cut])
+            val.add(document[cut:])
             left -= len(document)
     except OSError as error:
         raise DataError(f"{error.filename}: this file cannot be read: {error.strerror or error}") from error
     return sha256.hexdigest()
+
+
+def _check_text(document: bytes, file: Path) -> None:
+    """Raises DataError where it is not in UTF-8, or has a byte of 0, which ends a document."""
+    if b"\0" in document:
+        raise DataError(f"{file}: this is no text, it has a byte of 0; convert it, or leave it out")
+    try:
+        document.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{file}: this is no text in UTF-8: {error.reason} at byte {error.start} (0x{document[error.start]:02x}); "
+            "convert it, or leave it out"
+        ) from error
 
 
 def _end_of_line(document: bytes, place: int) -> int:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from qsr_engine.checkpoint.manifest import Manifest, sha256
 from qsr_engine.cli import doctor
 from qsr_engine.cli.main import _parser, main
 from qsr_engine.config.recipe_file import load_recipe
@@ -122,6 +123,8 @@ def test_what_init_refuses(tmp_path: Path, digits: Path, capsys: pytest.CaptureF
         ("--set model.name=timm/vit_tiny_patch16_225", 1, "did you mean timm/vit_tiny_patch16_224"),
         ("--ranks 5", 1, "train_batch_size is 96"),
         ("--set batch_norm={}", 1, "has no batch norm"),
+        ("--set qsr.averaging.state=[exp_avg,exp_inf]", 1, "names ['exp_inf'], and AdamW as configured keeps"),
+        ("--set qsr.averaging.state=[exp_avg,exp_avg_sq]", 0, "not checked, since there is no GPU here"),
         ("--ranks 2 --set engine=fsdp --set qsr.worker_size=3", 1, "worker_size is 3"),
         ("--set data.shards=none", 1, "index is missing"),
         ("--resume --set seed=7", 1, "seed was 0 and is 7"),
@@ -150,6 +153,24 @@ def test_what_a_dry_run_finds(
     assert main(["train", str(recipe), "--dry-run", *words.split()]) == code
     captured = capsys.readouterr()
     assert said in (captured.err if code else captured.out)
+
+
+def test_export_takes_the_folder_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where it has no whole checkpoint, the error names the folder that was looked at."""
+    folder = tmp_path / "runs" / "my"
+    open_run_folder(folder, "seed: 1")
+    words = ["export", str(folder), str(tmp_path / "out")]
+    assert main(words) == 1
+    assert f"{folder / 'checkpoints'}: there is no whole checkpoint here" in capsys.readouterr().err
+    saved = folder / "checkpoints" / "step-00000004"
+    saved.mkdir(parents=True)
+    (saved / "model.safetensors").write_bytes(b"model")
+    files = {"model.safetensors": (5, sha256(saved / "model.safetensors"))}
+    Manifest(saved.name, 4, 1.0, {"workers": 2}, {}, [0, 1], files).write(saved)
+    for path in (folder, saved.parent, saved):
+        assert main(["export", str(path), str(tmp_path / "out")]) == 0
+        assert (tmp_path / "out").read_bytes() == b"model"
+        assert "the averaged model after step 4" in capsys.readouterr().out
 
 
 def test_a_launcher_is_not_needed_for_a_dry_run(

@@ -104,13 +104,17 @@ def refusal(**changes: Any) -> str:
         ({"outer": {"lr": 0.7, "nesterov": True}}, ["qsr.outer: nesterov is true and momentum is 0"]),
         ({"outer": {"lr": 0.7, "momentum": 1}}, ["qsr.outer.momentum", "less than 1"]),
         ({"outer": {"lr": 0.7, "speed": 1}}, ["qsr.outer.speed: unknown key"]),
+        ({"outer": {"unit_steps": 8}}, ["qsr.outer: unit_steps is 8, lr is 1 and momentum is 0", "or unit_steps null"]),
         ({"outer": {"lr": 1.5, "unit_steps": 8}}, ["qsr.outer: unit_steps is 8 and lr is 1.5", "at most 1"]),
         (
-            {"outer": {"unit_steps": 8}, "averaging": {"fragments": 2}},
+            {"outer": {"lr": 0.7, "unit_steps": 8}, "averaging": {"fragments": 2}},
             ["averaging.fragments is 2", "write fragments 1"],
         ),
-        ({"outer": {"unit_steps": 8}, "averaging": {"mixing": 0.5}}, ["averaging.mixing is 0.5", "write mixing 0"]),
-        ({"outer": {"unit_steps": 8}, "lr": None}, ["outer.unit_steps is set", "no block lr"]),
+        (
+            {"outer": {"lr": 0.7, "unit_steps": 8}, "averaging": {"mixing": 0.5}},
+            ["averaging.mixing is 0.5", "write mixing 0"],
+        ),
+        ({"outer": {"lr": 0.7, "unit_steps": 8}, "lr": None}, ["outer.unit_steps is set", "no block lr"]),
         ({"strategy": "parallel", "averaging": {"wire_dtype": "bf16"}}, ["qsr.averaging.wire_dtype is 'bf16', and"]),
         (
             {"strategy": "parallel", "averaging": {"overlap": "next_forward"}},

@@ -158,6 +158,10 @@ def test_ranks_read_every_block_once_an_epoch_and_go_on_anywhere(text: tuple[Pat
     ("make", "words"),
     [
         (lambda folder: (folder / "a.txt").write_bytes(b"a\0b" * 999), "a.txt: this is no text, it has a byte of 0"),
+        (
+            lambda folder: (folder / "a.txt").write_bytes("grün\n".encode() * 999 + "grün".encode("latin-1")),
+            r"a.txt: this is no text in UTF-8: invalid start byte at byte 5996 \(0xfc\); convert it, or leave it",
+        ),
         (lambda folder: (folder / "a.txt").write_text("short"), "tokens for the split 'train', and a block has 257"),
         (lambda folder: (folder / "a.pdf").write_text("x"), r"no file in it ends in \.txt, \.md, \.rst; name others"),
         (lambda folder: folder.rmdir(), "there is no such file; name files of text, or folders of them"),

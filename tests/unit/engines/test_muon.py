@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,8 +66,7 @@ def test_a_bias_in_a_group_for_muon_is_refused() -> None:
 
 def test_what_either_optimizer_keeps_may_be_averaged() -> None:
     """The state of matrices is Muon's momentum, and that of all others AdamW's moments."""
-    made = model()
-    replica: Any = SimpleNamespace(optimizer=MuonWithAdamW(made.parameters()), masters=lambda: list(made.parameters()))
-    check_state_names(["momentum_buffer", "exp_avg", "exp_avg_sq"], replica)
+    optimizer, device = MuonWithAdamW(model().parameters()), torch.device("cpu")
+    check_state_names(["momentum_buffer", "exp_avg", "exp_avg_sq"], optimizer, device)
     with pytest.raises(ConfigError, match=r"names \['exp_inf'\], and MuonWithAdamW .* \['exp_avg', 'exp_avg_sq', 'mom"):
-        check_state_names(["exp_avg", "exp_inf"], replica)
+        check_state_names(["exp_avg", "exp_inf"], optimizer, device)

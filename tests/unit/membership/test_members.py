@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qsr_engine.membership.members import Plan, Quorum, Telling, plan
+from qsr_engine.membership.members import Plan, Quorum, Telling, leaving, plan
 
 FACTS = {"configuration": "1"}
 
@@ -100,3 +100,11 @@ def test_who_runs_something_else_takes_no_part_and_does_not_count() -> None:
     found = of(told("a"), told("b"), new("d", facts=other))
     assert names(found) == ["a", "b"]
     assert of(told("a"), new("d", facts=other), min_workers=2).what == "wait"
+
+
+def test_workers_of_one_launcher_stop_together_and_the_others_go_on() -> None:
+    """One may have told before it was asked; those of another host were not asked."""
+    members = [told("a", launch="1", stop=True), told("b", launch="1"), told("c", launch="2"), told("d")]
+    assert leaving(members) == {"a", "b"}
+    assert leaving([told("a", stop=True), told("b")]) == {"a"}  # of no launcher's
+    assert leaving(members[2:]) == frozenset()

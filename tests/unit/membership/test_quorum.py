@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import sys
 import threading
 import time
@@ -13,7 +15,7 @@ import pytest
 from qsr_engine.config.membership import MembershipConfig
 from qsr_engine.config.strict import ConfigError
 from qsr_engine.membership.members import Telling
-from qsr_engine.membership.quorum import Lighthouse, Members, start_lighthouse, torchft_part
+from qsr_engine.membership.quorum import Lighthouse, Members, _telling, start_lighthouse, torchft_part
 from tests.support.pool import free_port
 
 
@@ -59,6 +61,13 @@ def test_all_who_are_there_are_waited_for_and_who_was_frozen_is_not() -> None:
     a.close()
     b.close()
     lighthouse.shutdown()
+
+
+def test_what_a_worker_of_another_version_tells_can_be_read() -> None:
+    """Its facts say that it is another; so it is refused, and members do not take it for a lighthouse that is down."""
+    told = dataclasses.asdict(Telling("a", "a:1", 3, True, {"qsr_engine": "9.9"})) | {"new": 1}
+    del told["launch"]
+    assert _telling(json.dumps(told)) == Telling("a", "a:1", 3, True, {"qsr_engine": "9.9"})
 
 
 def test_who_is_started_again_does_not_wait_for_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,6 +106,8 @@ def test_the_figures_of_an_evaluation(tmp_path: Path) -> None:
         ("gpt2", {"n_layers": 2}, "has no 'n_layers' in its configuration; did you mean 'n_layer'?"),
         ("gpt-2", {}, "transformers has no causal language model 'gpt-2'; did you mean transformers/gpt2"),
         ("gpt2", {**SMALL, "n_positions": 3}, "blocks of the shards have 4 tokens, and transformers/gpt2 has 3"),
+        ("gpt2", {**SMALL, "n_positions": 3}, "; write model.kwargs.n_positions 4, or shards of a shorter --context"),
+        ("gpt2", {"max_position_embeddings": 3}, "; write model.kwargs.max_position_embeddings 4, or shards of a"),
         ("gpt2", {**SMALL, "n_head": 3}, "does not take"),
         ("gpt2", {**SMALL, "vocab_size": 299}, "model.kwargs.vocab_size is 299, and the data has 300 tokens"),
         ("bert", {"num_hidden_layers": 1, "hidden_size": 12}, "sees the tokens that it is to predict"),
