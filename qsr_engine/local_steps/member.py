@@ -52,6 +52,9 @@ class Loop:
     def take(self, state: dict[str, Any]) -> None:
         """Go on with the state() of the members that this worker joins."""
 
+    def counted(self, given: list[dict[str, Any]]) -> None:
+        """An exchange counts, to which members with these state() gave their parameters; after take()."""
+
 
 class JoinError(BoundaryError):
     """This worker cannot join the run: its recipe, model, data, versions or size are others than the members'."""
@@ -233,6 +236,7 @@ class MemberBoundary:
         self._exchange.put(None if begins else self._rounds.units_of(at["round_start"], at["step"]))
         if telling.name not in exchanged.giving:
             self._take_position(exchanged.source, begins=begins)
+        self._loop.counted([one.loop for one in exchanged.members if one.name in exchanged.giving])
         self._take_standing(exchanged, found, telling, begins=begins)
 
     def _take_position(self, source: Telling, *, begins: bool) -> None:
