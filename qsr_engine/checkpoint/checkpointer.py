@@ -180,8 +180,9 @@ class Checkpointer:
     def _check_whole_step(self, what: str) -> None:
         done = self.micro_batches_done()
         if done:
+            accumulation = self._engine.gradient_accumulation_steps()
             raise RuntimeError(
-                f"{done} of the {self._engine.gradient_accumulation_steps()} micro-batches of step {self._local_steps.step} "
+                f"{done} of the {accumulation} micro-batches of step {self._local_steps.step} "
                 f"have been seen, and no checkpoint has their gradients; {what} before the first or after the last one"
             )
 

@@ -66,8 +66,8 @@ class Surface:
         done = self._checkpointer.micro_batches_done()
         if done:
             raise RuntimeError(
-                f"set_train_batch_size() after {done} of the {self.gradient_accumulation_steps()} micro-batches of step "
-                f"{self.local_steps.step}; call it before the first or after the last one"
+                f"set_train_batch_size() after {done} of the {self.gradient_accumulation_steps()} micro-batches of "
+                f"step {self.local_steps.step}; call it before the first or after the last one"
             )
         micro, ranks = self.train_micro_batch_size_per_gpu(), dist.get_world_size()
         accumulation, rest = divmod(train_batch_size, micro * ranks)

@@ -46,14 +46,14 @@ class Loop:
         return {}
 
     def state(self) -> dict[str, Any]:
-        """Plain values that are the same on all members."""
+        """Plain values, which a member tells the others at a boundary."""
         return {}
 
     def take(self, state: dict[str, Any]) -> None:
-        """Go on with the state() of the members that this worker joins."""
+        """Go on with the state() of a member that this worker joins."""
 
     def counted(self, given: list[dict[str, Any]]) -> None:
-        """An exchange counts, to which members with these state() gave their parameters; after take()."""
+        """An average counts, to which members with these state() gave their parameters; called after take()."""
 
 
 class JoinError(BoundaryError):

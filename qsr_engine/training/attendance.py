@@ -2,7 +2,9 @@
 
 Every worker runs the same loop. At a boundary it learns who is there (`engine.standing`), and
 
-    data         goes on where the samples seen so far would end if those who are there now had seen them all
+    batch        is divided among those who are there, or every rank keeps its part (config.batch.Dealing)
+    data         goes on where the samples seen so far would end if those who are there now had seen them all; what
+                 comes twice of it, is missed, or is lost with a member is counted
     records      are written by one member, the recorder; where it dies, the next one goes on from that boundary
     evaluation   and checkpoints are the recorder's, at the first boundary at or after their step
 """
