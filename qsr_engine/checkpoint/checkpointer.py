@@ -173,10 +173,14 @@ class Checkpointer:
             keep=keep,
         )
 
+    def micro_batches_done(self) -> int:
+        """Of the step under way."""
+        return min(self._engine.micro_batches_seen, self._engine.gradient_accumulation_steps())
+
     def _check_whole_step(self, what: str) -> None:
-        accumulation = self._engine.gradient_accumulation_steps()
-        done = min(self._engine.micro_batches_seen, accumulation)
+        done = self.micro_batches_done()
         if done:
+            accumulation = self._engine.gradient_accumulation_steps()
             raise RuntimeError(
                 f"{done} of the {accumulation} micro-batches of step {self._local_steps.step} "
                 f"have been seen, and no checkpoint has their gradients; {what} before the first or after the last one"

@@ -77,6 +77,7 @@ def _state(recipe: Recipe) -> str:
 def _ranks(recipe: Recipe, ranks: int | None, resume: bool) -> str:
     import torch
 
+    from qsr_engine.training.attendance import batch_of_worker
     from qsr_engine.training.from_recipe import deepspeed_config, fsdp_config
     from qsr_engine.training.resuming import batch_for
 
@@ -85,14 +86,20 @@ def _ranks(recipe: Recipe, ranks: int | None, resume: bool) -> str:
     if not found:
         return "not checked, since there is no GPU here; write --ranks N, as for training"
     check_world_size(found, recipe.qsr.worker_size)
-    batch = batch_for(recipe, found, resume=resume)
+    workers = found // recipe.qsr.worker_size
+    if recipe.qsr.membership.elastic:
+        batch, dealing = batch_of_worker(recipe, recipe.qsr.worker_size, resume=resume, workers=workers)
+        part = dealing.part(0, workers)
+        accumulation, samples = part.accumulation, part.samples
+    else:
+        batch = batch_for(recipe, found, resume=resume)
+        accumulation, samples = batch.accumulation, batch.train
     if recipe.engine == "fsdp":
         load_fsdp_config(fsdp_config(recipe, batch))
     else:
         check_supported(*split_deepspeed_config(deepspeed_config(recipe, batch)))
-    workers = counted(found // recipe.qsr.worker_size, "worker")
     return (
-        f"{found}, {workers} of {recipe.qsr.worker_size}, engine {recipe.engine}, "
+        f"{found}, {counted(workers, 'worker')} of {recipe.qsr.worker_size}, engine {recipe.engine}, "
         f"{'CPU' if on_cpu else torch.cuda.get_device_name()}; {batch.micro} samples a rank, "
-        f"{batch.accumulation} times a step, {batch.train} in all"
+        f"{accumulation} times a step, {samples} in all"
     )

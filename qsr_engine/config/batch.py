@@ -71,3 +71,51 @@ class Batch:
     train: int
     micro: int
     accumulation: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one member takes of a step.
+
+    accumulation: micro-batches of each of its ranks. first: the first stream of data of its first rank. count: streams
+    of each of its ranks, which are neighbours. streams: of data, in all. samples: of the step, over all members.
+    """
+
+    accumulation: int
+    first: int
+    count: int
+    streams: int
+    samples: int
+
+
+@dataclass(frozen=True)
+class Dealing:
+    """How the members who are there divide a step. Micro-batches have one size, and all ranks of a worker take as many.
+
+    Args:
+        micro: samples in a micro-batch.
+        ranks: of a worker.
+        accumulation: micro-batches that a rank takes whoever else is there; where `kept` is given, at the start.
+        kept: samples of a step over all members, however many they are (`keep`); None: each takes its own (`per_rank`).
+    """
+
+    micro: int
+    ranks: int
+    accumulation: int
+    kept: int | None = None
+
+    def part(self, place: int, members: int) -> Part:
+        """Of the member with this place among so many.
+
+        Where the whole is kept, it is dealt out in micro-batches for all ranks of a worker, and those with the first
+        places take one more where it does not divide evenly. The whole is the nearest that these make, and no member
+        goes without: more members than such parts make more of it.
+        """
+        if self.kept is None:
+            streams = members * self.ranks
+            return Part(self.accumulation, place * self.ranks, 1, streams, streams * self.accumulation * self.micro)
+        one = self.micro * self.ranks
+        dealt = max(members, (2 * self.kept + one) // (2 * one))
+        each, more = divmod(dealt, members)
+        own, before = each + (place < more), place * each + min(place, more)
+        return Part(own, before * self.ranks, own, dealt * self.ranks, dealt * one)

@@ -158,8 +158,8 @@ class BatchConfig(StrictModel):
     gradient_accumulation_steps: PositiveInt | None = None
     """micro-batches of one step; `null`: 1, or what follows from the other two where both are given"""
     on_other_ranks: Literal["keep", "per_rank"] = "keep"
-    """a run that goes on with another number of ranks: `keep` divides the global batch among them, `per_rank` leaves
-    every rank its part. The learning rate and H stay"""
+    """a run that goes on with another number of ranks, or whose members come and go: `keep` divides the global batch
+    among them, `per_rank` leaves every rank its part. The learning rate and H stay"""
 
 
 Decay = Annotated[float, Field(ge=0, lt=1)]  # of a running mean

@@ -9,7 +9,6 @@ ring         the loader processes, each of which does all of this for one batch 
 from __future__ import annotations
 
 import logging
-import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import webdataset as wds
 
 from qsr_engine.config.recipe import DataConfig
 from qsr_engine.data.batches import Decodes, ImageBatch, decode_batch
@@ -33,6 +31,7 @@ from qsr_engine.data.places import Places
 from qsr_engine.data.randaugment import make_augment
 from qsr_engine.data.ring import Beside, run_here, run_in_processes
 from qsr_engine.data.samples import Loaded, Position, bad_sample
+from qsr_engine.data.shuffling import shuffled
 from qsr_engine.data.sources import Source, make_source
 from qsr_engine.data.views import EvalView, TrainView
 
@@ -57,10 +56,15 @@ class TrainLoader:
 
     Every rank has as many: iterate over it in a loop of your own, and keep its state_dict() with a checkpoint.
 
+    A rank has one stream of samples of as many as there are ranks. Where members divide a step unevenly there are as
+    many streams as micro-batches in a step instead, and a rank has several, a batch of one after a batch of another.
+
     Args:
         folder: of the shards, or its URL; or several, as read_index() takes them.
         config: which split, image size, augmentation, shuffle buffer and loader processes.
+        rank, ranks: number of its stream, and how many there are in all.
         batch_size: samples in a micro-batch of this rank.
+        streams: that this rank has, of which `rank` is the first.
     Raises:
         DataError: the split is unknown or empty, or the cache cannot be used.
     """
@@ -75,6 +79,7 @@ class TrainLoader:
         ranks: int,
         batch_size: int,
         seed: int,
+        streams: int = 1,
     ) -> None:
         self.config, self.batch_size = config, batch_size
         self._split = index.split(config.train)
@@ -84,14 +89,15 @@ class TrainLoader:
                 f"data.shuffle is 'samples', and {folder} is behind a URL, where a sample at a time is slow; copy it "
                 "to a folder, or write shuffle: buffer"
             )
-        self._rank, self._ranks, self._seed = rank, ranks, seed
+        self._ranks, self._seed = ranks, seed
+        self._streams = range(rank, rank + streams)
         self._next, self._bad = 0, set[str]()
         self._decoder = _decoder(index, config, training=True)
         if not REGIONS and rank == 0 and index.text is None:
             log.warning("pictures are decoded by Pillow, at half the speed: %s", NO_REGIONS)
 
     def batches(self, start: int = 0, skipped: Iterable[str] = (), device: torch.device = CPU) -> Iterator[ImageBatch]:
-        """Yield batches on a device from micro-batch number `start` on, counted from the start of training.
+        """Yield batches on a device from this rank's micro-batch number `start` on, counted from the start of training.
 
         What is before `start` is neither read nor decoded.
 
@@ -101,7 +107,7 @@ class TrainLoader:
             DataError: a shard or a sample cannot be used, and no more may be skipped.
         """
         produce = _Decode(
-            partial(self._raw_batches, start), self._source, self._decoder, self.config.max_bad_samples > 0, True
+            partial(self.raw_batches, start), self._source, self._decoder, self.config.max_bad_samples > 0, True
         )
         batches = on_device(_batches(produce, self.batch_size, self.config, device.type == "cuda"), device)
         return _limited(batches, set(skipped), self.config.max_bad_samples, "this rank")
@@ -121,22 +127,23 @@ class TrainLoader:
         """Before an iteration begins."""
         self._next, self._bad = int(state["batches"]), set(state["skipped_samples"])
 
-    def items(self, start: int = 0) -> Iterator[Position]:
-        """This rank's samples in order, from number `start` of its stream on."""
-        epoch, before = epoch_of(start, self._split.samples, self._rank, self._ranks)
+    def items(self, start: int = 0, stream: int = 0) -> Iterator[Position]:
+        """The samples of one of this rank's streams in order, from its number `start` on."""
+        rank = self._streams[stream]
+        epoch, before = epoch_of(start, self._split.samples, rank, self._ranks)
         for number in count(epoch):
             first = before if number == epoch else 0
             if self.config.shuffle == "samples":
-                yield from self._drawn(number, first)
+                yield from self._drawn(number, first, rank)
             else:
-                items = self._shuffled(number)
+                items = self._shuffled(number, rank)
                 for item in islice(items, first):
                     self._source.pass_over(item)
                 yield from items
 
-    def _drawn(self, epoch: int, first: int) -> Iterator[Position]:
-        """The samples of this rank in an epoch from the first one on, drawn from all samples of the split."""
-        numbers = plan_samples(self._split.samples, self._seed, epoch, self._rank, self._ranks)[first:]
+    def _drawn(self, epoch: int, first: int, rank: int) -> Iterator[Position]:
+        """The samples of a stream in an epoch from the first one on, drawn from all samples of the split."""
+        numbers = plan_samples(self._split.samples, self._seed, epoch, rank, self._ranks)[first:]
         names = [shard.name for shard in self._split.shards]
         ends = np.cumsum([shard.samples for shard in self._split.shards])
         for start in range(0, len(numbers), _DRAWN):
@@ -146,15 +153,21 @@ class TrainLoader:
             for shard, number in zip(shards.tolist(), (part - starts).tolist(), strict=True):
                 yield Position(names[shard], number)
 
-    def _shuffled(self, epoch: int) -> Iterator[Position]:
-        buffer = self.config.shuffle_buffer
-        generator = random.Random(seed_for("shuffle", self._seed, epoch, self._rank))
-        slices = plan_epoch(self._split, self._seed, epoch, self._rank, self._ranks)
-        items = partial(self._source.items, slices)
-        return iter(wds.DataPipeline(items, wds.shuffle(buffer, initial=buffer, rng=generator)))
+    def _shuffled(self, epoch: int, rank: int) -> Iterator[Position]:
+        slices = plan_epoch(self._split, self._seed, epoch, rank, self._ranks)
+        seed = seed_for("shuffle", self._seed, epoch, rank)
+        return shuffled(partial(self._source.items, slices), self.config.shuffle_buffer, seed)
 
-    def _raw_batches(self, start: int) -> Iterator[RawBatch]:
-        items, limit = self.items(start * self.batch_size), self.config.max_bad_samples
+    def raw_batches(self, start: int = 0) -> Iterator[RawBatch]:
+        """What batches() reads and decodes, from this rank's micro-batch number `start` on."""
+        turns = len(self._streams)
+        each = [self._of_stream(stream, -((stream - start) // turns)) for stream in range(turns)]
+        for number in count(start):
+            yield next(each[number % turns])
+
+    def _of_stream(self, stream: int, start: int) -> Iterator[RawBatch]:
+        """From the stream's batch number `start` on."""
+        items, limit = self.items(start * self.batch_size, stream), self.config.max_bad_samples
         # As many as may be bad in an epoch, at its end, and again at the beginning of the next: then one is good, or
         # the limit is exceeded anyway.
         spares = min(2 * limit + 1, _SPARES) if limit else 0
@@ -162,7 +175,8 @@ class TrainLoader:
         for number in count(start):
             ahead.extend(islice(items, self.batch_size + spares - len(ahead)))
             batch = [ahead.popleft() for _ in range(self.batch_size)]
-            yield RawBatch(seed_for("augmentation", self._seed, self._rank, number), batch, list(ahead))
+            seed = seed_for("augmentation", self._seed, self._streams[stream], number)
+            yield RawBatch(seed, batch, list(ahead))
 
 
 class EvalLoader:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 from qsr_engine.checkpoint.checkpointer import Checkpointer
@@ -21,7 +22,10 @@ class Surface:
     _driver: Driver
     _checkpointer: Checkpointer
     micro_steps: int
+    global_steps: int
     gradient_accumulation_steps: Callable[[], int]
+    train_micro_batch_size_per_gpu: Callable[[], int]
+    _set_accumulation: Callable[[int], None]
     begin_at: Callable[[int], None]
     _go_on: Callable[[], None]
 
@@ -48,6 +52,33 @@ class Surface:
         """Who is there since the last boundary, where workers come and go; elsewhere nobody else is."""
         member = self.local_steps.boundary.member
         return Standing() if member is None else member.standing
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """From the next optimizer step on, a step has so many samples over all ranks; micro-batches stay as large, and
+        become more or fewer. As DeepSpeed's, and every rank must call it, between two steps.
+
+        Of a member (`qsr.membership`) these are the ranks of its own worker, and members need not have as many.
+
+        Raises:
+            ValueError: they do not divide into whole micro-batches of all ranks.
+            RuntimeError: inside gradient accumulation.
+        """
+        done = self._checkpointer.micro_batches_done()
+        if done:
+            raise RuntimeError(
+                f"set_train_batch_size() after {done} of the {self.gradient_accumulation_steps()} micro-batches of "
+                f"step {self.local_steps.step}; call it before the first or after the last one"
+            )
+        micro, ranks = self.train_micro_batch_size_per_gpu(), dist.get_world_size()
+        accumulation, rest = divmod(train_batch_size, micro * ranks)
+        if rest or accumulation < 1:
+            below = accumulation * micro * ranks
+            raise ValueError(
+                f"train_batch_size {train_batch_size} does not divide into whole micro-batches of {micro} samples on "
+                f"{ranks} ranks; write {f'{below} or ' if below else ''}{below + micro * ranks}"
+            )
+        self._set_accumulation(accumulation)
+        self.micro_steps = self.global_steps * accumulation
 
     def _stand_at(self, step: int) -> None:
         """So many steps have been taken, by other members."""

@@ -46,11 +46,14 @@ class Loop:
         return {}
 
     def state(self) -> dict[str, Any]:
-        """Plain values that are the same on all members."""
+        """Plain values, which a member tells the others at a boundary."""
         return {}
 
     def take(self, state: dict[str, Any]) -> None:
-        """Go on with the state() of the members that this worker joins."""
+        """Go on with the state() of a member that this worker joins."""
+
+    def counted(self, given: list[dict[str, Any]]) -> None:
+        """An average counts, to which members with these state() gave their parameters; called after take()."""
 
 
 class JoinError(BoundaryError):
@@ -238,6 +241,7 @@ class MemberBoundary:
         self._exchange.put(None if begins else self._rounds.units_of(at["round_start"], at["step"]))
         if telling.name not in exchanged.giving:
             self._take_position(exchanged.source, begins=begins)
+        self._loop.counted([one.loop for one in exchanged.members if one.name in exchanged.giving])
         self._take_standing(exchanged, found, telling, begins=begins)
 
     def _take_position(self, source: Telling, *, begins: bool) -> None:

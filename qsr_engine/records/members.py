@@ -1,16 +1,19 @@
 """Who took part in a run whose workers come and go, from the run folder's `events.jsonl`.
 
-A line is an object with at least {"step": optimizer steps done, "event": "join" | "leave" | ..., "member": name}. Of
-other events only step and name are shown. A line that cannot be read is left out, since no figure needs it.
+A line is an object with at least {"step": optimizer steps done, "event": "join" | "leave" | ..., "member": name}. The
+event "data" has what a change of members did to the data ("samples_lost", "samples_twice", "samples_missed"), and
+"batch" how many "samples" a step has from then on. Of other events only step and name are shown. A line that cannot be
+read is left out, since no figure needs it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class MemberEvent:
     step: int
     event: str
     member: str
+    samples: tuple[int, int, int] = (0, 0, 0)  # lost, twice, missed
 
 
 def read_events(path: Path) -> list[MemberEvent]:
@@ -29,9 +33,15 @@ def read_events(path: Path) -> list[MemberEvent]:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with suppress(ValueError, RecursionError):
                 match json.loads(line):
-                    case {"step": int(step), "event": str(event), "member": str(member)} if step >= 0:
-                        found.append(MemberEvent(step, event, member))
+                    case {"step": int(step), "event": str(event), "member": str(member), **more} if step >= 0:
+                        found.append(MemberEvent(step, event, member, _samples(more)))
     return sorted(found, key=lambda event: event.step)
+
+
+def _samples(line: Mapping[str, Any]) -> tuple[int, int, int]:
+    lost, twice, missed = (line.get(name, 0) for name in ("samples_lost", "samples_twice", "samples_missed"))
+    counts = (lost, twice, missed)
+    return counts if all(isinstance(count, int) for count in counts) else (0, 0, 0)
 
 
 def spans(events: Sequence[MemberEvent], last_step: int) -> dict[str, list[tuple[int, int]]]:

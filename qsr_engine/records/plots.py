@@ -170,7 +170,7 @@ def _members_over_steps(runs: Sequence[Run]) -> Figure:
             )
         panel.set_yticks(range(len(shown)), labels=shown)
         panel.set_axisbelow(True)
-        others = [event for event in run.events if event.event not in ("join", "leave")]
+        others = [event for event in run.events if event.event not in ("join", "leave", "data", "batch")]
         for event in others:
             line = list(shown).index(event.member) if event.member in shown else -1
             panel.plot(event.step, line, "ko", markersize=4)

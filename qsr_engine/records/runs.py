@@ -91,6 +91,9 @@ def _comings(events: Sequence[MemberEvent]) -> list[str]:
     found = Counter(event.event for event in events if event.step > 0)
     words = {"leave": "left", "join": "joined", "failed": "averagings failed and were repeated"}
     said = [f"{found[event]} {text}" for event, text in words.items() if found[event]]
+    lost, twice, missed = (sum(event.samples[place] for event in events) for place in range(3))
+    if lost or twice or missed:
+        said.append(f"of their samples {lost} were lost, {twice} came twice and {missed} were missed")
     return [f"members: {', '.join(said)} (events.jsonl)"] if said else []
 
 

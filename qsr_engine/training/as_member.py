@@ -51,7 +51,7 @@ def train_as_member(recipe: Recipe, index: Index, *, resume: bool = False) -> di
     """
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     with told_to_all():
-        batch = batch_of_worker(recipe, ranks, resume=resume)
+        batch, dealing = batch_of_worker(recipe, ranks, resume=resume)
         check_same_recipe(recipe)
         share_cores()
         task = make_task(recipe, index)
@@ -64,7 +64,10 @@ def train_as_member(recipe: Recipe, index: Index, *, resume: bool = False) -> di
     assert member is not None
     batches = Batches(recipe, task, batch, engine.device, step=state.step, clock=Clock())
     batches.load_state_dict(client or {})
-    attendance = Attendance(recipe, {"recipe": digest(shared(recipe)), "data": index.digest()}, batches)
+    told = {"recipe": digest(shared(recipe)), "data": index.digest()}
+    samples = index.split(recipe.data.train).samples
+    attendance = Attendance(recipe, told, batches, dealing, engine, samples)
+    attendance.load_state_dict(client or {})
 
     def begin(step: int) -> IO[str] | None:
         """The run's folder, which is there where another member has recorded in it, and the lock that this one had."""
@@ -120,9 +123,16 @@ class _MemberRun(_Run):
 
     def _stand(self) -> None:
         step, member = self.engine.local_steps.step, self._member
-        self._attendance.stand(member.standing, step, dist.get_rank(), dist.get_world_size())
-        self._records.stand(member.standing, step, self._boundary_before, member.events)
+        events = self._attendance.stand(member.standing, step, dist.get_rank())
+        self._accumulation = self._attendance.accumulation
+        self._records.stand(member.standing, step, self._boundary_before, [*member.events, *events])
         member.events = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | self._attendance.state_dict()
+
+    def summary(self) -> dict[str, Any]:
+        return super().summary() | self._attendance.counts
 
     def _step(self) -> bool:
         boundary = super()._step()

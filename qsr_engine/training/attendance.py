@@ -2,7 +2,9 @@
 
 Every worker runs the same loop. At a boundary it learns who is there (`engine.standing`), and
 
-    data         goes on where the samples seen so far would end if those who are there now had seen them all
+    batch        is divided among those who are there, or every rank keeps its part (config.batch.Dealing)
+    data         goes on where the samples seen so far would end if those who are there now had seen them all; what
+                 comes twice of it, is missed, or is lost with a member is counted
     records      are written by one member, the recorder; where it dies, the next one goes on from that boundary
     evaluation   and checkpoints are the recorder's, at the first boundary at or after their step
 """
@@ -10,6 +12,7 @@ Every worker runs the same loop. At a boundary it learns who is there (`engine.s
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,11 +22,13 @@ from typing import IO, Any
 import torch
 
 from qsr_engine.checkpoint.find import any_here, find_alone
-from qsr_engine.config.batch import Batch
+from qsr_engine.config.batch import Batch, Dealing, Part
 from qsr_engine.config.recipe import Recipe
 from qsr_engine.config.recipe_batch import resolve_recipe_batch
 from qsr_engine.config.strict import ConfigError
+from qsr_engine.data.coverage import Coverage
 from qsr_engine.data.order import seed_for
+from qsr_engine.engines.surface import Surface
 from qsr_engine.local_steps.member import Loop, Standing
 from qsr_engine.membership.quorum import EXPECTED
 from qsr_engine.records.monitor import Monitor
@@ -32,66 +37,154 @@ from qsr_engine.records.run_folder import CHECKPOINTS, EVENTS, METRICS
 from qsr_engine.records.trackers import JsonLines
 from qsr_engine.training.batches import Batches
 
+log = logging.getLogger(__name__)
 
-def batch_of_worker(recipe: Recipe, ranks: int, *, resume: bool, workers: int | None = None) -> Batch:
-    """Batch sizes of one worker of so many ranks, the same whoever else is there.
 
-    batch.train_batch_size is that of as many workers as `--ranks` starts, or membership.min_workers if more. A run that
-    goes on from a checkpoint leaves every rank its part, whatever it says.
+def batch_of_worker(recipe: Recipe, ranks: int, *, resume: bool, workers: int | None = None) -> tuple[Batch, Dealing]:
+    """Batch sizes with which every worker of so many ranks starts, and how members divide a step when they are there.
+
+    batch.train_batch_size is that of as many workers as `--ranks` starts, or membership.min_workers if more. Where
+    batch.on_other_ranks is `keep` it stays, whoever is there. A run that goes on from a checkpoint has micro-batches of
+    the size that the recipe says, or else that it had; under `per_rank` every rank has its part of then, whatever the
+    recipe says.
 
     Args:
         workers: that `--ranks` starts; None where it has started this one.
     Raises:
-        ConfigError: the recipe asks for what cannot be so, or its batch cannot be divided among them.
+        ConfigError: the recipe asks for what cannot be so, or its batch cannot be divided among those that start.
     """
     if recipe.stop_at_step is not None:
         raise ConfigError("stop_at_step is given, where members would stop inside a round; leave it out")
-    if recipe.batch.on_other_ranks == "keep":
-        raise ConfigError(
-            "batch.on_other_ranks is 'keep', and members come and go while every worker's batch stays as it is; write "
-            "per_rank (`--set batch.on_other_ranks=per_rank`), or membership 'fixed'"
-        )
     if recipe.data.loader is not None:
         raise ConfigError(
             "data.loader is given, and a loader of your own cannot be told that other members are there now; leave it "
             "out, or write membership 'fixed'"
         )
+    keep = recipe.batch.on_other_ranks == "keep"
     if resume and any_here(recipe.run_dir / CHECKPOINTS):
         saved = find_alone(recipe.run_dir / CHECKPOINTS)[1].config
         micro, accumulation = int(saved["train_micro_batch_size_per_gpu"]), int(saved["gradient_accumulation_steps"])
-        return Batch(micro * accumulation * ranks, micro, accumulation)
-    started = int(os.environ.get(EXPECTED, "1")) if workers is None else workers
-    workers = max(recipe.qsr.membership.min_workers, started)
-    all_of_them = resolve_recipe_batch(recipe, workers * ranks)
-    return Batch(all_of_them.micro * all_of_them.accumulation * ranks, all_of_them.micro, all_of_them.accumulation)
+        if keep:
+            micro = recipe.batch.train_micro_batch_size_per_gpu or micro
+    else:
+        started = int(os.environ.get(EXPECTED, "1")) if workers is None else workers
+        all_of_them = resolve_recipe_batch(recipe, max(recipe.qsr.membership.min_workers, started) * ranks)
+        micro, accumulation = all_of_them.micro, all_of_them.accumulation
+    dealing = Dealing(micro, ranks, accumulation, recipe.batch.train_batch_size if keep else None)
+    return Batch(micro * accumulation * ranks, micro, accumulation), dealing
 
 
 class Attendance(Loop):
-    """This worker's part in the loop, on one of its ranks.
+    """This worker's part in the loop, on one of its ranks: which of the data it reads, and what becomes of the data.
+
+    samples_lost      that were read in a round by members whose parameters are in no average of its end: they had died,
+                      were frozen, or were not finite. As many as the steps of the round have, wherever they died
+    samples_twice     that come more than once in an epoch, and
+    samples_missed    that do not come in it, because the data was divided anew on the way (data.coverage)
 
     Args:
         told: facts that must be the same on all members, by their names.
+        samples: of an epoch.
     """
 
-    def __init__(self, recipe: Recipe, told: dict[str, Any], batches: Batches) -> None:
-        self._recipe, self._told, self._batches = recipe, told, batches
+    def __init__(
+        self, recipe: Recipe, told: dict[str, Any], batches: Batches, dealing: Dealing, engine: Surface, samples: int
+    ) -> None:
+        self._recipe, self._told, self._batches, self._dealing = recipe, told, batches, dealing
+        self._engine = engine
+        self.accumulation = dealing.accumulation
+        buffer = recipe.data.shuffle_buffer if recipe.data.shuffle == "buffer" else 1
+        self._coverage = Coverage(samples, recipe.seed, buffer)
+        self._standing: Standing | None = None
+        self._step_samples = 0  # of all members in a step of this round; 0 before the first round
+        self._own = 0  # of this worker in it
+        self._round_began = 0  # samples of all members before it
+        self._lost_now = 0
+        self.counts = dict.fromkeys(("samples_lost", "samples_twice", "samples_missed"), 0)
 
     def facts(self) -> dict[str, str]:
         return {key: str(value) for key, value in self._told.items()}
 
     def state(self) -> dict[str, Any]:
-        return {"images_seen": self._batches.samples_seen}
+        seen = self._batches.samples_seen
+        in_round = seen - self._round_began
+        own = in_round * self._own // self._step_samples if self._step_samples else 0
+        return {
+            "images_seen": seen,
+            "round_began": self._round_began,
+            "own": own,
+            "counts": dict(self.counts),
+            **self._coverage.state_dict(),
+        }
 
     def take(self, state: dict[str, Any]) -> None:
-        self._batches.samples_seen = state["images_seen"]
+        self._batches.samples_seen, self._round_began = state["images_seen"], state["round_began"]
+        self.counts = dict(state["counts"])
+        self._coverage.load_state_dict(state)
 
-    def stand(self, standing: Standing, step: int, rank: int, ranks: int) -> None:
-        """Who is there has been learnt, after so many steps; `rank` of the `ranks` of this worker."""
-        self._batches.take_place(standing.place * ranks + rank, len(standing.names) * ranks)
-        if step == 0 or not standing.names:
+    def counted(self, given: list[dict[str, Any]]) -> None:
+        seen, began = given[0]["images_seen"], given[0]["round_began"]
+        self._lost_now = seen - began - sum(one["own"] for one in given)
+        self.counts["samples_lost"] += self._lost_now
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"members_data": {**self.state(), "step_samples": self._step_samples, "own_of_a_step": self._own}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """After that of the batches. A checkpoint that no member has written has none of it."""
+        if "members_data" not in state:
+            self._round_began = self._batches.samples_seen
             return
+        kept = state["members_data"]
+        self.take(kept)
+        self._step_samples, self._own = kept["step_samples"], kept["own_of_a_step"]
+
+    def stand(self, standing: Standing, step: int, rank: int) -> list[dict[str, Any]]:
+        """Who is there has been learnt, after so many steps, and from now on this worker takes its part of a step.
+
+        Args:
+            rank: of those of this worker.
+        Returns:
+            What has become of the data and of the batch, as events of the run; on the first rank.
+        """
+        dealing = self._dealing
+        part = dealing.part(standing.place, len(standing.names))
+        events = self._count(part, standing, step) if rank == 0 else []
+        self._batches.take_place(part, rank)
+        own = part.accumulation * dealing.micro * dealing.ranks
+        if part.accumulation != self.accumulation:
+            self._engine.set_train_batch_size(own)
+        self.accumulation, self._own, self._step_samples = part.accumulation, own, part.samples
+        self._round_began, self._lost_now, self._standing = self._batches.samples_seen, 0, standing
+        if step == 0:
+            return events
         # Workers that go on from one checkpoint have its random state, and dropout would be the same on all of them.
         torch.manual_seed(seed_for("member", self._recipe.seed, step, standing.place, rank) % 2**62)
+        return events
+
+    def _count(self, part: Part, standing: Standing, step: int) -> list[dict[str, Any]]:
+        """Count what a boundary has lost, and what the members who are there now make of the epoch under way."""
+        what = {"step": step, "member": "", "members": len(standing.names)}
+        now = {"samples_lost": self._lost_now, "samples_twice": 0, "samples_missed": 0}
+        if not self._engine.local_steps.finished:
+            divided = self._coverage.divide(part.streams, self._dealing.micro, self._batches.samples_seen)
+            now["samples_twice"], now["samples_missed"] = divided
+        for name in ("samples_twice", "samples_missed"):
+            self.counts[name] += now[name]
+        events: list[dict[str, Any]] = []
+        if any(now.values()) or (self._standing is not None and standing.names != self._standing.names):
+            events.append({**what, "event": "data", **now, "exact": self._coverage.exact})
+        kept = self._dealing.kept
+        if part.samples != (self._step_samples or kept or part.samples):
+            events.append({**what, "event": "batch", "samples": part.samples})
+            if kept is not None and standing.recorder:
+                log.warning(
+                    "after step %d a step has %d samples, as %d members divide it in micro-batches of %d on each of "
+                    "their ranks (batch.train_batch_size: %d)",
+                    *(step, part.samples, len(standing.names), self._dealing.micro, kept),
+                )
+        return events
 
 
 class Records:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from qsr_engine.config.batch import Batch
+from qsr_engine.config.batch import Batch, Part
 from qsr_engine.config.recipe import Recipe
 from qsr_engine.data import DataError, Index
 from qsr_engine.data.batches import ImageBatch
@@ -26,7 +26,9 @@ class Batches:
     """What a task's model reads and is compared with, one micro-batch after another.
 
     A rank's stream goes on where the samples seen so far would end if this many ranks had seen them: with the same
-    ranks exactly where it was. With others an epoch is whole again from the next one on.
+    ranks exactly where it was. With others an epoch is whole again from the next one on. Members that keep the samples
+    of a step have a stream a micro-batch in place of one a rank: whoever is there takes over those of who has left, and
+    nothing comes twice.
 
     Args:
         step: optimizer steps done, where a checkpoint does not say how many samples these had.
@@ -38,13 +40,13 @@ class Batches:
     ) -> None:
         self._recipe, self._micro = recipe, batch.micro
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
+        self._count, self._turn = 1, 0  # streams of this rank; how many of them have given their batch of this turn
         self._own = self._loader = None
+        self._task, self._device, self.clock = task, device, clock
         if recipe.data.loader is None:
-            self._loader = TrainLoader(recipe.data.shards, task.index, recipe.data, seed=recipe.seed, **self._place())
+            self._loader = self._make_loader()
         else:
             self._own = _own_loader(recipe, task.index, self._place(), device)
-        self._task, self._device, self.clock = task, device, clock
-        self._together = batch.micro * self._ranks  # samples of all ranks in a micro-batch
         self._stream: Iterator[ImageBatch] | None = None
         self.samples_seen = step * batch.train  # training samples of all ranks, also other ranks before a resumption
         self.skipped: set[str] = set()  # bad samples of this rank
@@ -52,15 +54,23 @@ class Batches:
     def _place(self) -> dict[str, int]:
         return {"rank": self._rank, "ranks": self._ranks, "batch_size": self._micro}
 
-    def take_place(self, rank: int, ranks: int) -> None:
-        """From the next micro-batch on this is one of other ranks, as after a resumption with so many of them."""
-        if (rank, ranks) == (self._rank, self._ranks) or self._loader is None:
+    def _make_loader(self) -> TrainLoader:
+        data, place = self._recipe.data, self._place()
+        return TrainLoader(data.shards, self._task.index, data, seed=self._recipe.seed, streams=self._count, **place)
+
+    @property
+    def _together(self) -> int:
+        """Samples in a micro-batch of each of all streams."""
+        return self._micro * self._ranks
+
+    def take_place(self, part: Part, rank: int) -> None:
+        """From the next micro-batch on, which is the first of a step, this rank of a member has its streams of a part:
+        they go on as after a resumption with so many of them."""
+        place = (part.first + rank * part.count, part.streams, part.count)
+        if place == (self._rank, self._ranks, self._count):
             return
-        self._rank, self._ranks, self._together = rank, ranks, self._micro * ranks
-        place = self._place()
-        self._loader = TrainLoader(
-            self._recipe.data.shards, self._task.index, self._recipe.data, seed=self._recipe.seed, **place
-        )
+        (self._rank, self._ranks, self._count), self._turn = place, 0
+        self._loader = self._make_loader()
         if self._stream is not None:
             close = getattr(self._stream, "close", None)
             if close is not None:
@@ -87,14 +97,17 @@ class Batches:
         self.clock.data += time.perf_counter() - started
         warn_of(batch.skipped)
         self.skipped.update(batch.skipped)
-        self.samples_seen += self._together
+        self._turn = (self._turn + 1) % self._count
+        if self._turn == 0:
+            self.samples_seen += self._together
         return self._task.training_batch(batch)
 
     def _begin(self) -> Iterator[ImageBatch]:
         if self._own is not None:
             return self._own.batches(self._device)
         assert self._loader is not None
-        return self._loader.batches(self.samples_seen // self._together, self.skipped, self._device)
+        turns = self.samples_seen // self._together
+        return self._loader.batches(turns * self._count, self.skipped, self._device)
 
 
 def _own_loader(recipe: Recipe, index: Index, place: dict[str, int], device: torch.device) -> OwnLoader:

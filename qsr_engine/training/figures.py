@@ -62,8 +62,9 @@ class Figures:
     ) -> None:
         self._engine, self._clock, self._monitor, self._batch = engine, clock, monitor, batch
         self._unit, self._units = unit, units
-        # Of every micro-batch its loss and, where the task has one, its accuracy in %, on the device.
-        self._seen: list[Tensor] = []  # since the last record
+        # The loss and, where the task has one, the accuracy in %, on the device.
+        self._step_seen: list[Tensor] = []  # of the micro-batches of the step under way
+        self._seen: list[Tensor] = []  # of every step since the last record
         self._round_seen: list[Tensor] = []  # since the workers last told theirs
         self.train_accuracy: float | None = None  # mean over the workers, as they last told it
         self._told: tuple[float, ...] = (0.0, 0.0, 0.0)  # what _seconds() was then
@@ -102,11 +103,17 @@ class Figures:
         """Records begin here, after so many samples of all ranks: others have told what was before."""
         self._logged = (self._engine.local_steps.step, self._clock.training(), self._clock.data, samples_seen)
 
-    def add(self, loss: Tensor, accuracy: Tensor | None) -> None:
-        """One micro-batch: its mean loss, and its accuracy in %; nothing waits for the device here."""
-        values = torch.stack([loss.detach().float(), *([] if accuracy is None else [accuracy])])
-        self._seen.append(values)
-        self._round_seen.append(values)
+    def add(self, loss: Tensor, accuracy: Tensor | None, *, last: bool = True) -> None:
+        """One micro-batch, perhaps the last of its step: its mean loss, and its accuracy in %.
+
+        Steps count alike, however many micro-batches they have. Nothing waits for the device here.
+        """
+        self._step_seen.append(torch.stack([loss.detach().float(), *([] if accuracy is None else [accuracy])]))
+        if last:
+            values = self._step_seen[0] if len(self._step_seen) == 1 else torch.stack(self._step_seen).mean(0)
+            self._step_seen.clear()
+            self._seen.append(values)
+            self._round_seen.append(values)
 
     def log(self, *, samples_seen: int, skipped_samples: int, **known: Any) -> float | None:
         """Tell a record, with the fields of Record that others know.

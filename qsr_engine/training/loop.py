@@ -320,14 +320,14 @@ class _Run:
 
     def _step(self) -> bool:
         """One optimizer step. Returns True at a boundary."""
-        boundary = False
-        for _ in range(self._accumulation):
+        boundary, count = False, self._accumulation  # which a boundary may change
+        for number in range(1, count + 1):
             inputs, targets = self.batches.next()
             with autocast(self.recipe, self.engine.device):
                 outputs = self.engine(inputs)
             loss = self.task.loss(outputs, targets)
             self.engine.backward(loss)
-            self.figures.add(loss, self.task.accuracy(outputs, targets))
+            self.figures.add(loss, self.task.accuracy(outputs, targets), last=number == count)
             boundary = self.engine.step()
         return boundary
 

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,14 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from qsr_engine.checkpoint.find import find_alone
+from qsr_engine.config.recipe_file import load_recipe
+from qsr_engine.data import read_index
+from qsr_engine.data.loader import TrainLoader
 from qsr_engine.membership.quorum import start_lighthouse
 from qsr_engine.records.runs import read_run
 from tests.support.launch import started_in
 from tests.support.pool import free_port
+from tests.support.reads import Read, environment, reads_of
 from tests.support.recipes import ELASTIC_STEPS as STEPS
 from tests.support.recipes import elastic_recipe
 
@@ -38,7 +43,7 @@ def recipe(tmp_path: Path, digits: Path) -> Path:
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """`qsr train` with such words."""
-    with started_in(tmp_path, LIMIT) as start:
+    with started_in(tmp_path, LIMIT, **environment(tmp_path)) as start:
         yield partial(start, sys.executable, "-m", "qsr_engine", "train")
 
 
@@ -74,14 +79,24 @@ def worker(process: subprocess.Popen[str], name: str) -> psutil.Process | None:
     return max(found, key=lambda child: child.create_time(), default=None)
 
 
+def steps_read(folder: Path, worker: str) -> int:
+    """Batches of one stream that the first process of a worker has been given."""
+    return len(next(batches for name, batches in reads_of(folder).items() if name.startswith(worker)))
+
+
 @pytest.mark.slow
 def test_the_recorder_is_killed_and_started_again(
     tmp_path: Path, recipe: Path, start: Callable[..., subprocess.Popen[str]]
 ) -> None:
-    """One record of the run, without a gap, whoever dies; the others go on, and the one that is started again joins."""
+    """One record of the run, without a gap, whoever dies; the others go on, and the one that is started again joins.
+
+    They divide the step that three began with, so that every sample comes once an epoch, but for those of the round in
+    which a worker died, which are counted.
+    """
     run = tmp_path / "runs" / "run"
     process = start(str(recipe), "--elastic", "--ranks", "3", "--restarts", "2")
     wait_for("step 60", lambda: any(row["step"] >= 60 for row in lines(run / "metrics.jsonl")), process)
+    wait_for("the inside of a round", lambda: steps_read(tmp_path, "0.") % 20 in range(2, 10), process)
     (first,) = {row["member"] for row in lines(run / "events.jsonl") if row["member"].startswith("0.")}
     victim = worker(process, "0")
     assert victim is not None
@@ -99,6 +114,38 @@ def test_the_recorder_is_killed_and_started_again(
     assert found.finished
     assert find_alone(run / "checkpoints")[1].step == 200
     assert "worker 0 has died (signal 9) and is started again" in (tmp_path / "output-0").read_text()
+    check_what_was_read(tmp_path, run)
+
+
+def check_what_was_read(folder: Path, run: Path) -> None:
+    """In the run of three workers, of which the first was killed once and started again."""
+    rows = lines(run / "metrics.jsonl")
+    assert [row["images_seen"] for row in rows] == [24 * row["step"] for row in rows]
+    data = [event for event in lines(run / "events.jsonl") if event["event"] == "data"]
+    counts = {name: sum(event[name] for event in data) for name in ("samples_lost", "samples_twice", "samples_missed")}
+    assert counts == {"samples_lost": 20 * 8, "samples_twice": 0, "samples_missed": 0}  # a round of H = 20
+    assert [event["members"] for event in data] in ([2], [2, 3])  # the run may be over before it joins
+    assert not [event for event in lines(run / "events.jsonl") if event["event"] == "batch"]
+    summary = json.loads((run / "summary.json").read_text())
+    assert {name: summary[name] for name in counts} == counts
+    reads = reads_of(folder)
+    times = Counter(sample for batches in reads.values() for _, batch in batches for sample in batch)
+    recipe = load_recipe(run / "recipe.yaml")
+    index = read_index(recipe.data.shards)
+    assigned = Counter[Read]()
+    for stream in range(3):
+        place = {"rank": stream, "ranks": 3, "batch_size": 8, "seed": recipe.seed}
+        raw_batches = TrainLoader(recipe.data.shards, index, recipe.data, **place).raw_batches()
+        assigned.update((item.shard, item.number) for batch in islice(raw_batches, STEPS) for item in batch.items)
+    assert assigned.total() == 24 * STEPS
+    assert times <= assigned
+    began = [batches for batches in reads.values() if batches[0][0] == 0]
+    assert len(began) == 3
+    victim = next(batches for name, batches in reads.items() if name.startswith("0.") and batches[0][0] == 0)
+    assert assigned.total() - times.total() == 8 * (20 - len(victim) % 20)  # nobody read the rest of its round
+    undisturbed = Counter(sample for batches in began for _, batch in batches[:60] for sample in batch)
+    samples = index.split(recipe.data.train).samples  # in an epoch, which ends in step 60
+    assert (undisturbed.total(), len(undisturbed)) == (24 * 60, samples) == (1440, 1437)
 
 
 @pytest.mark.slow
@@ -120,8 +167,8 @@ def test_all_are_stopped_and_go_on_from_the_last_checkpoint_with_fewer_workers(
     assert again.wait(LIMIT) == 0, (tmp_path / "output-1").read_text()[-3000:]
     assert [row["step"] for row in lines(run / "metrics.jsonl")] == list(range(10, STEPS + 1, 10))
     images = {row["step"]: row["images_seen"] for row in lines(run / "metrics.jsonl")}
-    assert images[stopped] == 24 * stopped
-    assert images[STEPS] == 24 * stopped + 16 * (STEPS - stopped)
+    assert images == {step: 24 * step for step in images}  # two divide what three had: 16 samples, and 8
+    assert not [event for event in lines(run / "events.jsonl") if event["event"] in ("batch", "data")]
 
 
 @pytest.mark.slow

@@ -84,7 +84,7 @@ model:
   kwargs: {{img_size: 8, patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2}}
 engine: fsdp
 data: {{shards: "{digits}", image_size: 8, augment: crop}}
-batch: {{train_batch_size: 24, on_other_ranks: per_rank}}
+batch: {{train_batch_size: 24}}
 optimizer: {{type: AdamW, gradient_clipping: 1.0}}
 qsr:
   strategy: constant

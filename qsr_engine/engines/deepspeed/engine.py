@@ -267,11 +267,14 @@ class LocalStepEngine(DeepSpeedEngine, Surface):  # type: ignore[misc]  # deepsp
         """Samples of one step over all ranks, as in the configuration (DeepSpeed itself counts one worker's)."""
         return int(super().train_batch_size()) * self._driver.place.workers
 
-    def set_train_batch_size(self, train_batch_size: int) -> None:
-        workers = self._driver.place.workers
-        if train_batch_size % workers:
-            raise ValueError(f"train_batch_size {train_batch_size} does not divide into {workers} workers")
-        super().set_train_batch_size(train_batch_size // workers)
+    set_train_batch_size = Surface.set_train_batch_size  # DeepSpeed's own counts one worker's samples
+
+    def _set_accumulation(self, steps: int) -> None:
+        """So many micro-batches in a step. ZeRO's optimizers were told, too, and offload to the CPU asks them."""
+        micro, ranks = self.train_micro_batch_size_per_gpu(), dist.get_world_size() // self._driver.place.workers
+        super().set_train_batch_size(micro * ranks * steps)
+        if hasattr(self.optimizer, "gradient_accumulation_steps"):
+            self.optimizer.gradient_accumulation_steps = steps
 
     def deepspeed_io(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """As DeepSpeed's; without a sampler of the caller's, the samples are divided among all ranks, and those of

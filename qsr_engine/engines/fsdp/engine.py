@@ -287,6 +287,10 @@ class FSDPEngine(Surface):
     def gradient_accumulation_steps(self) -> int:
         return self._batch[2]
 
+    def _set_accumulation(self, steps: int) -> None:
+        micro = self.train_micro_batch_size_per_gpu()
+        self._batch = (micro * steps * dist.get_world_size(), micro, steps)
+
     def get_lr(self) -> list[float]:
         return [float(group["lr"]) for group in self.optimizer.param_groups]
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import yaml
 
-from qsr_engine.records.members import MemberEvent
 from qsr_engine.records.monitor import Monitor
 from qsr_engine.records.plots import plots
 from qsr_engine.records.records import Record
@@ -21,6 +20,9 @@ LINES: list[dict[str, Any]] = [
     {"step": 0, "event": "join", "member": "1.b", "members": 2},
     {"step": 10, "event": "failed", "member": "", "members": 2, "why": "gloo"},
     {"step": 10, "event": "leave", "member": "1.b", "members": 1},
+    {"step": 10, "event": "data", "member": "", "members": 1, "samples_lost": 80, "samples_twice": 0},
+    {"step": 12, "event": "data", "member": "", "samples_lost": 40, "samples_twice": 9, "samples_missed": 4},
+    {"step": 12, "event": "data", "member": "", "samples_lost": "?"},
 ]
 
 
@@ -55,8 +57,14 @@ def write_run(folder: Path) -> Path:
 
 def test_who_came_and_went_is_a_note_and_a_picture(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run"))
-    assert run.events == [MemberEvent(line["step"], line["event"], line["member"]) for line in LINES]
-    assert "members: 1 left, 1 averagings failed and were repeated (events.jsonl)" in run.notes
+    found = [(one.step, one.event, one.member) for one in run.events]
+    assert found == [(line["step"], line["event"], line["member"]) for line in LINES]
+    assert [one.samples for one in run.events[-3:]] == [(80, 0, 0), (40, 9, 4), (0, 0, 0)]
+    (note,) = (note for note in run.notes if note.startswith("members"))
+    assert note == (
+        "members: 1 left, 1 averagings failed and were repeated, of their samples 120 were lost, 9 came twice and 4 "
+        "were missed (events.jsonl)"
+    )
     drawn = plots([run], tmp_path)
     assert "members_over_steps.png" in {file.name for file in drawn}
 
