@@ -81,7 +81,13 @@ def test_the_recorder_is_killed_and_started_again(
     """One record of the run, without a gap, whoever dies; the others go on, and the one that is started again joins."""
     run = tmp_path / "runs" / "run"
     process = start(str(recipe), "--elastic", "--ranks", "3", "--restarts", "2")
-    wait_for("step 60", lambda: any(row["step"] >= 60 for row in lines(run / "metrics.jsonl")), process)
+
+    def records_inside_a_round() -> bool:
+        """It has recorded a step after a boundary, which the one that takes over records anew."""
+        last = lines(run / "metrics.jsonl")[-1:]
+        return bool(last) and last[0]["step"] >= 60 and last[0]["step"] % 20 == 10
+
+    wait_for("a record inside a round", records_inside_a_round, process)
     (first,) = {row["member"] for row in lines(run / "events.jsonl") if row["member"].startswith("0.")}
     victim = worker(process, "0")
     assert victim is not None
