@@ -190,7 +190,7 @@ def train(
     if versions is not None:
         mock.patch.object(start, "versions", return_value={**found_versions(), **versions}).start()
     if waits_for is not None:
-        importlib.import_module("qsr_engine.engines.fsdp.engine")  # which takes longer than the rest
+        importlib.import_module("qsr_engine.engines.fsdp.initialize")  # which takes longer than the rest
         torchft_part("LighthouseClient")
     while waits_for is not None and not waits_for.exists():
         time.sleep(0.02)
