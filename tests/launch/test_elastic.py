@@ -95,8 +95,14 @@ def test_the_recorder_is_killed_and_started_again(
     """
     run = tmp_path / "runs" / "run"
     process = start(str(recipe), "--elastic", "--ranks", "3", "--restarts", "2")
-    wait_for("step 60", lambda: any(row["step"] >= 60 for row in lines(run / "metrics.jsonl")), process)
-    wait_for("the inside of a round", lambda: steps_read(tmp_path, "0.") % 20 in range(2, 10), process)
+
+    def records_inside_a_round() -> bool:
+        """It has recorded a step after a boundary, which the one that takes over records anew."""
+        last = lines(run / "metrics.jsonl")[-1:]
+        recorded = bool(last) and last[0]["step"] >= 60 and last[0]["step"] % 20 == 10
+        return recorded and steps_read(tmp_path, "0.") % 20 in range(10, 17)
+
+    wait_for("a record inside a round", records_inside_a_round, process)
     (first,) = {row["member"] for row in lines(run / "events.jsonl") if row["member"].startswith("0.")}
     victim = worker(process, "0")
     assert victim is not None

@@ -117,6 +117,7 @@ def test_a_worker_dies_at_a_boundary(tmp_path: Path, where: str, in_round: bool)
         assert events == ([] if in_round else [("failed", "")]) + [("leave", "b")]
 
 
+@pytest.mark.slow
 def test_all_but_one_die_in_the_same_round(tmp_path: Path) -> None:
     """The third goes on alone, and loses nothing."""
     with cluster(tmp_path, TIMEOUT, expected=3) as run:
@@ -136,7 +137,7 @@ def test_many_join_at_once(tmp_path: Path) -> None:
     """Three start at the same time. What one member sends is what the collectives of all take, whoever joins."""
     block = qsr(min_workers=3, alpha=0.0, h_base=5, total_steps=25)
     with cluster(tmp_path, TIMEOUT, expected=3) as run:
-        start = partial(run.start, qsr=block, model_name="wide", seconds=0.1)
+        start = partial(run.start, qsr=block, model_name="wide", seconds=0.2)
         for number, name in enumerate("abc"):
             start(name, part=10 * number, dies_at=7 if name == "c" else None)
         for number, name in enumerate("def"):
@@ -202,6 +203,7 @@ def test_who_runs_something_else_is_refused_and_who_is_not_finite_joins_anew(tmp
         assert expected.isfinite().all()
 
 
+@pytest.mark.slow
 def test_another_size_other_data_and_another_version_are_refused_by_name(tmp_path: Path) -> None:
     """Three ask to join a run of two members, which go on without them, and average nothing of theirs."""
     block, facts = qsr(alpha=0.0, h_base=2, total_steps=40), {"data": "1"}

@@ -6,6 +6,7 @@ What a member does is written as lines of JSON, one file a rank, which the test 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -181,12 +182,16 @@ def train(
     import torch
 
     from qsr_engine.engines import start
+    from qsr_engine.membership.quorum import torchft_part
     from qsr_engine.membership.versions import versions as found_versions
     from tests.support import fsdp_engine, training
     from tests.support.sent import bytes_sent_since, sockets
 
     if versions is not None:
         mock.patch.object(start, "versions", return_value={**found_versions(), **versions}).start()
+    if waits_for is not None:
+        importlib.import_module("qsr_engine.engines.fsdp.initialize")  # which takes longer than the rest
+        torchft_part("LighthouseClient")
     while waits_for is not None and not waits_for.exists():
         time.sleep(0.02)
 
