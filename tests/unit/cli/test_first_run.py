@@ -129,7 +129,11 @@ def test_what_init_refuses(tmp_path: Path, digits: Path, capsys: pytest.CaptureF
         ("--ranks 4 --set qsr.worker_size=2 --set engine=fsdp", 0, "4, 2 workers of 2, engine fsdp, CPU; 24 samples"),
         ("", 0, "not checked, since there is no GPU here"),
         ("--elastic", 1, "write --ranks N"),
-        ("--elastic --ranks 2", 0, "2, 2 workers of 1, engine deepspeed, CPU; 48 samples a rank, 1 times a step, 96 in"),
+        (
+            "--elastic --ranks 2",
+            0,
+            "2, 2 workers of 1, engine deepspeed, CPU; 48 samples a rank, 1 times a step, 96 in",
+        ),
         (f"{MEMBERS} --set stop_at_step=3", 1, "stop_at_step is given, where members would stop inside a round"),
         (f"{MEMBERS} --set qsr.membership.min_workers=3", 1, "min_workers is 3, and 2 workers start here"),
         (f"{MEMBERS} --set batch.train_batch_size=97", 1, "97"),
