@@ -141,7 +141,7 @@ class Members:
             for _, attendance in self.there[name].ranks:
                 if source is not None and name not in giving:
                     attendance.take(states[0])
-                attendance.counted(states)
+                attendance.counted(states[0], states)
         self.lost += sum(read.values()) - sum(read[name] for name in giving)
         self.frozen |= {name: member for name, member in self.there.items() if name not in names}
         self.there = {name: self.there[name] for name in names}
@@ -292,7 +292,7 @@ def test_a_run_that_goes_on_with_fewer_workers_counts_as_one_that_they_have_left
     states = [run.there["3"].ranks[0][1].state()]
     for place, name in enumerate(("3", "4")):
         found = run.there[name].ranks[0][1]
-        found.counted(states)
+        found.counted(states[0], states)
         told = found.stand(Standing(("3", "4"), place, place == 0), run.step, 0)
     run.events += told
     run.lost += 2 * read["1"]
