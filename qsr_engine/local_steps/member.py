@@ -52,8 +52,12 @@ class Loop:
     def take(self, state: dict[str, Any]) -> None:
         """Go on with the state() of a member that this worker joins."""
 
-    def counted(self, given: list[dict[str, Any]]) -> None:
-        """An average counts, to which members with these state() gave their parameters; called after take()."""
+    def counted(self, source: dict[str, Any], given: list[dict[str, Any]]) -> None:
+        """An average counts; called after take().
+
+        Args:
+            source: the state() of a member that stood at its boundary. given: of all whose work is in it.
+        """
 
 
 class JoinError(BoundaryError):
@@ -241,7 +245,8 @@ class MemberBoundary:
         self._exchange.put(None if begins else self._rounds.units_of(at["round_start"], at["step"]))
         if telling.name not in exchanged.giving:
             self._take_position(exchanged.source, begins=begins)
-        self._loop.counted([one.loop for one in exchanged.members if one.name in exchanged.giving])
+        given = [one.loop for one in exchanged.members if one.name in exchanged.giving]
+        self._loop.counted(exchanged.source.loop, given)
         self._take_standing(exchanged, found, telling, begins=begins)
 
     def _take_position(self, source: Telling, *, begins: bool) -> None:

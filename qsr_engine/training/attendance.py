@@ -122,9 +122,9 @@ class Attendance(Loop):
         self.counts = dict(state["counts"])
         self._coverage.load_state_dict(state)
 
-    def counted(self, given: list[dict[str, Any]]) -> None:
-        seen, began = given[0]["images_seen"], given[0]["round_began"]
-        self._lost_now = seen - began - sum(one["own"] for one in given)
+    def counted(self, source: dict[str, Any], given: list[dict[str, Any]]) -> None:
+        assigned = source["images_seen"] - source["round_began"]
+        self._lost_now = assigned - sum(one["own"] for one in given)
         self.counts["samples_lost"] += self._lost_now
 
     def state_dict(self) -> dict[str, Any]:

@@ -48,6 +48,7 @@ class Batches:
         else:
             self._own = _own_loader(recipe, task.index, self._place(), device)
         self._stream: Iterator[ImageBatch] | None = None
+        self._at = 0  # micro-batches of each of this rank's streams that are before where it stands
         self.samples_seen = step * batch.train  # training samples of all ranks, also other ranks before a resumption
         self.skipped: set[str] = set()  # bad samples of this rank
 
@@ -65,17 +66,25 @@ class Batches:
 
     def take_place(self, part: Part, rank: int) -> None:
         """From the next micro-batch on, which is the first of a step, this rank of a member has its streams of a part:
-        they go on as after a resumption with so many of them."""
+        they go on as after a resumption with so many of them. A member that fell behind may have had the same ones, at
+        an earlier place."""
         place = (part.first + rank * part.count, part.streams, part.count)
-        if place == (self._rank, self._ranks, self._count):
+        stands = self._stream is None or self._at == self._turns
+        if stands and place == (self._rank, self._ranks, self._count):
             return
-        (self._rank, self._ranks, self._count), self._turn = place, 0
+        self._rank, self._ranks, self._count = place
+        self._turn = 0
         self._loader = self._make_loader()
         if self._stream is not None:
             close = getattr(self._stream, "close", None)
             if close is not None:
                 close()
             self._stream = None
+
+    @property
+    def _turns(self) -> int:
+        """Micro-batches that every stream has given when so many samples have been seen."""
+        return self.samples_seen // self._together
 
     def state_dict(self) -> dict[str, Any]:
         state = {"images_seen": self.samples_seen, "skipped_samples": sorted(self.skipped)}
@@ -100,14 +109,15 @@ class Batches:
         self._turn = (self._turn + 1) % self._count
         if self._turn == 0:
             self.samples_seen += self._together
+            self._at += 1
         return self._task.training_batch(batch)
 
     def _begin(self) -> Iterator[ImageBatch]:
         if self._own is not None:
             return self._own.batches(self._device)
         assert self._loader is not None
-        turns = self.samples_seen // self._together
-        return self._loader.batches(turns * self._count, self.skipped, self._device)
+        self._at = self._turns
+        return self._loader.batches(self._at * self._count, self.skipped, self._device)
 
 
 def _own_loader(recipe: Recipe, index: Index, place: dict[str, int], device: torch.device) -> OwnLoader:

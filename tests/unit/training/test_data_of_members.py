@@ -94,6 +94,7 @@ class Members:
         self.index = read_index(recipe.data.shards)
         self.samples = self.index.split(recipe.data.train).samples
         self.there: dict[str, Member] = {}
+        self.frozen: dict[str, Member] = {}  # which may come back
         self.times: dict[int, Counter[Any]] = defaultdict(Counter)
         self.events: list[dict[str, Any]] = []
         self.step = self.lost = self.read = self.made = 0
@@ -133,14 +134,16 @@ class Members:
         source = self.there[giving[0]] if giving else None
         for name in names:
             if name not in self.there:
-                self.there[name] = Member(self.recipe, self.index, self.dealing)
+                back = self.frozen.pop(name, None)
+                self.there[name] = back or Member(self.recipe, self.index, self.dealing)
         states = [self.there[name].ranks[0][1].state() for name in giving or names[:1]]
         for name in names:
             for _, attendance in self.there[name].ranks:
                 if source is not None and name not in giving:
                     attendance.take(states[0])
-                attendance.counted(states)
+                attendance.counted(states[0], states)
         self.lost += sum(read.values()) - sum(read[name] for name in giving)
+        self.frozen |= {name: member for name, member in self.there.items() if name not in names}
         self.there = {name: self.there[name] for name in names}
         told = []
         for place, name in enumerate(names):
@@ -211,7 +214,10 @@ def test_what_comes_twice_and_what_is_lost_is_counted(
             giving.remove(draw.choice(names))  # it has died, or falls behind
         stay = names if draw.random() < 0.3 else giving  # it joins at once
         for _ in range(draw.choice([0, 0, 0, 1, 2]) if len(stay) < 5 else 0):
-            stay, new = [*stay, str(new)], new + 1
+            come, new = (
+                (draw.choice(list(run.frozen)), new) if run.frozen and draw.random() < 0.5 else (str(new), new + 1)
+            )
+            stay = [*stay, *({come} - set(stay))]
         run.boundary(sorted(stay, key=int), giving, read)
     assert len(run.events) >= 3
     run.end()
@@ -238,6 +244,21 @@ def test_who_keeps_the_batch_reads_every_sample_once_whoever_comes_and_goes(
     assert run.counts() == run.truth() == {"samples_lost": 2 * 8 * H, "samples_twice": 0, "samples_missed": 0}
     assert [event["event"] for event in run.events] == ["data"] * 3
     assert run.there["0"].sizes == [16, 24, 8]
+
+
+@pytest.mark.parametrize("dealing", [KEEP, PER_RANK])
+def test_a_member_that_was_frozen_goes_on_where_the_others_are(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, dealing: Dealing
+) -> None:
+    """In its old place, and among as many: its stream stands where it fell asleep."""
+    run = Members(load_recipe(recipe), dealing, monkeypatch)
+    run.boundary(["0", "1", "2"], [], {})
+    run.boundary(["0", "1"], ["0", "1"], run.round(H))
+    run.boundary(["0", "1"], ["0", "1"], run.round(H))
+    run.boundary(["0", "1", "2"], ["0", "1"], run.round(H))
+    run.end()
+    assert run.counts() == run.truth()
+    assert run.counts()["samples_lost"] == MICRO * H
 
 
 def test_a_batch_that_cannot_be_kept_is_told(
@@ -271,7 +292,7 @@ def test_a_run_that_goes_on_with_fewer_workers_counts_as_one_that_they_have_left
     states = [run.there["3"].ranks[0][1].state()]
     for place, name in enumerate(("3", "4")):
         found = run.there[name].ranks[0][1]
-        found.counted(states)
+        found.counted(states[0], states)
         told = found.stand(Standing(("3", "4"), place, place == 0), run.step, 0)
     run.events += told
     run.lost += 2 * read["1"]
