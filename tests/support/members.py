@@ -28,17 +28,19 @@ class Cluster:
         folder: of what members say.
         timeout: of the lighthouse, in seconds.
         expected: workers for which all wait before their first step.
+        grace: of the lighthouse, in seconds.
     """
 
-    def __init__(self, folder: Path, timeout: float, expected: int) -> None:
+    def __init__(self, folder: Path, timeout: float, expected: int, grace: float | None) -> None:
         self.folder, self.timeout, self.expected, self.port = folder, timeout, expected, free_port()
+        self.grace = grace
         self._lighthouse: Any = None
         self._ranks: dict[str, list[Any]] = {}
         self.light()
 
     def light(self) -> None:
         """Start the lighthouse, again at its old address."""
-        self._lighthouse = CONTEXT.Process(target=_lighthouse, args=(self.port, self.timeout), daemon=True)
+        self._lighthouse = CONTEXT.Process(target=_lighthouse, args=(self.port, self.timeout, self.grace), daemon=True)
         self._lighthouse.start()
 
     def darken(self) -> None:
@@ -80,9 +82,7 @@ class Cluster:
         return [process.exitcode for process in processes]
 
     def said(self, name: str, rank: int = 0) -> list[dict[str, Any]]:
-        file = self.folder / f"{name}.{rank}.jsonl"
-        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return _lines(self.folder / f"{name}.{rank}.jsonl")
 
     def boundaries(self, name: str, rank: int = 0) -> dict[int, dict[str, Any]]:
         """What a worker said at boundaries, by the step."""
@@ -105,18 +105,18 @@ class Cluster:
 
 
 @contextmanager
-def cluster(folder: Path, timeout: float = 2.0, expected: int = 1) -> Iterator[Cluster]:
-    made = Cluster(folder, timeout, expected)
+def cluster(folder: Path, timeout: float = 2.0, expected: int = 1, grace: float | None = None) -> Iterator[Cluster]:
+    made = Cluster(folder, timeout, expected, grace)
     try:
         yield made
     finally:
         made.stop()
 
 
-def _lighthouse(port: int, timeout: float) -> None:
+def _lighthouse(port: int, timeout: float, grace: float | None) -> None:
     from qsr_engine.membership.quorum import start_lighthouse
 
-    lighthouse = start_lighthouse(port, timeout)
+    lighthouse = start_lighthouse(port, timeout, grace)
     while lighthouse:
         time.sleep(3600)
 
@@ -138,7 +138,7 @@ def _member(environment: dict[str, str], file: str, given: dict[str, Any]) -> No
             out.write(json.dumps({"what": what, "time": time.time(), **more}) + "\n")
 
         try:
-            train(say, **given)
+            train(say, Path(file).parent, **given)
         except Exception as error:
             say("error", type=type(error).__name__, text=str(error))
             raise
@@ -147,6 +147,7 @@ def _member(environment: dict[str, str], file: str, given: dict[str, Any]) -> No
 
 def train(
     say: Callable[..., None],
+    folder: Path,
     *,
     qsr: dict[str, Any],
     part: int,
@@ -159,10 +160,13 @@ def train(
     dies_in: tuple[str, int] | None = None,
     seed: int = 7,
     model_name: str = "mlp",
+    waits: dict[int, tuple[str, str, int]] | None = None,
 ) -> None:
-    """One rank of a worker. It says "joined", every "boundary" with a digest of what it holds, and "finished".
+    """One rank of a worker. It says "joined", "asks" before it asks for a quorum, every "boundary" with a digest of what
+    it holds, and "finished".
 
     Args:
+        folder: of what members say.
         part: of the data; the ranks of a worker have parts of their own.
         stage: of DeepSpeed; None: FSDP.
         seconds: that each step takes at least.
@@ -170,6 +174,7 @@ def train(
         nan_at: the step after which its parameters are not finite.
         dies_in: ("exchange" or "commit", the step of a boundary): it is killed when it is about to.
         seed: of the model.
+        waits: (worker, what it says, step) by the step before which this one waits until the other has said so.
     """
     import torch
 
@@ -186,6 +191,7 @@ def train(
     else:
         engine = fsdp_engine.start_deepspeed(qsr, model, optimizer, stage)
     say("ready")
+    _say_that_it_asks(say)
     if dies_in is not None:
         _die_in(engine, *dies_in)
     engine.join()
@@ -199,6 +205,8 @@ def train(
             freezes_at = None
             os.kill(os.getpid(), signal.SIGSTOP)
         time.sleep(seconds)
+        if waits is not None and step in waits:
+            _wait_for(folder, *waits[step])
         inputs, targets = fsdp_engine.batch_of(model_name, part + rank, step)
         if nan_at == step:
             inputs = inputs * float("nan")
@@ -218,12 +226,41 @@ def train(
                 took=time.monotonic() - started,
                 lr=engine.optimizer.param_groups[0]["lr"],
                 events=state.boundary.member.events,
+                distance=state.relative_distance,
+                recorder=engine.standing.recorder,
+                late=state.costs.late,
             )
             state.boundary.member.events = []
     values = [value.flatten().tolist() for value in fsdp_engine.state_of(engine).values()]
     optimizer_state = digest_of_state(engine)
     say("finished", values=values, optimizer=optimizer_state)
     engine.destroy()
+
+
+def _say_that_it_asks(say: Callable[..., None]) -> None:
+    from qsr_engine.membership.quorum import Members
+
+    original = Members.ask
+
+    def asks(*given: Any) -> Any:
+        say("asks", step=given[1].step)
+        return original(*given)
+
+    Members.ask = asks  # type: ignore[method-assign]
+
+
+def _wait_for(folder: Path, worker: str, what: str, step: int) -> None:
+    file, end = folder / f"{worker}.0.jsonl", time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        if any(line["what"] == what and line["step"] == step for line in _lines(file) if "step" in line):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{worker} did not say {what} {step}")
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _die_in(engine: Any, what: str, step: int) -> None:
