@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from tests.ranks.test_members import OUTER, ROUNDS, check_equal, simulated
+from tests.support.member_runs import OUTER, ROUNDS, check_equal, simulated
 from tests.support.members import cluster
 from tests.support.training import QSR
 

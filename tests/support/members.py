@@ -162,8 +162,8 @@ def train(
     model_name: str = "mlp",
     waits: dict[int, tuple[str, str, int]] | None = None,
 ) -> None:
-    """One rank of a worker. It says "joined", "asks" before it asks for a quorum, every "boundary" with a digest of what
-    it holds, and "finished".
+    """One rank of a worker. It says "joined", "asks" before it asks for a quorum, every "boundary" with a digest of
+    what it holds, and "finished".
 
     Args:
         folder: of what members say.
