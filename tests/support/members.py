@@ -246,7 +246,7 @@ def _say_that_it_asks(say: Callable[..., None]) -> None:
         say("asks", step=given[1].step)
         return original(*given)
 
-    Members.ask = asks  # type: ignore[method-assign]
+    Members.ask = asks  # type: ignore[method-assign, assignment]
 
 
 def _wait_for(folder: Path, worker: str, what: str, step: int) -> None:
