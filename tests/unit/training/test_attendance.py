@@ -60,9 +60,12 @@ def records(run: Path, name: str) -> Records:
 BOTH, A_ALONE, B_ALONE = ("a", "b"), ("a",), ("b",)
 
 
-@pytest.fixture
-def late(tmp_path: Path) -> tuple[Path, Records, Records]:
-    """a has recorded up to step 6, and is late with the round of steps 5 to 8; b goes on from its end."""
+@pytest.fixture(params=[4, 6])
+def late(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Path, Records, Records]:
+    """a has recorded up to such a step, and is late with the round of steps 5 to 8; b goes on from its end.
+
+    Where a has recorded something of this round, b writes the file anew, and a has the old one, which is no more there.
+    """
     run = tmp_path / "run"
     a, b = records(run, "a"), records(run, "b")
     a.stand(Standing(BOTH, 0, recorder=True), 0, 0, [])
@@ -72,7 +75,7 @@ def late(tmp_path: Path) -> tuple[Path, Records, Records]:
         b.log(record(step, loss=2.0))
     a.stand(Standing(BOTH, 0, recorder=True), 4, 0, [])
     b.stand(Standing(BOTH, 1), 4, 0, [])
-    for step in (5, 6):
+    for step in range(5, request.param + 1):
         a.log(record(step, loss=1.0))
     for step in range(5, 9):
         b.log(record(step, loss=2.0))
@@ -85,7 +88,7 @@ def test_a_recorder_that_is_late_writes_no_more_and_every_step_is_there_once(
     late: tuple[Path, Records, Records],
 ) -> None:
     run, a, b = late
-    for step in (7, 8):
+    for step in (7, 8, 9):
         a.log(record(step, loss=1.0))
     for step in (9, 10):
         b.log(record(step, loss=2.0))
