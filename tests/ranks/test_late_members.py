@@ -69,3 +69,69 @@ def test_the_others_go_on_and_what_a_late_member_did_counts_at_their_next_bounda
             [False, False],
         ]
         assert [one[12]["late"] for one in map(run.boundaries, "acd")] == [1, 1, 1]
+
+
+@pytest.mark.slow
+def test_who_misses_two_boundaries_keeps_its_movement_until_the_next_one(tmp_path: Path) -> None:
+    with cluster(tmp_path, TIMEOUT, expected=3, grace=GRACE) as run:
+        run.start("a", qsr=qsr(), part=0, waits={5: ("c", "boundary", 8)})
+        for number, name in enumerate("cd", start=1):
+            run.start(name, qsr=qsr(), part=10 * number, waits={9: ("a", "asks", 6)})
+        assert run.ended("a", "c", "d") == [0, 0, 0]
+        expected, _ = simulated(dict.fromkeys("acd", (0, 12)), late=misses(0, 4, 2))
+        check_equal(run, "acd", expected)
+        at = run.boundaries("c")
+        assert [len(at[step]["names"]) for step in ROUNDS] == [3, 3, 2, 2, 3]
+        assert [(one["event"], one["rounds"]) for one in at[12]["events"]] == [("late", 2)]
+
+
+@pytest.mark.slow
+def test_one_is_late_and_another_joins_at_the_same_boundary(tmp_path: Path) -> None:
+    """Who joins gets the mean of the optimizer states of those who are not late."""
+    with cluster(tmp_path, TIMEOUT, expected=3, grace=GRACE) as run:
+        run.start("b", qsr=qsr(), part=0, waits={5: ("c", "boundary", 6)})
+        run.start("c", qsr=qsr(), part=10, waits={7: ("b", "asks", 6)})
+        run.start("d", qsr=qsr(), part=20, waits={7: ("a", "asks", 0)})
+        run.wait("c", lambda line: line["what"] == "boundary" and line["step"] == 4)
+        run.start("a", qsr=qsr(), part=30, seed=9)
+        assert run.ended("a", "b", "c", "d") == [0] * 4
+        there = {"b": (0, 12), "c": (0, 12), "d": (0, 12), "a": (8, 12)}
+        expected, _ = simulated(there, late=misses(0, 4, 1))
+        check_equal(run, "abcd", expected)
+        at = run.boundaries("c")
+        assert [len(at[step]["names"]) for step in ROUNDS] == [3, 3, 2, 4, 4]
+        assert [(one["event"], one["member"][0]) for one in at[8]["events"]] == [("join", "a"), ("late", "b")]
+
+
+@pytest.mark.slow
+def test_a_late_member_is_killed_while_it_waits(tmp_path: Path) -> None:
+    with cluster(tmp_path, TIMEOUT, expected=3, grace=GRACE) as run:
+        run.start("a", qsr=qsr(), part=0, waits={5: ("c", "boundary", 6)})
+        for number, name in enumerate("cd", start=1):
+            run.start(name, qsr=qsr(), part=10 * number, waits={7: ("test", "killed", 6)})
+        run.wait("a", lambda line: line["what"] == "asks" and line["step"] == 6)
+        run.kill("a")
+        run.say("test", "killed", 6)
+        assert run.ended("c", "d") == [0, 0]
+        expected, _ = simulated(dict.fromkeys("acd", (0, 12)), late=misses(0, 4, 99))
+        check_equal(run, "cd", expected)
+        at = run.boundaries("c")
+        assert [len(at[step]["names"]) for step in ROUNDS] == [3, 3, 2, 2, 2]
+        assert at[8]["took"] < TIMEOUT + 3  # if the lighthouse has just answered it, the averaging is repeated
+        assert [one[12]["late"] for one in map(run.boundaries, "cd")] == [0, 0]
+
+
+@pytest.mark.slow
+def test_what_was_averaged_counts_once_though_its_member_did_not_come_for_the_result(tmp_path: Path) -> None:
+    """a takes part in the averaging after step 6, and then hangs: the others do not wait for longer than the grace."""
+    with cluster(tmp_path, TIMEOUT, expected=3, grace=GRACE) as run:
+        run.start("a", qsr=qsr(), part=0, waits_in=("commit", 6, ("c", "boundary", 6)))
+        for number, name in enumerate("cd", start=1):
+            run.start(name, qsr=qsr(), part=10 * number, waits={7: ("a", "asks", 6)}, seconds=0.3)
+        assert run.ended("a", "c", "d") == [0, 0, 0]
+        expected, _ = simulated(dict.fromkeys("acd", (0, 12)), away=("a", 6, 8))
+        check_equal(run, "acd", expected)
+        at = run.boundaries("c")
+        assert [len(at[step]["names"]) for step in ROUNDS] == [3, 3, 2, 3, 3]
+        assert at[6]["took"] < HELD_UP
+        assert [(one["event"], one["member"][0]) for one in at[8]["events"]] == [("join", "a")]

@@ -16,14 +16,24 @@ OUTER = {"lr": 0.7, "momentum": 0.9, "nesterov": True}
 
 
 def simulated(
-    there: dict[str, tuple[int, int]], *, worker_size: int = 1, **more: Any
+    there: dict[str, tuple[int, int]],
+    *,
+    worker_size: int = 1,
+    away: tuple[str, int, int] = ("", 0, 0),
+    **more: Any,
 ) -> tuple[torch.Tensor, list[float]]:
     """What the reference gives.
 
     Args:
         there: for every worker where the first of its rounds begins, and where the first begins that it is not in.
+        away: a worker, and likewise a stretch between that it is not in.
     """
-    ranges = list(there.values())
+    ranges, names = list(there.values()), list(there)
+
+    def present(worker: int, start: int) -> bool:
+        is_away = names[worker] == away[0] and away[1] <= start < away[2]
+        return ranges[worker][0] <= start < ranges[worker][1] and not is_away
+
     models, distances = reference.simulate(
         lambda: training.make_model(torch.float32),
         partial(training.make_optimizer, "adamw"),
@@ -31,7 +41,7 @@ def simulated(
         {**QSR, **{key: value for key, value in more.items() if key in QSR}},
         len(there),
         worker_size=worker_size,
-        present=lambda worker, start: ranges[worker][0] <= start < ranges[worker][1],
+        present=present,
         **{key: value for key, value in more.items() if key not in QSR},
     )
     return training.flat(models[0].parameters()), distances

@@ -81,6 +81,11 @@ class Cluster:
             process.join(max(0.0, deadline - time.monotonic()))
         return [process.exitcode for process in processes]
 
+    def say(self, name: str, what: str, step: int) -> None:
+        """Say something that a worker waits for, as if another one of that name had said it."""
+        with (self.folder / f"{name}.0.jsonl").open("a") as file:
+            file.write(json.dumps({"what": what, "step": step}) + "\n")
+
     def said(self, name: str, rank: int = 0) -> list[dict[str, Any]]:
         return _lines(self.folder / f"{name}.{rank}.jsonl")
 
@@ -161,6 +166,7 @@ def train(
     seed: int = 7,
     model_name: str = "mlp",
     waits: dict[int, tuple[str, str, int]] | None = None,
+    waits_in: tuple[str, int, tuple[str, str, int]] | None = None,
 ) -> None:
     """One rank of a worker. It says "joined", "asks" before it asks for a quorum, every "boundary" with a digest of
     what it holds, and "finished".
@@ -175,6 +181,7 @@ def train(
         dies_in: ("exchange" or "commit", the step of a boundary): it is killed when it is about to.
         seed: of the model.
         waits: (worker, what it says, step) by the step before which this one waits until the other has said so.
+        waits_in: as dies_in, and for what it waits there.
     """
     import torch
 
@@ -193,7 +200,9 @@ def train(
     say("ready")
     _say_that_it_asks(say)
     if dies_in is not None:
-        _die_in(engine, *dies_in)
+        _do_in(engine, *dies_in, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    if waits_in is not None:
+        _do_in(engine, *waits_in[:2], lambda: _wait_for(folder, *waits_in[2]))
     engine.join()
     state, rank = engine.local_steps, int(os.environ["RANK"])
     say("joined", step=state.step, round=state.round, names=engine.standing.names, digest=digest_of(engine))
@@ -263,19 +272,19 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def _die_in(engine: Any, what: str, step: int) -> None:
+def _do_in(engine: Any, what: str, step: int, do: Callable[[], None]) -> None:
     from qsr_engine.averaging import tentative
     from qsr_engine.membership.quorum import Members
 
     name, owner = {"exchange": ("add_up", tentative), "commit": ("ask", Members)}[what]
     original = getattr(owner, name)
 
-    def dies(*given: Any) -> Any:
+    def does(*given: Any) -> Any:
         if engine.local_steps.step == step and (what == "exchange" or given[1].attempt):
-            os.kill(os.getpid(), signal.SIGKILL)
+            do()
         return original(*given)
 
-    setattr(owner, name, dies)
+    setattr(owner, name, does)
 
 
 def digest_of(engine: Any) -> str:
