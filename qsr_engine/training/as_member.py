@@ -110,7 +110,6 @@ class _MemberRun(_Run):
         """Take part, after join()."""
         self._member, self._attendance, self._records = member, attendance, records
         self._boundary_before = self._last_boundary = self.engine.local_steps.step
-        self._records_run = member.standing.recorder
         samples_seen = self.batches.samples_seen
         self.load_state_dict(client)
         self.batches.samples_seen = samples_seen  # by all members, as those told whom this worker has joined
@@ -126,10 +125,8 @@ class _MemberRun(_Run):
     def _step(self) -> bool:
         boundary = super()._step()
         if boundary:
-            takes_over = self._member.standing.recorder and not self._records_run
-            if takes_over and is_finished(self.recipe.run_dir, self.recipe.last_step):
+            if is_finished(self.recipe.run_dir, self.recipe.last_step):
                 raise _OverError
-            self._records_run = self._member.standing.recorder
             self._boundary_before, self._last_boundary = self._last_boundary, self.engine.local_steps.step
             self._stand()
         return boundary
