@@ -23,40 +23,55 @@ class Tentative:
 
     Args:
         tensors: of the same sizes, types and order on every rank of the group.
+        movement: whether begin() keeps what a movement begins with: one more copy.
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor], *, movement: bool = False) -> None:
         self._tensors = [tensor.detach() for tensor in tensors]
         self._flat = {
             dtype: torch.empty(sum(t.numel() for t in self._tensors if t.dtype == dtype), dtype=dtype)
             for dtype in dict.fromkeys(tensor.dtype for tensor in self._tensors)
         }
+        self._begun_with = {dtype: flat.clone() for dtype, flat in self._flat.items()} if movement else {}
 
     @property
     def nbytes(self) -> int:
         return sum(flat.nbytes for flat in self._flat.values())
 
-    def _copies(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(tensor, its copy)."""
-        starts = dict.fromkeys(self._flat, 0)
+    def _copies(self, flat: dict[torch.dtype, Tensor] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """(tensor, its copy), or its part of other such flat tensors."""
+        flat = self._flat if flat is None else flat
+        starts = dict.fromkeys(flat, 0)
         for tensor in self._tensors:
             start = starts[tensor.dtype]
             starts[tensor.dtype] = stop = start + tensor.numel()
-            yield tensor, self._flat[tensor.dtype][start:stop].view(tensor.shape)
+            yield tensor, flat[tensor.dtype][start:stop].view(tensor.shape)
 
     @torch.no_grad()
-    def average(self, group: dist.ProcessGroup, giving: int, *, gives: bool) -> None:
+    def begin(self) -> None:
+        """A movement begins with what the tensors hold now."""
+        for tensor, kept in self._copies(self._begun_with):
+            kept.copy_(tensor)
+
+    @torch.no_grad()
+    def average(self, group: dist.ProcessGroup, giving: int, *, gives: bool, late: bool = False, adds: int = 0) -> None:
         """Let the copies become the mean of what some ranks hold. Every rank of the group calls it.
 
+        One that is late gives what those who are not began with, and its movement from what it began with itself. It
+        has not the former: another rank adds it.
+
         Args:
-            giving: how many ranks give what they hold.
-            gives: whether this one does; the others get the mean too.
+            giving: how many ranks give what they hold, those who are late among them.
+            gives: whether this one does; the others get the mean too. late: whether it gives its movement.
+            adds: for how many ranks that are late this one adds what it began with; it gives too.
         Raises:
             CollectiveError: a rank is lost, or nothing came within the time-out of the group. The tensors are as they
                 were, and average() may be called again.
         """
         for tensor, copy in self._copies():
-            copy.copy_(tensor) if gives else copy.zero_()
+            copy.copy_(tensor) if gives or late else copy.zero_()
+        for dtype, flat in self._flat.items() if late or adds else ():
+            flat.add_(self._begun_with[dtype], alpha=-1 if late else adds)
         add_up(list(self._flat.values()), group)
         for flat in self._flat.values() if giving > 1 else ():
             for part in _pieces(flat):

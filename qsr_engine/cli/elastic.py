@@ -24,11 +24,16 @@ from qsr_engine.cli.launched import asked_file
 from qsr_engine.cli.launcher import free_port
 from qsr_engine.config.batch import check_world_size
 from qsr_engine.config.recipe import Recipe
+from qsr_engine.config.units import counted
 from qsr_engine.data.writing.processes import usable_cores
 from qsr_engine.membership.quorum import EXPECTED, LAUNCHED, LIGHTHOUSE, WORKER, start_lighthouse
 from qsr_engine.membership.signals import SIGNALS, STOPPED, STOPPED_FILE
 
 _LOOK = 0.2  # seconds between two looks at the workers
+_NO_GRACE = (
+    "membership.grace_seconds is set, and has no effect with {}: members go on without a late one where more than half "
+    "of them are there; start 3 or more (`--ranks`)"
+)
 
 
 def launch_workers(recipe: Recipe, ranks: int, words: Sequence[str], *, restarts: int) -> int:
@@ -51,6 +56,8 @@ def launch_workers(recipe: Recipe, ranks: int, words: Sequence[str], *, restarts
         more = {LAUNCH: launch, LAUNCHED: launch, "TORCH_CPP_LOG_LEVEL": "ERROR"}
         if not os.environ.get(LIGHTHOUSE):
             more |= {LIGHTHOUSE: stack.enter_context(_lighthouse(recipe)), EXPECTED: str(workers)}
+            if recipe.qsr.membership.grace_seconds is not None and workers < 3:
+                print(f"qsr: {_NO_GRACE.format(counted(workers, 'worker'))}", file=sys.stderr)
         if "OMP_NUM_THREADS" not in os.environ:
             more["OMP_NUM_THREADS"] = str(max(1, usable_cores() // ranks))
         there = [_Worker(number, recipe.qsr.worker_size, words, Path(folder), more) for number in range(workers)]
@@ -62,7 +69,8 @@ def launch_workers(recipe: Recipe, ranks: int, words: Sequence[str], *, restarts
 def _lighthouse(recipe: Recipe) -> Iterator[str]:
     """Its address, for the workers of this host."""
     port = free_port()
-    lighthouse = start_lighthouse(port, recipe.qsr.membership.timeout_seconds)
+    membership = recipe.qsr.membership
+    lighthouse = start_lighthouse(port, membership.timeout_seconds, membership.grace_seconds)
     try:
         yield f"http://127.0.0.1:{port}"
     finally:

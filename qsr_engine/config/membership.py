@@ -20,6 +20,9 @@ class MembershipConfig(StrictModel):
     for so long has failed"""
     min_workers: PositiveInt = 1
     """of `torchft`: fewer members than these wait at a boundary until enough are there"""
+    grace_seconds: Annotated[float | None, Field(gt=0, le=86400, allow_inf_nan=False)] = None
+    """of `torchft`: `null`: a member that lives is waited for at a boundary, however slow it is. A number: for so long
+    after the first has come; what a late one did counts at a later boundary: [slow members](elastic.md#slow-members)"""
 
     @model_validator(mode="before")
     @classmethod
@@ -28,7 +31,7 @@ class MembershipConfig(StrictModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> MembershipConfig:
-        for key in ("timeout_seconds", "min_workers"):
+        for key in _DEFAULTS:
             if self.way == "fixed" and key in self.model_fields_set and getattr(self, key) != _DEFAULTS[key]:
                 raise ValueError(
                     f"{key} is {getattr(self, key):g}, and the way 'fixed' does not read it; leave it out, or write "
@@ -42,4 +45,4 @@ class MembershipConfig(StrictModel):
         return self.way == "torchft"
 
 
-_DEFAULTS = {"timeout_seconds": 10.0, "min_workers": 1}
+_DEFAULTS: dict[str, Any] = {"timeout_seconds": 10.0, "min_workers": 1, "grace_seconds": None}

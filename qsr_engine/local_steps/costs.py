@@ -18,6 +18,7 @@ class Costs:
     skipped_steps_of_all_workers: int = 0  # as told at the last boundary
     left_out: dict[int, int] = dataclasses.field(default_factory=dict)  # times that a worker was, by its number
     clipped: dict[int, int] = dataclasses.field(default_factory=dict)  # times that its movement was, likewise
+    late: int = 0  # movements of late members that averages have taken in (membership.grace_seconds)
     seconds_waiting: float = 0.0  # of averaging: in this process, for the last worker to come to a boundary
 
     def leave_out(self, workers: list[int]) -> None:

@@ -38,7 +38,8 @@ class Exchange:
         self._qsr, self._costs, self._averager = qsr, costs, averager
         self._replica, self._buffers, self._members, self._everybody = replica, buffers, members, everybody
         self._handover = Handover(replica, averager, qsr.on_other_workers)
-        self._parameters = Tentative(averager.buckets)
+        self._grace = qsr.membership.grace_seconds is not None
+        self._parameters = Tentative(averager.buckets, movement=self._grace)
         self._rest: Tentative | None = None  # of the exchange that was made last
         self._exact: list[tuple[Tensor, Tensor]] = []  # (its mean, the buffer)
 
@@ -52,17 +53,20 @@ class Exchange:
         names = tuple(one.name for one in found.members)
         groups = {one.group for one in found.members}
         usable = groups.pop() if len(groups) == 1 else ""
-        gives, giving = name in found.giving, len(found.giving)
+        first = next(one.name for one in found.members if one.name in found.giving)
+        gives, late, giving = name in found.giving, name in found.late, len(found.giving)
+        together = giving + len(found.late)
         self._exact = self._buffers.inside_mean() if found.source.joined else []  # before a rank of the worker may fail
         why = ""
         try:
             group = self._members.group(key, names, found.source.store, usable)
-            self._parameters.average(group, giving, gives=gives)
+            adds = len(found.late) if name == first else 0
+            self._parameters.average(group, together, gives=gives, late=late, adds=adds)
             due = self._qsr.averaging.states_due(found.source.position["round"]) if found.source.joined else []
-            self._average_the_rest(group, giving, due, gives=gives)
+            self._average_the_rest(group, together, due, gives=gives or late)
             if giving < len(names):
-                source = names.index(next(one.name for one in found.members if one.name in found.giving))
-                self._handover.run(group, source, giving, gives=gives)
+                joining = len(names) - together
+                self._handover.run(group, names.index(first), giving, gives=gives, late=late, joining=joining)
         except CollectiveError as error:
             why = str(error).splitlines()[0]
         if not self._members.agree(not why):
@@ -92,6 +96,8 @@ class Exchange:
         if units is not None:
             self._averager.round_lasted(units)
             self._averager.average()  # of this worker alone, for the outer optimizer: it moves on from the mean
+        if self._grace:
+            self._parameters.begin()
         self._replica.refresh()
         self._buffers.same_everywhere()
         self._rest, self._exact = None, []

@@ -1,4 +1,4 @@
-"""What members hand over to a worker that joins, beside the parameters: optimizer state, outer state, buffers.
+"""What members hand over to one that joins, or was late: outer state and buffers; and optimizer state to who joins.
 
 All of it goes by collectives of everybody who is there, so that no single member sends to all who join.
 """
@@ -30,26 +30,35 @@ class Handover:
         self._replica, self._averager = replica, averager
         self._mean = on_other_workers == "mean"
 
-    def run(self, group: dist.ProcessGroup, source: int, giving: int, *, gives: bool) -> None:
+    def run(self, group: dist.ProcessGroup, source: int, giving: int, *, gives: bool, late: bool, joining: int) -> None:
         """Every rank of the group calls it. What members hold is as it was.
+
+        A member that is late keeps its optimizer's state, and the floating-point buffers that it has come with: these
+        are averaged, or are each member's own.
 
         Args:
             source: the rank whose word counts where all members hold the same.
-            giving: how many members give; this one `gives`, or joins.
+            giving: how many members give; this one `gives`, is `late`, or joins.
+            joining: how many do.
         Raises:
             CollectiveError: a collective failed; who joins holds anything.
         """
         outer = self._averager.state_dict(inside_round=True).get("outer", {})
         same = [tensor for tensors in outer.values() for tensor in tensors]
-        for tensor in (*same, *self._replica.all_buffers(), *self._replica.frozen()):
+        joins = not (gives or late)
+        for tensor in (*same, *self._replica.frozen()):
             give(tensor, source, group, takes=not gives)
-        if self._mean:
-            self._give_optimizer_state(group, source, giving, gives=gives)
-        elif not gives:
+        for tensor in self._replica.all_buffers():
+            give(tensor, source, group, takes=joins or (late and not tensor.is_floating_point()))
+        if joining and self._mean:
+            self._give_optimizer_state(group, source, giving, gives=gives, joins=joins)
+        elif joins:
             self._start_anew()
 
     @torch.no_grad()
-    def _give_optimizer_state(self, group: dist.ProcessGroup, source: int, giving: int, *, gives: bool) -> None:
+    def _give_optimizer_state(
+        self, group: dist.ProcessGroup, source: int, giving: int, *, gives: bool, joins: bool
+    ) -> None:
         """The mean of what has a master's shape; counts are those of one member: workers have counted the same steps,
         but for overflows."""
         described = json.loads(_from_one(json.dumps(self._described()), source, group))
@@ -58,15 +67,15 @@ class Handover:
             value = replica.state(name)[place]
             if kind == "like":
                 there = torch.zeros_like(masters[place]) if value is None else value
-                give_mean([there], group, giving, gives=gives, takes=not gives)
+                give_mean([there], group, giving, gives=gives, takes=joins)
             elif isinstance(kind, list):
                 there = torch.zeros(kind[1], dtype=getattr(torch, kind[0])) if value is None else value
-                give(there, source, group, takes=not gives)
+                give(there, source, group, takes=joins)
             else:
                 there = kind["value"]
-            if not gives:
+            if joins:
                 replica.put_state(place, name, there)
-        if not gives:
+        if joins:
             for options, counts in zip(replica.groups(), described["groups"], strict=True):
                 options.update(counts)
 

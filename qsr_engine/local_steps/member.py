@@ -5,6 +5,12 @@
     ask again     did all who are still there get it? Then it counts: copies take the place of the parameters
                   else exchange again, with what each held before, among those who are there now
 
+With membership.grace_seconds the others go on without a member that is late. It keeps what it has done, and asks until
+they come to their next boundary: its movement, x - what its own round began with, goes into that average. This is
+another algorithm than the paper's: the movement comes from an older average. Sources: EDiT (Cheng et al., arXiv
+2412.07210), Decoupled DiLoCo (Douillard et al., arXiv 2604.21428); that momentum and delay go badly together: Liu et
+al., arXiv 2401.09135.
+
 Between boundaries nothing crosses workers, and nothing is known of the others.
 """
 
@@ -14,6 +20,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -33,6 +40,7 @@ log = logging.getLogger(__name__)
 
 _MOST_FAILURES = 3  # of exchanges with who joins, who might be what makes them fail
 _POLL = 0.3  # seconds between quorums of those who wait for others
+_SOON = 0.02  # likewise, where a grace is nearly over
 
 
 class Loop:
@@ -104,9 +112,15 @@ class MemberBoundary:
         self.joined = False
         self.begun = False  # with the first step of all, and did not join others
         self.stops = False  # this worker, here; the others go on without it, or stop too
+        self._grace = rounds.qsr.membership.grace_seconds
+        self._stood = ""  # the exchange after which it stands
+        self._counted: tuple[str, ...] = ()  # as Telling has them
+        self._missing: set[str] = set()  # who was not there at a boundary, and beat
+        self._told_wait = False
         self.standing = Standing()
         self.events: list[dict[str, Any]] = []  # of the run, for whoever records them, and empties this
         self.repeated = 0  # exchanges that failed
+        self._living: frozenset[str] = frozenset()  # as Quorum has it
         self._waited = 0.0
 
     def join(self, loop: Loop | None = None) -> None:
@@ -126,7 +140,7 @@ class MemberBoundary:
             squares: sum of squares of what all ranks of this worker hold. finite: whether it is, and the buffers are.
         Returns:
             (Whether this worker fell behind and took over what members hold, at their step; how far the members were
-            from their average, None where it is not known).
+            from their average, None where it is not known: somebody was late, or died after it).
         Raises:
             BoundaryError: on every member, if parameters are not finite, and faults.not_finite says stop.
         """
@@ -134,7 +148,7 @@ class MemberBoundary:
         found = self._meet(telling)
         took_over = telling.name not in found.giving
         before = sum(one.squares for one in found.members if one.name in found.giving)
-        known = all(name in {one.name for one in found.members} for name in found.giving)
+        known = not found.late and all(name in {one.name for one in found.members} for name in found.giving)
         return took_over, self._exchange.relative_distance(before, len(found.giving)) if known else None
 
     def seconds_waited(self) -> float:
@@ -161,30 +175,39 @@ class MemberBoundary:
             recorder=self.standing.recorder,
             position={**self._rounds.state_dict(), **counts},
             loop=self._loop.state(),
+            stood=self._stood,
+            of=len(self.standing.names),
+            counted=self._counted,
             **more,
         )
 
     def _meet(self, telling: Telling) -> Plan:
         """Ask and exchange until an exchange counts in which this worker took part."""
         patience, last, said, failed = time.monotonic() + self.members.patience, None, "", 0
+        began = time.monotonic()
         while True:
-            began = time.monotonic()
-            telling = dataclasses.replace(telling, stop=telling.stop or self._asked())
-            quorum = self.members.ask(telling, self._moved)
-            self._waited += time.monotonic() - began
-            found = plan(quorum, self.members.config.min_workers)
+            asked = time.monotonic()
+            over = self._grace is not None and asked - began >= self._grace
+            telling = dataclasses.replace(telling, stop=telling.stop or self._asked(), over=over)
+            quorum = self.members.ask(telling, partial(self._while_waiting, began), self.standing.names)
+            self._waited += time.monotonic() - asked
+            found = plan(quorum, self.members.config.min_workers, grace=self._grace is not None)
             self._check(found, telling)
+            self._living = quorum.living
+            frozen = any(one.frozen for one in quorum.there if one.name == telling.name)
+            telling = dataclasses.replace(telling, frozen=frozen)
             if found.what == "commit" and telling.name in {one.name for one in found.members}:
                 assert last is not None
                 self._commit(last, found, telling)
                 return dataclasses.replace(last, members=found.members)
             if found.what == "commit":
-                telling = self._behind(telling)
+                telling = self._behind(telling, found.attempt)
             elif found.what == "wait":
                 if found.why and found.why != said:
                     said = found.why
                     self._say("step %d: %s", telling.step, found.why)
-                time.sleep(_POLL)
+                rest = _POLL if self._grace is None or telling.over else began + self._grace - time.monotonic()
+                time.sleep(min(_POLL, max(_SOON, rest)))
                 telling = dataclasses.replace(telling, impatient=time.monotonic() > patience)
             else:
                 last = found
@@ -196,7 +219,7 @@ class MemberBoundary:
     def _note_failure(self, found: Plan, why: str, failed: int) -> int:
         """An exchange failed, so many times in a row. Raises CollectiveError where this worker may be the reason."""
         self.repeated += 1
-        self._happened("failed", "", why)
+        self._happened("failed", "", why=why)
         members = len(found.giving)
         self._say("step %d: averaging with %d members failed, and is repeated: %s", self._rounds.step, members, why)
         if failed == _MOST_FAILURES and found.source.joined and not self.joined:
@@ -207,8 +230,27 @@ class MemberBoundary:
             )
         return failed
 
-    def _behind(self, telling: Telling) -> Telling:
-        """The others go on without this worker; it joins them at their next boundary."""
+    def _while_waiting(self, began: float) -> None:
+        """Others are waited for, since `began` at this boundary."""
+        self._moved()
+        waited, grace = time.monotonic() - began, self._grace
+        if grace is not None and not self._told_wait and waited > grace + self.members.config.timeout_seconds:
+            self._told_wait = True
+            self._say(
+                "step %d: waiting for %.0f s, longer than membership.grace_seconds (%g): no more than half of those "
+                "who live have come. Where that is not so, the lighthouse was started without --grace-seconds",
+                self._rounds.step,
+                waited,
+                grace,
+            )
+
+    def _behind(self, telling: Telling, attempt: str) -> Telling:
+        """The others go on without this worker, with an exchange. With grace it is late, if it took no part in that
+        one; else it joins them at their next boundary."""
+        if self._grace is not None and telling.joined and telling.attempt != attempt:
+            what = "which was frozen, and joins them anew" if telling.frozen else "and what it did counts later"
+            self._say("step %d: the members went on without this worker, %s", telling.step, what)
+            return dataclasses.replace(telling, attempt="", done=False)
         if telling.joined:
             self._say("step %d: the members went on without this worker, which joins them again", telling.step)
         return dataclasses.replace(telling, joined=False, attempt="", done=False)
@@ -245,8 +287,9 @@ class MemberBoundary:
         self._exchange.put(None if begins else self._rounds.units_of(at["round_start"], at["step"]))
         if telling.name not in exchanged.giving:
             self._take_position(exchanged.source, begins=begins)
-        given = [one.loop for one in exchanged.members if one.name in exchanged.giving]
-        self._loop.counted(exchanged.source.loop, given)
+        gave = exchanged.giving | exchanged.late
+        self._loop.counted(exchanged.source.loop, [one.loop for one in exchanged.members if one.name in gave])
+        self._costs.late += len(exchanged.late)
         self._take_standing(exchanged, found, telling, begins=begins)
 
     def _take_position(self, source: Telling, *, begins: bool) -> None:
@@ -270,22 +313,38 @@ class MemberBoundary:
         before = set(self.standing.names)
         self.begun = self.begun or begins
         self.joined = True
+        if self._grace is not None:
+            gave = sorted(exchanged.giving | exchanged.late)
+            self._counted = tuple(name for name in (*exchanged.source.counted, *gave) if name not in names)
+            self._stood = found.attempt
         self.standing = Standing(names, names.index(telling.name), recorders[0] == telling.name)
         if not before and not begins:  # this one joins now, and does not know who was there
             before = set(names) - {one.name for one in found.members if not one.joined}
+        round_of = {one.name: one.position["round"] for one in exchanged.members}
         for name in names:
-            if name not in before:
+            if name in exchanged.late:
+                self._happened("late", name, rounds=exchanged.source.position["round"] - round_of[name])
+            elif name not in before:
                 self._happened("join", name)
-        for name in sorted(before - set(names)):
-            self._happened("leave", name)
+        self._note_gone((before | self._missing) - set(names))
 
-    def _happened(self, event: str, member: str, why: str = "") -> None:
+    def _note_gone(self, names: set[str]) -> None:
+        """They were members, and are not now: lost, or, where they beat, late."""
+        missing = names & self._living
+        for name in sorted(names):
+            if name not in missing:
+                self._happened("leave", name)
+            elif name not in self._missing:
+                self._happened("missing", name)
+        self._missing = missing
+
+    def _happened(self, event: str, member: str, **more: Any) -> None:
         what = {"step": self._rounds.step, "event": event, "member": member}
-        self.events.append({**what, "members": len(self.standing.names), **({"why": why} if why else {})})
+        self.events.append({**what, "members": len(self.standing.names), **more})
 
     def _say(self, text: str, *values: Any) -> None:
         if dist.get_rank() == 0:
             log.warning(text, *values)
 
 
-_COUNTS = ("averagings", "bytes_sent", "parallel_bytes_so_far")  # of Costs, which who joins goes on with
+_COUNTS = ("averagings", "bytes_sent", "parallel_bytes_so_far", "late")  # of Costs, which who joins goes on with

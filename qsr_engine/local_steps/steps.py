@@ -294,8 +294,17 @@ class LocalSteps:
         """
         # An older checkpoint has none of these.
         of_all: dict[str, Any] = {"fragments": [0], "of_fragments": 1, "whole": True}
-        late: dict[str, Any] = {"due": False, "apply_at": None, "before": [0.0, 1]}
-        state = {"left_out": {}, "clipped": {}, "outliers": None, "lr_before": None, **late, **of_all, **state}
+        delayed: dict[str, Any] = {"due": False, "apply_at": None, "before": [0.0, 1]}
+        state = {
+            "left_out": {},
+            "clipped": {},
+            "late": 0,
+            "outliers": None,
+            "lr_before": None,
+            **delayed,
+            **of_all,
+            **state,
+        }
         expected = set(self.state_dict())
         if set(state) != expected:
             raise ValueError(f"a local-step state has the keys {sorted(expected)}; found {sorted(state)}")

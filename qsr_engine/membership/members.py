@@ -3,12 +3,18 @@
 torchft's lighthouse gives everybody who asks at the same time the same *quorum*: who is there, each with its telling.
 So all of them draw the same conclusion, one of
 
-    wait        too few are there, or before the first step somebody may still come: ask again
+    wait        too few are there, or somebody may still come: ask again
     exchange    average over these members; who joins adds nothing, and gets what the others get
     commit      all who took part in the last exchange, and are still there, have its result: it counts
 
 An exchange and its commit are two quorums. Who dies between them is missed by nobody: the average stands. Whoever asks
 for the second one with a failure makes all of them exchange again, with what they held before.
+
+With grace (membership.grace_seconds) members go on without those who are late. Then
+    - who stood together after the last boundary goes on when more than half of them are there and the grace of one of
+      these is over, or when all of them are there who live. So two parts of a run never go on from one boundary;
+    - who is late gives its movement to an exchange of those who went on, once: `counted` names whoever has given
+      something and was not there any more when it was found to count.
 """
 
 from __future__ import annotations
@@ -33,6 +39,12 @@ class Telling:
     expected: workers for which it waits before the first step. impatient: it has waited for long enough.
     position: Rounds.state_dict(), and what the run has cost. loop: what the loop that trains goes on with.
     recorder: it writes the records of the run.
+
+    And with grace:
+    stood: the exchange after which it stands where it began its round. of: how many stood there together.
+    living: how many of these it saw beat when it asked; of one that has not joined, how many workers at all.
+    over: its grace is over. frozen: it was, for longer than the time-out, before it asked.
+    counted: those whose movement counts, and who do not know.
     """
 
     name: str
@@ -53,14 +65,25 @@ class Telling:
     recorder: bool = False
     position: dict[str, Any] = dataclasses.field(default_factory=dict)
     loop: dict[str, Any] = dataclasses.field(default_factory=dict)
+    stood: str = ""
+    of: int = 0
+    living: int = 0
+    over: bool = False
+    frozen: bool = False
+    counted: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Quorum:
-    """Who asked at the same time, in the order of names, and `key`, which no other quorum has and which grows."""
+    """Who asked at the same time, in the order of names, and `key`, which no other quorum has and which grows.
+
+    living: with grace, the names of those who beat just before: what this worker saw, and no other, so that nothing is
+    decided by it.
+    """
 
     key: str
     there: tuple[Telling, ...]
+    living: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +92,8 @@ class Plan:
 
     members: who takes part, in the order of names: in a commit, of those who have the result.
     giving: the names of those among them whose parameters are averaged. source: the first of them.
+    attempt: in a commit, the exchange that counts.
+    late: the names of those whose movement goes into the average, from an older one.
     """
 
     what: Literal["wait", "exchange", "commit"]
@@ -76,10 +101,16 @@ class Plan:
     giving: frozenset[str]
     source: Telling
     why: str = ""  # it waits, in words
+    attempt: str = ""
+    late: frozenset[str] = frozenset()
 
 
-def plan(quorum: Quorum, min_workers: int) -> Plan:
-    """The conclusion of everybody in a quorum."""
+def plan(quorum: Quorum, min_workers: int, *, grace: bool = False) -> Plan:
+    """The conclusion of everybody in a quorum.
+
+    Args:
+        grace: whether there is any.
+    """
     current = _current(quorum.there)
     source = current[0]
     alike = tuple(one for one in quorum.there if one.facts == source.facts)
@@ -89,13 +120,15 @@ def plan(quorum: Quorum, min_workers: int) -> Plan:
     giving = frozenset(one.name for one in _giving(current))
     if attempt and all(one.done for one in of_it):
         having = tuple(one for one in alike if one.attempt == attempt and one.done)
-        return Plan("commit", having, giving, source)
+        return Plan("commit", having, giving, source, attempt=attempt)
     if len(alike) < min_workers:
         here = f"{len(alike)} of at least {min_workers} workers (membership.min_workers) are there"
         return Plan("wait", alike, giving, source, f"{here}; waiting for {min_workers - len(alike)} more")
     if not source.joined and len(alike) < source.expected and not any(one.impatient for one in alike):
         return Plan("wait", alike, giving, source)
-    return Plan("exchange", alike, giving, source)
+    if grace and _may_come(quorum.there, current):
+        return Plan("wait", alike, giving, source)
+    return Plan("exchange", alike, giving, source, late=_late(alike, source) if grace else frozenset())
 
 
 def _current(there: Sequence[Telling]) -> list[Telling]:
@@ -112,6 +145,30 @@ def _giving(current: Sequence[Telling]) -> list[Telling]:
     """
     finite = [one for one in current if one.finite]
     return finite if current[0].joined else finite[:1]
+
+
+def _may_come(there: Sequence[Telling], current: Sequence[Telling]) -> bool:
+    """Whether somebody is waited for, with grace.
+
+    Those who have not joined wait for everybody who lives: among these may be members, whose run they would leave.
+    A view of who lives may be older than the death of somebody; then the next one tells.
+    """
+    living = max(one.living for one in current)
+    if not current[0].joined:
+        return len(there) < living
+    together = [one for one in current if one.stood == current[0].stood]
+    if len(together) >= living:
+        return False
+    return not (any(one.over for one in together) and 2 * len(together) > current[0].of)
+
+
+def _late(alike: Sequence[Telling], source: Telling) -> frozenset[str]:
+    """Members that are behind, and hold a movement that no average has.
+
+    One that was frozen for so long that it had left joins anew, as where there is no grace.
+    """
+    behind = (one for one in alike if source.joined and one.joined and one.step < source.step)
+    return frozenset(o.name for o in behind if o.finite and not o.frozen and o.name not in source.counted)
 
 
 def leaving(members: Sequence[Telling]) -> frozenset[str]:

@@ -4,7 +4,8 @@ The only file that imports torchft (0.2). What is decided from its answers is in
 
     every worker    beats, and asks for a quorum at a boundary; its first rank does both, and tells the others
     lighthouse      answers when all who beat have asked, or all who were in the last quorum have; who has not beaten
-                    for `timeout_seconds` is not waited for
+                    for `timeout_seconds` is not waited for. With grace it answers some time after the first has asked,
+                    if more than half of those who beat have; its status page tells who beats
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import socket
 import threading
 import time
 import urllib.parse
+import urllib.request
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
@@ -42,6 +45,7 @@ LAUNCHED = "QSR_LAUNCHED_WITH"  # the workers that its launcher started, which s
 EXPECTED = "QSR_EXPECTED_WORKERS"  # that a launcher has started, for which a run waits before its first step
 _FOREVER = timedelta(days=30)  # a quorum comes when the last member does, after a round that may be days long
 _TICK = 0.5  # seconds
+_BEAT = re.compile(r"([^\s<>]+): seen ([0-9.e+-]+)s ago")  # of a worker, on the lighthouse's status page
 
 
 def torchft_part(name: str) -> Any:
@@ -61,16 +65,17 @@ def torchft_part(name: str) -> Any:
     return getattr(coordination, name, None) or getattr(process_group, name)
 
 
-def start_lighthouse(port: int, timeout_seconds: float) -> Any:
+def start_lighthouse(port: int, timeout_seconds: float, grace_seconds: float | None = None) -> Any:
     """A lighthouse on all addresses of this host; it goes with its last reference, or by shutdown().
 
-    It never gives up on a member that beats, however long its round is, and counts nobody: who waits for how many is
-    the members' own decision.
+    Without grace it never gives up on a member that beats, however long its round is. It counts nobody: who waits for
+    how many is the members' own decision.
     """
+    waits = _FOREVER.total_seconds() if grace_seconds is None else grace_seconds
     return torchft_part("LighthouseServer")(
         bind=f"[::]:{port}",
         min_replicas=1,
-        join_timeout_ms=int(_FOREVER.total_seconds() * 1000),
+        join_timeout_ms=int(waits * 1000),
         quorum_tick_ms=100,
         heartbeat_timeout_ms=int(timeout_seconds * 1000),
     )
@@ -145,18 +150,38 @@ class Lighthouse:
         """Whether this process was frozen, and the others go on without it until it asks again."""
         return not self._beating.is_set() or time.monotonic() - self._last > self._timeout
 
-    def ask(self, telling: Telling, waiting: Callable[[], None]) -> Quorum:
+    def living(self) -> frozenset[str]:
+        """The names of those who beat, this one among them, from the lighthouse's status page.
+
+        Raises:
+            RuntimeError: the page is not as torchft 0.2 writes it. OSError: it cannot be had.
+        """
+        self._client.heartbeat(self.name, timedelta(seconds=self._timeout))
+        with _DIRECT.open(f"{self.address.rstrip('/')}/status", timeout=self._timeout) as page:
+            found = dict(_BEAT.findall(page.read().decode()))
+        if self.name not in found:
+            raise RuntimeError(
+                f"{self.address}/status does not say that this worker beats, as a lighthouse of torchft 0.2 does"
+            )
+        return frozenset(name for name, age in found.items() if float(age) < self._timeout)
+
+    def ask(self, telling: Telling, waiting: Callable[[], None], together: Collection[str] | None = None) -> Quorum:
         """The quorum of everybody who is there; while none answers, `waiting` is called twice a second.
 
         Where the lighthouse is down, this waits until it is back, and a moment longer: it does not know of those who
         have not beaten since, and would let this worker go on alone.
+
+        Args:
+            together: with grace, those whom `telling.living` is to count: the names with which this one stood. None
+                without.
         """
+        telling = dataclasses.replace(telling, frozen=telling.frozen or self.has_left)
         self._beating.set()
         told = False
         while True:
             time.sleep(max(0.0, self._returned + 3 * self.interval - time.monotonic()))
             try:
-                return _waited_for(partial(self._quorum, self._client, telling), waiting)
+                return _waited_for(partial(self._answer, telling, together), waiting)
             except Exception as error:
                 if not told:
                     log.warning(
@@ -180,6 +205,14 @@ class Lighthouse:
             self._returned = time.monotonic()
             return
 
+    def _answer(self, telling: Telling, together: Collection[str] | None) -> Quorum:
+        if together is None:
+            return self._quorum(self._client, telling)
+        living = self.living()
+        seen = len(living & {*together, self.name}) if telling.joined else len(living)
+        quorum = self._quorum(self._client, dataclasses.replace(telling, living=seen))
+        return dataclasses.replace(quorum, living=living)
+
     def _quorum(self, client: Any, telling: Telling) -> Quorum:
         answer = client.quorum(
             replica_id=telling.name,
@@ -197,10 +230,15 @@ class Lighthouse:
         self._closed.set()
 
 
+# A lighthouse is asked without a proxy, as torchft's own client asks it.
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
 def _telling(text: str) -> Telling:
     """What a worker tells, of which this version knows that much: one of another version is refused by its facts."""
     told = json.loads(text)
-    return Telling(**{field.name: told[field.name] for field in dataclasses.fields(Telling) if field.name in told})
+    known = {field.name: told[field.name] for field in dataclasses.fields(Telling) if field.name in told}
+    return Telling(**{**known, "counted": tuple(known.get("counted", ()))})
 
 
 def _waited_for(ask: Callable[[], Quorum], waiting: Callable[[], None]) -> Quorum:
@@ -257,6 +295,14 @@ class Members:
             )
         name = f"{os.environ.get(WORKER) or socket.gethostname()}.{uuid.uuid4().hex[:12]}"
         self._line = Lighthouse(address, name, self.config.timeout_seconds)
+        if self.config.grace_seconds is not None:
+            try:
+                self._line.living()
+            except (OSError, RuntimeError) as error:
+                raise ConfigError(
+                    f"membership.grace_seconds is set, and the lighthouse does not tell who lives: {error}; start the "
+                    "lighthouse with `qsr lighthouse`, where torchft 0.2 is installed, or write grace_seconds null"
+                ) from error
         here = address_on_the_way_to(urllib.parse.urlsplit(address).hostname or address)
         self._store = dist.TCPStore(here, 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
         self.name, self.address = name, f"[{here}]:{self._store.port}" if ":" in here else f"{here}:{self._store.port}"
@@ -277,9 +323,14 @@ class Members:
         again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
         return self.config.timeout_seconds if again else start_seconds()
 
-    def ask(self, telling: Telling, waiting: Callable[[], None]) -> Quorum:
-        """The quorum of everybody who is there, the same on all ranks of this worker."""
-        quorum = self._line.ask(telling, waiting) if self._line is not None else None
+    def ask(self, telling: Telling, waiting: Callable[[], None], together: Collection[str] = ()) -> Quorum:
+        """The quorum of everybody who is there, the same on all ranks of this worker.
+
+        Args:
+            together: the members with which this one stood after the last boundary.
+        """
+        told = together if self.config.grace_seconds is not None else None
+        quorum = self._line.ask(telling, waiting, told) if self._line is not None else None
         return cast(Quorum, self._told(quorum))
 
     def group(self, key: str, names: tuple[str, ...], store: str, usable: str) -> dist.ProcessGroup:

@@ -1,9 +1,9 @@
 """Who took part in a run whose workers come and go, from the run folder's `events.jsonl`.
 
-A line is an object with at least {"step": optimizer steps done, "event": "join" | "leave" | ..., "member": name}. The
-event "data" has what a change of members did to the data ("samples_lost", "samples_twice", "samples_missed"), and
-"batch" how many "samples" a step has from then on. Of other events only step and name are shown. A line that cannot be
-read is left out, since no figure needs it.
+A line is an object with at least {"step": optimizer steps done, "event": "join" | "leave" | ..., "member": name}. Who
+is "missing" is no member from there on, until it comes "late" or joins. The event "data" has what a change of members
+did to the data ("samples_lost", "samples_twice", "samples_missed"), and "batch" how many "samples" a step has from then
+on. Of other events only step and name are shown. A line that cannot be read is left out, since no figure needs it.
 """
 
 from __future__ import annotations
@@ -52,10 +52,11 @@ def spans(events: Sequence[MemberEvent], last_step: int) -> dict[str, list[tuple
     found: dict[str, list[tuple[int, int]]] = {}
     came: dict[str, int] = {}
     for event in events:
-        own = found.setdefault(event.member, []) if event.event in ("join", "leave") else []
-        if event.event == "join":
+        comes, goes = event.event in ("join", "late"), event.event in ("leave", "missing")
+        own = found.setdefault(event.member, []) if comes or goes else []
+        if comes:
             came.setdefault(event.member, event.step)
-        elif event.event == "leave" and (event.member in came or not own):
+        elif goes and (event.member in came or not own):
             own.append((came.pop(event.member, 0), event.step))
     for member, step in came.items():
         found[member].append((step, max(step, last_step)))

@@ -48,6 +48,7 @@ class Record:
     skipped_steps: int = 0  # updates skipped after an overflow, over all workers, as of the last boundary
     left_out: int = 0  # times so far that a worker was left out of an average: not finite, or an outlier
     clipped: int = 0  # times so far that a worker's movement was an outlier and was clipped
+    late: int = 0  # movements so far that came late to an average (membership.grace_seconds)
     largest_z: float | None = None  # of the workers' movements at the last averaging; None where none was judged
     train_accuracy: float | None = None  # %, of the samples that `loss` is of, in training mode; None before training
     loss_scale: float | None = None  # after this step; None where nothing scales the loss
@@ -76,6 +77,7 @@ TAGS = {
     "checkpoints/failed": "checkpoints_failed",
     "local_steps/left_out": "left_out",
     "local_steps/clipped": "clipped",
+    "local_steps/late": "late",
     "local_steps/largest_z": "largest_z",
     "communication/averagings": "averagings",
     "communication/bytes_sent": "bytes_sent",

@@ -36,6 +36,7 @@ ORIGIN = "from.json"
 CHECKPOINTS = "checkpoints"  # a folder
 TENSORBOARD = "tensorboard"  # likewise
 LOCK = ".lock"  # held by the process that trains
+RECORDER = ".recorder"  # the name of the member that writes here, where workers come and go
 _TFEVENTS = "events.out.tfevents"
 _BEFORE = re.compile(r"before-\d{8}-\d{6}(-\d+)?")  # a folder
 
@@ -140,7 +141,20 @@ def leave_unfinished_run(path: Path) -> None:
     if not path.exists():
         return
     found = {entry.name for entry in path.iterdir() if not _BEFORE.fullmatch(entry.name)}
-    ours = {RECIPE, METRICS, WORKERS, EVENTS, SUMMARY, ORIGIN, CHECKPOINTS, TENSORBOARD, LOCK, MODEL, "model.tmp"}
+    ours = {
+        RECIPE,
+        METRICS,
+        WORKERS,
+        EVENTS,
+        SUMMARY,
+        ORIGIN,
+        CHECKPOINTS,
+        TENSORBOARD,
+        LOCK,
+        RECORDER,
+        MODEL,
+        "model.tmp",
+    }
     ours |= {
         f"{name}.tmp" for name in (METRICS, WORKERS, EVENTS, SUMMARY, ORIGIN)
     }  # of a process that died while it wrote

@@ -89,7 +89,13 @@ def read_run(path: str | Path) -> Run:
 def _comings(events: Sequence[MemberEvent]) -> list[str]:
     """A note where workers came and went after the start."""
     found = Counter(event.event for event in events if event.step > 0)
-    words = {"leave": "left", "join": "joined", "failed": "averagings failed and were repeated"}
+    words = {
+        "leave": "left",
+        "join": "joined",
+        "missing": "were not there in time",
+        "late": "movements came late",
+        "failed": "averagings failed and were repeated",
+    }
     said = [f"{found[event]} {text}" for event, text in words.items() if found[event]]
     lost, twice, missed = (sum(event.samples[place] for event in events) for place in range(3))
     if lost or twice or missed:

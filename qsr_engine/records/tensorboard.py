@@ -22,6 +22,7 @@ COUNTERS = {
     "local_steps/skipped_steps",
     "local_steps/left_out",
     "local_steps/clipped",
+    "local_steps/late",
     "checkpoints/failed",
     "data/skipped_samples",
 }

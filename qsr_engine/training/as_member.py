@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import IO, Any
 
 import torch.distributed as dist
@@ -96,16 +96,22 @@ def train_as_member(recipe: Recipe, index: Index, *, resume: bool = False) -> di
     if member.begun and is_finished(recipe.run_dir, recipe.last_step):  # it was started again when all was done
         member.members.close()
         return None
-    records = Records(recipe, begin, monitor, member.members.has_left, writes=rank == 0)
+    records = Records(recipe, begin, monitor, member.members.has_left, member.members.name, writes=rank == 0)
     with closing(member.members), stops_on_signals(state.request_stop), state.watchdog.explained(), closing(records):
         begins = state.step == 0
         run = make_run(recipe, engine, task, batch, batches, records, begins=begins, kind=_MemberRun)
         assert isinstance(run, _MemberRun)
         run.attend(member, attendance, records, client or {})
-        run.loop()
-        summary = run.finish(rank)
+        summary = None
+        with suppress(_OverError):
+            run.loop()
+            summary = run.finish(rank)
     state.watchdog.close()
     return summary
+
+
+class _OverError(Exception):
+    """The others have ended the run, in which this worker was late or frozen: there is nothing left to do."""
 
 
 class _MemberRun(_Run):
@@ -137,6 +143,8 @@ class _MemberRun(_Run):
     def _step(self) -> bool:
         boundary = super()._step()
         if boundary:
+            if is_finished(self.recipe.run_dir, self.recipe.last_step):
+                raise _OverError
             self._boundary_before, self._last_boundary = self._last_boundary, self.engine.local_steps.step
             self._stand()
         return boundary

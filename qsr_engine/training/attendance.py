@@ -32,6 +32,7 @@ from qsr_engine.engines.surface import Surface
 from qsr_engine.local_steps.member import Loop, Standing
 from qsr_engine.membership.quorum import EXPECTED
 from qsr_engine.records.monitor import Monitor
+from qsr_engine.records.recorder import Recorder
 from qsr_engine.records.records import Record, WorkersRecord
 from qsr_engine.records.run_folder import CHECKPOINTS, EVENTS, METRICS
 from qsr_engine.records.trackers import JsonLines
@@ -194,6 +195,7 @@ class Records:
         begin: begins the run's folder at step 0, and gives its lock, if there is one.
         make: the monitor that goes on from a step.
         has_left: whether this worker was frozen, and another one records the run by now.
+        name: of this worker, which no other one has.
     """
 
     def __init__(
@@ -202,11 +204,12 @@ class Records:
         begin: Callable[[int], IO[str] | None],
         make: Callable[[int], Monitor],
         has_left: Callable[[], bool],
+        name: str,
         *,
         writes: bool,
     ) -> None:
         self._recipe, self._begin, self._make, self._has_left = recipe, begin, make, has_left
-        self._writes = writes
+        self._recorder, self._writes = Recorder(recipe.run_dir, name), writes
         self._kept: list[Record] = []  # of the round under way, where another member records it
         self._monitor: Monitor | None = None
         self._events: JsonLines | None = None
@@ -232,6 +235,7 @@ class Records:
     def _take_over(self, step: int, before: int) -> None:
         """What the member has written that recorded the run, up to the boundary before; then what this one has kept."""
         self._lock = self._begin(step)
+        self._recorder.begin()
         known = min(step, max(1, before))  # a file that is there is not opened at step 0
         self._monitor = self._make(known)
         self._events = JsonLines(self._recipe.run_dir / EVENTS, from_step=known)
@@ -242,8 +246,11 @@ class Records:
 
     def log(self, record: Record) -> None:
         if self._monitor is not None:
-            if not self._has_left():
-                self._monitor.log(record)
+            if self._has_left():
+                return
+            with self._recorder.writes() as writes:
+                if writes:  # else this worker is late, and another one records the run by now
+                    self._monitor.log(record)
         elif self._writes:
             self._kept.append(record)
 

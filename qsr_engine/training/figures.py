@@ -146,6 +146,7 @@ class Figures:
                 skipped_steps=state.costs.skipped_steps_of_all_workers,
                 left_out=sum(state.costs.left_out.values()),
                 clipped=sum(state.costs.clipped.values()),
+                late=state.costs.late,
                 largest_z=state.largest_z,
             )
         )

@@ -248,3 +248,39 @@ def test_a_host_that_is_stopped_leaves_and_the_other_one_goes_on(
     assert stopped % 20 == 0
     assert [row["step"] for row in lines(run / "metrics.jsonl")] == list(range(10, stopped + 1, 10))
     check_events(run)
+
+
+@pytest.mark.slow
+def test_the_recorder_is_late_and_another_worker_sleeps_until_the_others_have_ended(
+    tmp_path: Path, recipe: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """Every step is recorded once, and who wakes up after the end leaves what the others have written as it is."""
+    run, steps = tmp_path / "runs" / "run", 600
+    changes = {"qsr.membership.grace_seconds": 1, "qsr.membership.timeout_seconds": 20, "qsr.total_steps": steps}
+    sets = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
+    process = start(str(recipe), "--elastic", "--ranks", "3", *sets)
+
+    def events() -> list[tuple[str, str]]:
+        return [(row["event"], row["member"][0]) for row in lines(run / "events.jsonl")]
+
+    wait_for("step 60", lambda: any(row["step"] >= 60 for row in lines(run / "metrics.jsonl")), process)
+    recorder, sleeper = worker(process, "0"), worker(process, "1")
+    assert recorder is not None
+    assert sleeper is not None
+    recorder.send_signal(signal.SIGSTOP)
+    wait_for("going on without it", lambda: ("missing", "0") in events(), process)
+    recorder.send_signal(signal.SIGCONT)
+    wait_for("its movement", lambda: ("late", "0") in events(), process)
+    sleeper.send_signal(signal.SIGSTOP)
+    wait_for("the end", lambda: (run / "summary.json").exists(), process)
+    files = [run / name for name in ("summary.json", "metrics.jsonl", "events.jsonl", "model.safetensors")]
+    written = [file.read_bytes() for file in files]
+    sleeper.send_signal(signal.SIGCONT)
+    assert process.wait(LIMIT) == 0, (tmp_path / "output-0").read_text()[-3000:]
+    assert [file.read_bytes() for file in files] == written
+    every = list(range(10, steps + 1, 10))
+    assert [row["step"] for row in lines(run / "metrics.jsonl")] == every
+    assert [point.step for point in EventAccumulator(str(run)).Reload().Scalars("train/loss")] == every
+    assert lines(run / "metrics.jsonl")[-1]["late"] == events().count(("late", "0"))
+    assert ("leave", "0") not in events()
+    assert any("came late" in note for note in read_run(run).notes)

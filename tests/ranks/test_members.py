@@ -9,63 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from tests.support import reference, training
-from tests.support.members import Cluster, cluster
+from tests.support.member_runs import OUTER, ROUNDS, check_equal, flat, simulated
+from tests.support.members import cluster
 from tests.support.pool import Processes
 from tests.support.training import QSR
 
 TIMEOUT = 2.0
-ROUNDS = [2, 4, 6, 8, 12]  # where QSR's end
 
 
 def qsr(min_workers: int = 1, **more: Any) -> dict[str, Any]:
     return {**QSR, "membership": {"way": "torchft", "timeout_seconds": TIMEOUT, "min_workers": min_workers}, **more}
 
 
-def simulated(
-    there: dict[str, tuple[int, int]], *, worker_size: int = 1, **more: Any
-) -> tuple[torch.Tensor, list[float]]:
-    """What the reference gives.
-
-    Args:
-        there: for every worker where the first of its rounds begins, and where the first begins that it is not in.
-    """
-    ranges = list(there.values())
-    models, distances = reference.simulate(
-        lambda: training.make_model(torch.float32),
-        partial(training.make_optimizer, "adamw"),
-        lambda rank, step: [training.batch(10 * (rank // worker_size) + rank % worker_size, step, dtype=torch.float32)],
-        {**QSR, **{key: value for key, value in more.items() if key in QSR}},
-        len(there),
-        worker_size=worker_size,
-        present=lambda worker, start: ranges[worker][0] <= start < ranges[worker][1],
-        **{key: value for key, value in more.items() if key not in QSR},
-    )
-    return training.flat(models[0].parameters()), distances
-
-
-def flat(values: list[list[float]]) -> torch.Tensor:
-    return torch.tensor([value for of_one in values for value in of_one])
-
-
-def check_equal(run: Cluster, names: str, expected: torch.Tensor, worker_size: int = 1) -> None:
-    """The members ended with the reference's parameters, held the same after every boundary, and took no step twice."""
-    for rank in range(worker_size):
-        found = [run.boundaries(name, rank) for name in names]
-        for step in ROUNDS:
-            here = {one[step]["digest"] for one in found if step in one}
-            assert len(here) <= 1, f"step {step}: {here}"
-    for name in names:
-        steps = [line["step"] for line in run.said(name) if line["what"] == "step"]
-        assert steps == sorted(set(steps)), f"{name} took {steps}"
-        (end,) = (line for line in run.said(name) if line["what"] == "finished")
-        # K = 3 adds up in another order than the reference.
-        torch.testing.assert_close(flat(end["values"]), expected, rtol=2e-5, atol=2e-6)
-
-
-OUTER = {"lr": 0.7, "momentum": 0.9, "nesterov": True}
 WAYS = [  # engine's ZeRO stage (None: FSDP), ranks in a worker, optimizer state of who joins, outer optimizer
     pytest.param(None, 1, "mean", None, id="fsdp, 1"),
     pytest.param(None, 2, "mean", OUTER, id="fsdp, 2", marks=pytest.mark.slow),

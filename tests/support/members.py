@@ -31,17 +31,19 @@ class Cluster:
         folder: of what members say.
         timeout: of the lighthouse, in seconds.
         expected: workers for which all wait before their first step.
+        grace: of the lighthouse, in seconds.
     """
 
-    def __init__(self, folder: Path, timeout: float, expected: int) -> None:
+    def __init__(self, folder: Path, timeout: float, expected: int, grace: float | None) -> None:
         self.folder, self.timeout, self.expected, self.port = folder, timeout, expected, free_port()
+        self.grace = grace
         self._lighthouse: Any = None
         self._ranks: dict[str, list[Any]] = {}
         self.light()
 
     def light(self) -> None:
         """Start the lighthouse, again at its old address."""
-        self._lighthouse = CONTEXT.Process(target=_lighthouse, args=(self.port, self.timeout), daemon=True)
+        self._lighthouse = CONTEXT.Process(target=_lighthouse, args=(self.port, self.timeout, self.grace), daemon=True)
         self._lighthouse.start()
 
     def darken(self) -> None:
@@ -82,10 +84,13 @@ class Cluster:
             process.join(max(0.0, deadline - time.monotonic()))
         return [process.exitcode for process in processes]
 
+    def say(self, name: str, what: str, step: int) -> None:
+        """Say something that a worker waits for, as if another one of that name had said it."""
+        with (self.folder / f"{name}.0.jsonl").open("a") as file:
+            file.write(json.dumps({"what": what, "step": step}) + "\n")
+
     def said(self, name: str, rank: int = 0) -> list[dict[str, Any]]:
-        file = self.folder / f"{name}.{rank}.jsonl"
-        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return _lines(self.folder / f"{name}.{rank}.jsonl")
 
     def boundaries(self, name: str, rank: int = 0) -> dict[int, dict[str, Any]]:
         """What a worker said at boundaries, by the step."""
@@ -108,18 +113,18 @@ class Cluster:
 
 
 @contextmanager
-def cluster(folder: Path, timeout: float = 2.0, expected: int = 1) -> Iterator[Cluster]:
-    made = Cluster(folder, timeout, expected)
+def cluster(folder: Path, timeout: float = 2.0, expected: int = 1, grace: float | None = None) -> Iterator[Cluster]:
+    made = Cluster(folder, timeout, expected, grace)
     try:
         yield made
     finally:
         made.stop()
 
 
-def _lighthouse(port: int, timeout: float) -> None:
+def _lighthouse(port: int, timeout: float, grace: float | None) -> None:
     from qsr_engine.membership.quorum import start_lighthouse
 
-    lighthouse = start_lighthouse(port, timeout)
+    lighthouse = start_lighthouse(port, timeout, grace)
     while lighthouse:
         time.sleep(3600)
 
@@ -141,7 +146,7 @@ def _member(environment: dict[str, str], file: str, given: dict[str, Any]) -> No
             out.write(json.dumps({"what": what, "time": time.time(), **more}) + "\n")
 
         try:
-            train(say, **given)
+            train(say, Path(file).parent, **given)
         except Exception as error:
             say("error", type=type(error).__name__, text=str(error))
             raise
@@ -150,6 +155,7 @@ def _member(environment: dict[str, str], file: str, given: dict[str, Any]) -> No
 
 def train(
     say: Callable[..., None],
+    folder: Path,
     *,
     qsr: dict[str, Any],
     part: int,
@@ -165,10 +171,14 @@ def train(
     waits_for: Path | None = None,
     facts: dict[str, str] | None = None,
     versions: dict[str, str] | None = None,
+    waits: dict[int, tuple[str, str, int]] | None = None,
+    waits_in: tuple[str, int, tuple[str, str, int]] | None = None,
 ) -> None:
-    """One rank of a worker. It says "joined", every "boundary" with a digest of what it holds, and "finished".
+    """One rank of a worker. It says "joined", "asks" before it asks for a quorum, every "boundary" with a digest of
+    what it holds, and "finished".
 
     Args:
+        folder: of what members say.
         part: of the data; the ranks of a worker have parts of their own.
         stage: of DeepSpeed; None: FSDP.
         seconds: that each step takes at least.
@@ -178,6 +188,8 @@ def train(
         seed: of the model.
         waits_for: it makes its engine when this file is there, so that many can begin at the same time.
         facts: that its loop adds to what must be the same on all members. versions: that it has in place of its own.
+        waits: (worker, what it says, step) by the step before which this one waits until the other has said so.
+        waits_in: as dies_in, and for what it waits there.
     """
     import torch
 
@@ -206,8 +218,11 @@ def train(
     else:
         engine = fsdp_engine.start_deepspeed(qsr, model, optimizer, stage)
     say("ready")
+    _say_that_it_asks(say)
     if dies_in is not None:
-        _die_in(engine, *dies_in)
+        _do_in(engine, *dies_in, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    if waits_in is not None:
+        _do_in(engine, *waits_in[:2], lambda: _wait_for(folder, *waits_in[2]))
     engine.join(_WithFacts(facts) if facts is not None else None)
     state, rank = engine.local_steps, int(os.environ["RANK"])
     say("joined", step=state.step, round=state.round, names=engine.standing.names, digest=digest_of(engine))
@@ -220,6 +235,8 @@ def train(
             freezes_at = None
             os.kill(os.getpid(), signal.SIGSTOP)
         time.sleep(seconds)
+        if waits is not None and step in waits:
+            _wait_for(folder, *waits[step])
         inputs, targets = fsdp_engine.batch_of(model_name, part + rank, step)
         if nan_at == step:
             inputs = inputs * float("nan")
@@ -240,6 +257,9 @@ def train(
                 lr=engine.optimizer.param_groups[0]["lr"],
                 events=state.boundary.member.events,
                 sent=bytes_sent_since(before),
+                distance=state.relative_distance,
+                recorder=engine.standing.recorder,
+                late=state.costs.late,
             )
             before = sockets()
             state.boundary.member.events = []
@@ -257,19 +277,45 @@ class _WithFacts(Loop):
         return self._facts
 
 
-def _die_in(engine: Any, what: str, step: int) -> None:
+def _say_that_it_asks(say: Callable[..., None]) -> None:
+    from qsr_engine.membership.quorum import Members
+
+    original = Members.ask
+
+    def asks(*given: Any) -> Any:
+        say("asks", step=given[1].step)
+        return original(*given)
+
+    Members.ask = asks  # type: ignore[method-assign, assignment]
+
+
+def _wait_for(folder: Path, worker: str, what: str, step: int) -> None:
+    file, end = folder / f"{worker}.0.jsonl", time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        if any(line["what"] == what and line["step"] == step for line in _lines(file) if "step" in line):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{worker} did not say {what} {step}")
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _do_in(engine: Any, what: str, step: int, do: Callable[[], None]) -> None:
     from qsr_engine.averaging import tentative
     from qsr_engine.membership.quorum import Members
 
     name, owner = {"exchange": ("add_up", tentative), "commit": ("ask", Members)}[what]
     original = getattr(owner, name)
 
-    def dies(*given: Any) -> Any:
+    def does(*given: Any) -> Any:
         if engine.local_steps.step == step and (what == "exchange" or given[1].attempt):
-            os.kill(os.getpid(), signal.SIGKILL)
+            do()
         return original(*given)
 
-    setattr(owner, name, dies)
+    setattr(owner, name, does)
 
 
 def digest_of(engine: Any) -> str:

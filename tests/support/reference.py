@@ -140,6 +140,7 @@ def simulate(
     told: list[tuple[int, int]] | None = None,
     present: Callable[[int, int], bool] = lambda worker, round_start: True,
     joins_fresh: bool = False,
+    late: Callable[[int, int], int] = lambda worker, round_start: 0,
 ) -> tuple[list[nn.Module], list[float]]:
     """Train K workers in one process.
 
@@ -179,6 +180,9 @@ def simulate(
         present: whether a worker takes part in the round that begins after so many steps. One that is absent takes no
             step and adds nothing to the average; when it comes, it begins the round with the average of the round
             before, and the mean of the optimizer states that were in it, or none (joins_fresh).
+        late: how many boundaries a worker misses with the round that begins after so many steps, from that round's own
+            one on. Then it takes no step until the next one, where what its parameters have moved in that round counts
+            as if it had moved from where the others began; it goes on with the average and its own optimizer state.
     Returns:
         The K models after the last boundary, and the relative distance of the workers just before each averaging.
     """
@@ -202,9 +206,10 @@ def simulate(
     differences: list[Tensor] = []  # average - x at the boundary, of every worker, while they are delayed
     apply_at = round_start = 0
     held = [_flat(model) for model in models]  # of each worker, what each fragment held after its last averaging
+    owed: dict[int, tuple[int, Tensor]] = {}  # of who is late: boundaries that it still misses, and its movement
     usual: list[float] = []  # mean, variance and number of averagings of what outliers are judged by
     for step in range(total):
-        there = [worker for worker in range(workers) if present(worker, round_start)]
+        there = [worker for worker in range(workers) if present(worker, round_start) and worker not in owed]
         for worker in there:
             model, ranks = models[worker], range(worker * worker_size, (worker + 1) * worker_size)
             found = []
@@ -244,7 +249,10 @@ def simulate(
         if due:
             here = torch.isin(fragment_of, torch.tensor(due))
             own = [_flat(model) for model in models]
-            distances.append(relative_distance([own[worker][here] for worker in there]))
+            owed |= {k: (n + 1, own[k] - held[k]) for k in there if (n := late(k, round_start))}
+            owed = {worker: (misses - 1, moved_by) for worker, (misses, moved_by) in owed.items()}
+            on_time = [worker for worker in there if worker not in owed]
+            distances.append(relative_distance([own[worker][here] for worker in on_time]))
             far: dict[int, float] = {}
             if outlier:
                 moved = [float((x - y)[here].double().norm()) for x, y in zip(own, held, strict=True)]
@@ -257,7 +265,10 @@ def simulate(
                 own[worker] = torch.where(here, clipped, own[worker])
             here = here | bool(gone)  # then all fragments are averaged
             due = list(range(fragments)) if gone else due
-            others = [own[worker] for worker in there if worker not in gone]
+            others = [own[worker] for worker in on_time if worker not in gone]
+            others += [held[on_time[0]] + moved_by for misses, moved_by in owed.values() if not misses]
+            here_late = {worker for worker, (misses, _) in owed.items() if not misses}
+            owed = {worker: debt for worker, debt in owed.items() if worker not in here_late}
             mean = sum(others[1:], start=others[0].clone()) / len(others)
             for worker in gone:
                 own[worker] = mean.clone()
@@ -293,9 +304,9 @@ def simulate(
                 )
             if average_buffers:
                 _average([[b for b in own if b.is_floating_point()] for own in buffers])
-            for worker in set(range(workers)) - set(there):
+            for worker in set(range(workers)) - set(there) - here_late - set(owed):
                 if present(worker, round_start):
-                    _join(worker, there, models, optimizers, make_optimizer, fresh=joins_fresh)
+                    _join(worker, on_time, models, optimizers, make_optimizer, fresh=joins_fresh)
     for worker, model in enumerate(models):
         _set_buffers(model, buffers[worker * worker_size])
     return models, distances

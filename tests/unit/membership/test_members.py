@@ -108,3 +108,91 @@ def test_workers_of_one_launcher_stop_together_and_the_others_go_on() -> None:
     assert leaving(members) == {"a", "b"}
     assert leaving([told("a", stop=True), told("b")]) == {"a"}  # of no launcher's
     assert leaving(members[2:]) == frozenset()
+
+
+# ------------------------------------------------------------------------------------------------- with grace
+
+
+def stands(name: str, step: int = 6, **more: Any) -> Telling:
+    """One of three that stood together after the boundary "4", all of whom live."""
+    return told(name, step, **{"stood": "4", "of": 3, "living": 3, **more})
+
+
+def graced(*there: Telling, min_workers: int = 1) -> Plan:
+    return plan(Quorum("6", there), min_workers, grace=True)
+
+
+def test_those_who_stood_together_are_waited_for_until_the_grace_of_one_is_over() -> None:
+    assert graced(stands("a"), stands("b")).what == "wait"
+    assert graced(stands("a"), stands("b", over=True)).what == "exchange"
+    assert graced(stands("a"), stands("b"), stands("c")).what == "exchange"
+    assert of(stands("a"), stands("b")).what == "exchange"  # without grace the lighthouse has waited for all
+
+
+def test_who_does_not_live_is_not_waited_for_whoever_saw_it_alive_before() -> None:
+    assert graced(stands("a", living=2), stands("b", living=2)).what == "exchange"
+    assert graced(stands("a", living=2), stands("b", living=3)).what == "wait"
+    assert graced(stands("a", living=1)).what == "exchange"
+
+
+def test_no_more_than_half_of_those_who_stood_together_wait_for_the_others_though_the_grace_is_over() -> None:
+    assert graced(stands("a", over=True)).what == "wait"
+    assert graced(stands("a", over=True, of=2, living=2)).what == "wait"
+    four = [stands(name, over=True, of=4, living=4) for name in "abc"]
+    assert graced(*four[:2]).what == "wait"
+    assert graced(*four).what == "exchange"
+
+
+def test_members_that_are_late_and_workers_that_join_do_not_make_a_run_of_their_own() -> None:
+    """The lighthouse lets more than half of those who beat go on, whoever they are."""
+    late = [stands("c", over=True), told("d", 4, stood="2", of=5, living=5, over=True)]
+    joining = [new(name, living=9) for name in "xyz"]
+    assert graced(*late, *joining).what == "wait"
+    assert graced(*joining).what == "wait"
+    assert graced(*(new(name, living=3) for name in "xyz")).what == "exchange"
+
+
+def test_a_late_member_that_is_there_already_does_not_make_the_others_go_on_without_one_of_them() -> None:
+    found = graced(stands("a"), told("c", 4, stood="2", of=4, living=4, over=True))
+    assert found.what == "wait"
+
+
+def test_who_is_late_gives_its_movement_and_is_not_the_source() -> None:
+    late = told("a", 4, stood="2", of=4, living=4, over=True)
+    found = graced(late, *(stands(name) for name in "bcd"), new("x"))
+    assert found.what == "exchange"
+    assert names(found) == ["a", "b", "c", "d", "x"]
+    assert (found.giving, found.late, found.source.name) == ({"b", "c", "d"}, {"a"}, "b")
+    assert of(late, *(stands(name) for name in "bcd")).late == frozenset()  # without grace it joins anew
+
+
+def test_who_joins_anew_though_it_is_behind_has_no_movement_to_give() -> None:
+    on_time = [stands(name, counted=("counted",)) for name in "bcd"]
+    for name, more in {"frozen": {"frozen": True}, "nan": {"finite": False}, "counted": {"attempt": "5"}}.items():
+        found = graced(told(name, 4, stood="2", of=4, living=4, **more), *on_time)
+        assert (found.what, found.late, found.giving) == ("exchange", frozenset(), {"b", "c", "d"})
+        assert name in names(found)
+
+
+def test_a_frozen_member_that_is_not_behind_gives_as_the_others() -> None:
+    found = graced(stands("a", frozen=True), stands("b"), stands("c"))
+    assert (found.giving, found.late) == ({"a", "b", "c"}, frozenset())
+
+
+def test_an_exchange_of_a_late_member_counts_where_those_on_time_have_its_result() -> None:
+    done: dict[str, Any] = {"attempt": "6", "done": True}
+    on_time = [stands(name, **done) for name in "bcd"]
+    found = graced(told("a", 4, stood="2", attempt="6"), *on_time)
+    assert (found.what, found.attempt, names(found)) == ("commit", "6", ["b", "c", "d"])
+    found = graced(told("a", 4, stood="2", **done), *on_time)
+    assert (found.what, names(found)) == ("commit", ["a", "b", "c", "d"])
+
+
+def test_an_exchange_that_failed_is_made_again_with_the_late_members_movement() -> None:
+    late = told("a", 4, stood="2", attempt="6", done=True)
+    found = graced(late, stands("b", attempt="6", done=True), stands("c", attempt="6"), stands("d", attempt="6"))
+    assert (found.what, found.giving, found.late) == ("exchange", {"b", "c", "d"}, {"a"})
+
+
+def test_fewer_than_min_workers_wait_however_long() -> None:
+    assert graced(stands("a", of=1, living=1, over=True), min_workers=2).what == "wait"

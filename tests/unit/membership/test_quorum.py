@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 
 from qsr_engine.config.membership import MembershipConfig
 from qsr_engine.config.strict import ConfigError
+from qsr_engine.membership import quorum as quorum_module
 from qsr_engine.membership.members import Telling
 from qsr_engine.membership.quorum import Lighthouse, Members, _telling, start_lighthouse, torchft_part
 from tests.support.pool import free_port
@@ -68,6 +71,57 @@ def test_what_a_worker_of_another_version_tells_can_be_read() -> None:
     told = dataclasses.asdict(Telling("a", "a:1", 3, True, {"qsr_engine": "9.9"})) | {"new": 1}
     del told["launch"]
     assert _telling(json.dumps(told)) == Telling("a", "a:1", 3, True, {"qsr_engine": "9.9"})
+
+
+def test_with_grace_the_lighthouse_does_not_wait_for_all_and_says_who_lives() -> None:
+    """b beats and does not ask; d has not beaten for long."""
+    port, grace = free_port(), 1.0
+    lighthouse = start_lighthouse(port, 3.0, grace)
+    a, b, c, d = (Lighthouse(f"http://127.0.0.1:{port}", name, 3.0) for name in "abcd")
+    d.close()
+    time.sleep(3.5)  # until d has left
+    assert a.living() == {"a", "b", "c"}
+    telling = Telling("c", "c:1", 3, True, {"model": "1"})
+    with ThreadPoolExecutor() as threads:
+        began = time.monotonic()
+        of_c = threads.submit(c.ask, telling, lambda: None, ("b", "c"))
+        quorum = a.ask(dataclasses.replace(telling, name="a", joined=False, counted=("x",)), lambda: None, ())
+        took = time.monotonic() - began
+        assert of_c.result().there == quorum.there
+    assert grace <= took < grace + 2
+    assert [(one.name, one.living, one.counted, one.frozen) for one in quorum.there] == [
+        ("a", 3, ("x",), False),  # it has not joined: of all
+        ("c", 2, (), False),
+    ]
+    assert quorum.living == {"a", "b", "c"}
+    for one in (a, b, c):
+        one.close()
+    lighthouse.shutdown()
+
+
+def test_who_was_frozen_says_so_until_it_stands_with_the_members_again() -> None:
+    port = free_port()
+    lighthouse = start_lighthouse(port, 1.0, 1.0)
+    a = Lighthouse(f"http://127.0.0.1:{port}", "a", 1.0)
+    telling = Telling("a", "a:1", 3, True, {"model": "1"})
+    assert not a.ask(telling, lambda: None, ("a",)).there[0].frozen
+    a._last -= 5  # as where the process has slept
+    found = a.ask(telling, lambda: None, ("a",)).there[0]
+    assert found.frozen
+    assert a.ask(found, lambda: None, ("a",)).there[0].frozen
+    a.close()
+    lighthouse.shutdown()
+
+
+def test_a_page_that_is_not_a_lighthouses_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_port()
+    lighthouse = start_lighthouse(port, 3.0, 1.0)
+    a = Lighthouse(f"http://127.0.0.1:{port}", "a", 3.0)
+    monkeypatch.setattr(quorum_module, "_BEAT", re.compile("(another)(page)"))
+    with pytest.raises(RuntimeError, match=r"/status does not say that this worker beats"):
+        a.living()
+    a.close()
+    lighthouse.shutdown()
 
 
 def test_who_is_started_again_does_not_wait_for_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from qsr_engine.records.members import MemberEvent, counts, spans
 from qsr_engine.records.monitor import Monitor
 from qsr_engine.records.plots import plots
 from qsr_engine.records.records import Record
@@ -67,6 +68,30 @@ def test_who_came_and_went_is_a_note_and_a_picture(tmp_path: Path) -> None:
     )
     drawn = plots([run], tmp_path)
     assert "members_over_steps.png" in {file.name for file in drawn}
+
+
+def test_who_is_late_is_a_member_again_when_its_movement_has_come() -> None:
+    events = [
+        MemberEvent(0, "join", "0.a"),
+        MemberEvent(0, "join", "1.b"),
+        MemberEvent(4, "missing", "0.a"),
+        MemberEvent(8, "late", "0.a"),
+        MemberEvent(12, "missing", "1.b"),
+        MemberEvent(16, "leave", "1.b"),
+    ]
+    assert spans(events, 20) == {"0.a": [(0, 4), (8, 20)], "1.b": [(0, 12)]}
+    assert counts(events, 20) == [(0, 2), (4, 1), (8, 2), (12, 1), (20, 1)]
+
+
+def test_late_movements_are_counted_in_a_note(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    more = [
+        {"step": 10, "event": "missing", "member": "0.a"},
+        {"step": 20, "event": "late", "member": "0.a", "rounds": 1},
+    ]
+    (folder / EVENTS).write_text("".join(json.dumps(line) + "\n" for line in [*LINES, *more]))
+    (note,) = (note for note in read_run(folder).notes if "members" in note)
+    assert "1 left, 1 were not there in time, 1 movements came late, 1 averagings failed" in note
 
 
 def test_a_run_of_fixed_workers_has_neither(tmp_path: Path) -> None:

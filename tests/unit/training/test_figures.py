@@ -22,7 +22,7 @@ class Stub:
     def __init__(self, step: int, now: list[float]) -> None:
         costs: dict[str, Any] = {"averagings": 0, "bytes_sent": 0, "parallel_bytes_so_far": 0, "seconds_waiting": 0.0}
         costs |= {"averagings_percent": 0.0, "bytes_percent": 0.0}
-        costs |= {"skipped_steps_of_all_workers": 0, "left_out": {}, "clipped": {}}
+        costs |= {"skipped_steps_of_all_workers": 0, "left_out": {}, "clipped": {}, "late": 0}
         qsr = SimpleNamespace(worker_size=1)
         self.state = SimpleNamespace(
             step=step, qsr=qsr, relative_distance=None, largest_z=None, costs=SimpleNamespace(**costs), **costs
