@@ -23,6 +23,7 @@ from qsr_engine.cli.guard import LAUNCH, end, guarded, processes_of
 from qsr_engine.cli.launched import asked_file
 from qsr_engine.cli.launcher import free_port
 from qsr_engine.config.batch import check_world_size
+from qsr_engine.config.membership import MembershipConfig
 from qsr_engine.config.recipe import Recipe
 from qsr_engine.config.units import counted
 from qsr_engine.data.writing.processes import usable_cores
@@ -30,10 +31,6 @@ from qsr_engine.membership.quorum import EXPECTED, LAUNCHED, LIGHTHOUSE, WORKER,
 from qsr_engine.membership.signals import SIGNALS, STOPPED, STOPPED_FILE
 
 _LOOK = 0.2  # seconds between two looks at the workers
-_NO_GRACE = (
-    "membership.grace_seconds is set, and has no effect with {}: members go on without a late one where more than half "
-    "of them are there; start 3 or more (`--ranks`)"
-)
 
 
 def launch_workers(recipe: Recipe, ranks: int, words: Sequence[str], *, restarts: int) -> int:
@@ -56,13 +53,22 @@ def launch_workers(recipe: Recipe, ranks: int, words: Sequence[str], *, restarts
         more = {LAUNCH: launch, LAUNCHED: launch, "TORCH_CPP_LOG_LEVEL": "ERROR"}
         if not os.environ.get(LIGHTHOUSE):
             more |= {LIGHTHOUSE: stack.enter_context(_lighthouse(recipe)), EXPECTED: str(workers)}
-            if recipe.qsr.membership.grace_seconds is not None and workers < 3:
-                print(f"qsr: {_NO_GRACE.format(counted(workers, 'worker'))}", file=sys.stderr)
+            print(no_grace(recipe.qsr.membership, workers), end="", file=sys.stderr)
         if "OMP_NUM_THREADS" not in os.environ:
             more["OMP_NUM_THREADS"] = str(max(1, usable_cores() // ranks))
         there = [_Worker(number, recipe.qsr.worker_size, words, Path(folder), more) for number in range(workers)]
         stack.callback(lambda: end(processes_of(launch)))
         return _watch(there, restarts)
+
+
+def no_grace(membership: MembershipConfig, workers: int) -> str:
+    """A line where a grace is asked for that has no effect with so few workers."""
+    if membership.grace_seconds is None or workers > 2:
+        return ""
+    return (
+        f"qsr: membership.grace_seconds has no effect with {counted(workers, 'worker')}: members go on without a late "
+        "one where more than half of them are there; start 3 or more (`--ranks`)\n"
+    )
 
 
 @contextlib.contextmanager

@@ -196,3 +196,9 @@ def test_an_exchange_that_failed_is_made_again_with_the_late_members_movement() 
 
 def test_fewer_than_min_workers_wait_however_long() -> None:
     assert graced(stands("a", of=1, living=1, over=True), min_workers=2).what == "wait"
+
+
+def test_who_stands_elsewhere_does_not_count_among_those_who_stood_together() -> None:
+    """Two parts of a run that went on from different boundaries, until they meet again at the same step."""
+    found = graced(stands("a", over=True), told("d", stood="5", of=1, living=1, over=True))
+    assert found.what == "wait"
