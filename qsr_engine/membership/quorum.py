@@ -2,7 +2,8 @@
 
 The only file that imports torchft (0.2). What is decided from its answers is in members.py.
 
-    every worker    beats, and asks for a quorum at a boundary; its first rank does both, and tells the others
+    every worker    asks for a quorum at a boundary, and beats from the first one on; its first rank does both, and
+                    tells the others
     lighthouse      answers when all who beat have asked, or all who were in the last quorum have; who has not beaten
                     for `timeout_seconds` is not waited for. With grace it answers some time after the first has asked,
                     if more than half of those who beat have; its status page tells who beats
@@ -97,7 +98,7 @@ class Lighthouse:
         self._beating, self._closed = threading.Event(), threading.Event()
         self._returned = 0.0  # when the lighthouse was back, the last time
         deadline = time.monotonic() + timeout_seconds
-        while (problem := self._first_beat()) is not None:
+        while (problem := self._reach()) is not None:
             if time.monotonic() > deadline:
                 raise ConfigError(
                     f"no lighthouse answers at {address} ({LIGHTHOUSE}), for {timeout_seconds:g} s: {problem}; start "
@@ -105,14 +106,13 @@ class Lighthouse:
                 ) from problem
             time.sleep(self.interval)
         self._last = time.monotonic()  # when this process was awake
-        self._beating.set()
+        self._asked = False
         threading.Thread(target=self._beat, name="qsr beats", daemon=True).start()
 
-    def _first_beat(self) -> Exception | None:
-        """Why there is none. A lighthouse that has died may be on its way back."""
+    def _reach(self) -> Exception | None:
+        """Why it cannot be reached. One that has died may be on its way back."""
         try:
             self._client = self._connect()
-            self._client.heartbeat(self.name, timedelta(seconds=self._timeout))
         except ConfigError:
             raise
         except Exception as error:
@@ -124,8 +124,8 @@ class Lighthouse:
         return torchft_part("LighthouseClient")(self.address, connect_timeout)
 
     def _beat(self) -> None:
-        """Until it is closed. A process that was frozen for so long that it has left does not beat before it asks
-        again: nobody should wait for the end of its round."""
+        """From the first time that it asks, until it is closed: nobody should wait while it loads its model. A process
+        that was frozen for so long that it has left does not beat before it asks again, for the end of its round."""
         client: Any = None
         with suppress(Exception):  # it may go down between two lines
             client = self._connect()
@@ -148,7 +148,7 @@ class Lighthouse:
     @property
     def has_left(self) -> bool:
         """Whether this process was frozen, and the others go on without it until it asks again."""
-        return not self._beating.is_set() or time.monotonic() - self._last > self._timeout
+        return self._asked and (not self._beating.is_set() or time.monotonic() - self._last > self._timeout)
 
     def living(self) -> frozenset[str]:
         """The names of those who beat, this one among them, from the lighthouse's status page.
@@ -176,6 +176,7 @@ class Lighthouse:
                 without.
         """
         telling = dataclasses.replace(telling, frozen=telling.frozen or self.has_left)
+        self._asked = True
         self._beating.set()
         told = False
         while True:

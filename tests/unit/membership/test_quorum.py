@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,11 +48,35 @@ def test_a_lighthouse_that_is_on_its_way_back_is_waited_for() -> None:
     made[0].shutdown()
 
 
+def beating(port: int, name: str, timeout: float) -> Lighthouse:
+    """A worker in its round, which has asked before."""
+    line = Lighthouse(f"http://127.0.0.1:{port}", name, timeout)
+    line._asked = True
+    line._beating.set()
+    line._client.heartbeat(name, timedelta(seconds=timeout))
+    return line
+
+
+def test_nobody_waits_for_a_worker_that_has_not_asked_yet() -> None:
+    """It loads its model and a checkpoint between the two, which may take minutes."""
+    port = free_port()
+    lighthouse = start_lighthouse(port, 5.0)
+    a, b = (Lighthouse(f"http://127.0.0.1:{port}", name, 5.0) for name in "ab")
+    time.sleep(3 * b.interval)
+    began = time.monotonic()
+    quorum = a.ask(Telling("a", "a:1", 3, True, {"model": "1"}), lambda: None)
+    assert [one.name for one in quorum.there] == ["a"]
+    assert time.monotonic() - began < 2
+    a.close()
+    b.close()
+    lighthouse.shutdown()
+
+
 def test_all_who_are_there_are_waited_for_and_who_was_frozen_is_not() -> None:
     port = free_port()
     lighthouse = start_lighthouse(port, 1.0)
     waited: list[None] = []
-    a, b = (Lighthouse(f"http://127.0.0.1:{port}", name, 1.0) for name in "ab")
+    a, b = (beating(port, name, 1.0) for name in "ab")
     b._last -= 5  # as where the process has slept
     time.sleep(3 * b.interval)
     began = time.monotonic()
@@ -77,7 +102,7 @@ def test_with_grace_the_lighthouse_does_not_wait_for_all_and_says_who_lives() ->
     """b beats and does not ask; d has not beaten for long."""
     port, grace = free_port(), 1.0
     lighthouse = start_lighthouse(port, 3.0, grace)
-    a, b, c, d = (Lighthouse(f"http://127.0.0.1:{port}", name, 3.0) for name in "abcd")
+    a, b, c, d = (beating(port, name, 3.0) for name in "abcd")
     d.close()
     time.sleep(3.5)  # until d has left
     assert a.living() == {"a", "b", "c"}
