@@ -92,7 +92,7 @@ def test_one_is_late_and_another_joins_at_the_same_boundary(tmp_path: Path) -> N
         run.start("b", qsr=qsr(), part=0, waits={5: ("c", "boundary", 6)})
         run.start("c", qsr=qsr(), part=10, waits={7: ("b", "asks", 6)})
         run.start("d", qsr=qsr(), part=20, waits={7: ("a", "asks", 0)})
-        run.wait("c", lambda line: line["what"] == "boundary" and line["step"] == 4)
+        run.wait("c", lambda line: line["what"] == "boundary" and line["step"] == 6)  # else it would join there
         run.start("a", qsr=qsr(), part=30, seed=9)
         assert run.ended("a", "b", "c", "d") == [0] * 4
         there = {"b": (0, 12), "c": (0, 12), "d": (0, 12), "a": (8, 12)}

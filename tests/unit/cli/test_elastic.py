@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from qsr_engine.cli import lighthouse
 from qsr_engine.cli.elastic import no_grace
 from qsr_engine.cli.errors import ERROR
 from qsr_engine.cli.main import main
@@ -40,7 +39,7 @@ def test_the_lighthouse_gets_its_grace(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ServedError
 
     monkeypatch.setattr(quorum, "start_lighthouse", start)
-    monkeypatch.setattr(lighthouse.threading, "Event", lambda: type("Event", (), {"wait": wait})())
+    monkeypatch.setattr("qsr_engine.cli.lighthouse.threading.Event", lambda: type("Event", (), {"wait": wait})())
     for words in ([], ["--grace-seconds", "20"]):
         with pytest.raises(ServedError):
             main(["lighthouse", "--port", "29600", *words])
