@@ -38,7 +38,7 @@ def read_events(path: Path) -> list[MemberEvent]:
     return sorted(found, key=lambda event: event.step)
 
 
-def _samples(line: Mapping[str, Any]) -> tuple[int, int, int]:
+def _samples(line: Mapping[Any, Any]) -> tuple[int, int, int]:
     lost, twice, missed = (line.get(name, 0) for name in ("samples_lost", "samples_twice", "samples_missed"))
     counts = (lost, twice, missed)
     return counts if all(isinstance(count, int) for count in counts) else (0, 0, 0)

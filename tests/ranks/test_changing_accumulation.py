@@ -57,7 +57,7 @@ def job(combination: Combination | None, worker_size: int) -> tuple[list[torch.T
     return [value.clone() for value in state_of(engine).values()], seen, refused
 
 
-@pytest.mark.fast_cells(2)
+@pytest.mark.fast_cells(2, of=7)
 @pytest.mark.parametrize(
     ("combination", "worker_size"),
     [

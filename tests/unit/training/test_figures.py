@@ -96,6 +96,16 @@ def test_workers_tell_at_the_same_steps_whether_or_not_a_run_was_stopped(monkeyp
     assert stopped == ([(3, [2.0]), *undisturbed], accuracy)
 
 
+def test_steps_count_alike_however_many_micro_batches_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A member's number of micro-batches changes at boundaries."""
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
+    run = Stub(0, [0.0])
+    run.figures.add(torch.tensor(1.0), torch.tensor(10.0), last=False)
+    run.figures.add(torch.tensor(3.0), torch.tensor(30.0))
+    record = run.log(2)  # after a step with a loss of 1 and 50 % in one micro-batch
+    assert (record.loss, record.train_accuracy) == (1.5, 35.0)
+
+
 def test_a_mixed_picture_counts_by_the_share_of_the_class_that_is_answered() -> None:
     """As the authors count: lambda and 1 - lambda for the classes of the two pictures that were mixed."""
     torch.manual_seed(0)
