@@ -273,8 +273,8 @@ def elastic(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="qsr-soak-") as at:
         folder, figures = Path(at), dict[str, object]()
         if options.minutes:
-            found, counts = soak_elastic.soak(folder, 60 * options.minutes, options.seed)
-            report.add(soak_elastic.shown(found, counts, options.minutes))
+            found, counts = soak_elastic.soak(folder, 60 * options.minutes, options.seed, options.grace_seconds)
+            report.add(soak_elastic.shown(found, counts, options.minutes, options.grace_seconds))
             figures |= {"found": found, "faults": dict(counts)}
         if options.against:
             write_digits(folder / "shards")
@@ -294,6 +294,7 @@ def main() -> int:
     made.add_argument("--engine", choices=["deepspeed", "fsdp"], default="fsdp")
     made.add_argument("--elastic", action="store_true", help="workers that come and go")
     made.add_argument("--against", type=float, default=0.0, metavar="SECONDS", help="of each way; 0: leave it out")
+    made.add_argument("--grace-seconds", type=float, help="of the members of --elastic; default: none")
     made.add_argument("--pause", type=float, default=60.0, help="seconds between two failures of these")
     options = made.parse_args()
     if options.elastic:

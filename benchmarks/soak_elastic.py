@@ -3,7 +3,8 @@
 Part 1: WORKERS members train; every few seconds one is killed, frozen for a while, or joins, or the lighthouse is
 killed and comes back. Every member writes a line a boundary, from which follow:
 
-    lost       seconds by which a boundary at which somebody had left took longer than the median of the others
+    lost       seconds by which a boundary at which somebody had left took longer than the median of the others;
+               boundaries during which the lighthouse was away are counted by themselves
     twice      steps that a member took twice
     different  boundaries after which two members did not hold the same bits
 
@@ -18,6 +19,7 @@ import json
 import os
 import random
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -42,8 +44,10 @@ def port() -> int:
 class Elastic:
     """The members of part 1, and what was done to them."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.folder, self.random, self.counts = folder, random.Random(seed), Counter[str]()
+    def __init__(self, folder: Path, seed: int, grace: float | None) -> None:
+        self.folder, self.random, self.counts, self._grace = folder, random.Random(seed), Counter[str](), grace
+        self.outages: list[tuple[float, float]] = []  # of the lighthouse
+        self._away: float | None = None  # since when it is
         self.port, self.number = port(), 0
         self._log = (folder / "log").open("w")
         self.lighthouse: subprocess.Popen[bytes] | None = None
@@ -53,6 +57,7 @@ class Elastic:
 
     def light(self) -> None:
         words = ["lighthouse", "--port", str(self.port), "--timeout-seconds", str(TIMEOUT)]
+        words += ["--grace-seconds", str(self._grace)] if self._grace else []
         command = [sys.executable, "-m", "qsr_engine", *words]
         self.lighthouse = subprocess.Popen(command, stdout=self._log, stderr=self._log)
 
@@ -69,7 +74,14 @@ class Elastic:
             "QSR_EXPECTED_WORKERS": str(WORKERS),
             "TORCH_CPP_LOG_LEVEL": "ERROR",
         }
-        words = [str(self.folder / f"{name}.jsonl"), str(10**8), str(PERIOD), "0.02", str(TIMEOUT)]
+        words = [
+            str(self.folder / f"{name}.jsonl"),
+            str(10**8),
+            str(PERIOD),
+            "0.02",
+            str(TIMEOUT),
+            str(self._grace or 0),
+        ]
         command = [sys.executable, "-m", "benchmarks.soak_member", *words]
         self.members[name] = subprocess.Popen(command, env=environment, stdout=self._log, stderr=self._log)
 
@@ -99,6 +111,7 @@ class Elastic:
             self.join()
         elif what == "lighthouse killed":
             assert self.lighthouse is not None
+            self._away = self._away or time.time()
             self.lighthouse.kill()
             self.lighthouse.wait()
             time.sleep(self.random.uniform(0.2, 3))
@@ -109,6 +122,9 @@ class Elastic:
         """Let time pass; who sleeps is woken up, and who has ended by itself is counted and replaced."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
+            if self._away is not None and self._answers():
+                self.outages.append((self._away, time.time()))
+                self._away = None
             for name, wakes in list(self.frozen.items()):
                 if time.monotonic() > wakes:
                     del self.frozen[name]
@@ -122,7 +138,14 @@ class Elastic:
                 self.counts["joined"] += 1
             time.sleep(0.1)
 
+    def _answers(self) -> bool:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 0.5):
+            return True
+        return False
+
     def end(self) -> None:
+        if self._away is not None:
+            self.outages.append((self._away, time.time()))
         for process in [*self.members.values(), self.lighthouse]:
             if process is not None:
                 process.kill()
@@ -130,8 +153,12 @@ class Elastic:
         self._log.close()
 
 
-def found_in(folder: Path) -> dict[str, Any]:
-    """What the lines of all members say."""
+def found_in(folder: Path, outages: list[tuple[float, float]]) -> dict[str, Any]:
+    """What the lines of all members say.
+
+    Args:
+        outages: when the lighthouse was away, in seconds since 1970.
+    """
     lines = [
         json.loads(line)
         for path in sorted(folder.glob("m*.jsonl"))
@@ -144,7 +171,11 @@ def found_in(folder: Path) -> dict[str, Any]:
         digests[row["step"]].add(row["digest"])
     calm = [row["took"] for row in rows if not row["left"]]
     typical = statistics.median(calm) if calm else 0.0
-    lost = [row["took"] - typical for row in rows if row["left"] and "." in row["left"][0]]
+    after = [row for row in rows if row["left"] and "." in row["left"][0]]
+    away = [
+        row for row in after if any(row["time"] - row["took"] < e + TIMEOUT and b < row["time"] for b, e in outages)
+    ]
+    lost = [row["took"] - typical for row in after if row not in away]
     twice, last = 0, dict[str, int]()
     for row in rows:
         twice += max(0, last.get(row["name"], -1) - row["taken"][0] + 1)
@@ -158,17 +189,20 @@ def found_in(folder: Path) -> dict[str, Any]:
             for name in {r["name"] for r in rows}
         ),
         "seconds of an undisturbed boundary, median": round(typical, 4),
+        "movements of late members in averages": sum(len(row["late"]) for row in rows if row["recorder"]),
         "boundaries at which somebody had left, by member": len(lost),
         "seconds lost by others at one, median": round(statistics.median(lost), 2) if lost else None,
         "seconds lost by others at one, worst": round(max(lost), 2) if lost else None,
+        "more of them, in which the lighthouse was away": len(away),
+        "seconds it was away, in all": round(sum(end - begin for begin, end in outages), 1),
         "steps taken twice": twice,
         "boundaries after which members differed": sum(len(of_step) > 1 for of_step in digests.values()),
     }
 
 
-def soak(folder: Path, seconds: float, seed: int) -> tuple[dict[str, Any], Counter[str]]:
+def soak(folder: Path, seconds: float, seed: int, grace: float | None) -> tuple[dict[str, Any], Counter[str]]:
     """Part 1."""
-    run = Elastic(folder, seed)
+    run = Elastic(folder, seed, grace)
     try:
         for _ in range(WORKERS):
             run.join()
@@ -180,7 +214,7 @@ def soak(folder: Path, seconds: float, seed: int) -> tuple[dict[str, Any], Count
             run.look(run.random.uniform(4, 12))
     finally:
         run.end()
-    return found_in(folder), run.counts
+    return found_in(folder, run.outages), run.counts
 
 
 RECIPE = """
@@ -267,12 +301,13 @@ def _kill_one(process: subprocess.Popen[bytes]) -> None:
         max(ranks, key=lambda rank: rank.create_time()).kill()
 
 
-def shown(found: dict[str, Any], counts: Counter[str], minutes: float) -> str:
+def shown(found: dict[str, Any], counts: Counter[str], minutes: float, grace: float | None) -> str:
+    late = f"{grace:g} s of grace" if grace else "no grace"
     rows = [*sorted(counts.items()), *found.items()]
     return "\n\n".join(
         [
             f"{minutes:.1f} minutes, {WORKERS} workers of one rank at the start and at most {MOST_WORKERS}, rounds of "
-            f"{PERIOD} steps, a time-out of {TIMEOUT:.0f} s; all of them share the cores of this machine.",
+            f"{PERIOD} steps, a time-out of {TIMEOUT:.0f} s, {late}; all of them share the cores of this machine.",
             table(("what", "times"), [[name, str(value)] for name, value in rows]),
         ]
     )

@@ -1,6 +1,6 @@
 """One worker of `python -m benchmarks.soak --elastic`: a small model on data that it makes, and a line a boundary.
 
-    python -m benchmarks.soak_member FILE STEPS H SECONDS TIMEOUT
+    python -m benchmarks.soak_member FILE STEPS H SECONDS TIMEOUT GRACE      # 0: no grace
 
 RANK and what else a launcher sets is in the environment, and TORCHFT_LIGHTHOUSE.
 """
@@ -20,7 +20,7 @@ from torch import nn
 import qsr_engine
 
 
-def main(file: str, steps: int, period: int, seconds: float, timeout: float) -> None:
+def main(file: str, steps: int, period: int, seconds: float, timeout: float, grace: float) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 16))
@@ -32,7 +32,7 @@ def main(file: str, steps: int, period: int, seconds: float, timeout: float) -> 
             "h_base": period,
             "total_steps": steps,
             "lr": {"schedule": "constant", "peak": 1e-3},
-            "membership": {"way": "torchft", "timeout_seconds": timeout},
+            "membership": {"way": "torchft", "timeout_seconds": timeout, "grace_seconds": grace or None},
         },
     }
     engine = qsr_engine.initialize_fsdp(model=model, optimizer=torch.optim.AdamW, config=config)
@@ -64,7 +64,9 @@ def main(file: str, steps: int, period: int, seconds: float, timeout: float) -> 
                     members=len(engine.standing.names),
                     repeated=member.repeated,
                     taken=[taken[0], taken[-1], len(taken)],
+                    recorder=engine.standing.recorder,
                     left=[event["member"] for event in member.events if event["event"] == "leave"],
+                    late=[event["member"] for event in member.events if event["event"] == "late"],
                 )
                 member.events, taken = [], []
         say(finished=state.step)
@@ -72,4 +74,4 @@ def main(file: str, steps: int, period: int, seconds: float, timeout: float) -> 
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]), float(sys.argv[5]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *map(float, sys.argv[4:7]))
