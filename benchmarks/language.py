@@ -1,7 +1,8 @@
 """Which strategy ends at the lower held-out loss of a language model, for the same number of tokens?
 
-    python -m benchmarks.language --runs FOLDER                  # 5 strategies, rates tuned on seed 100, seeds 0 to 2
+    python -m benchmarks.language --runs FOLDER                  # all strategies, rates tuned on seed 100, seeds 0 to 2
     python -m benchmarks.language --runs FOLDER --minutes 9      # a piece of it; the same command goes on
+    python -m benchmarks.language --runs FOLDER --strategies parallel qsr
 
 Two workers of one rank each train a GPT-2 of two layers and width 64 on bytes with `qsr train`: real process groups
 (gloo), real averaging, real shards. The text is the source of Python's own standard library, the files *.py of its
@@ -12,7 +13,11 @@ folder, which every machine with that Python has; the training part is longer th
     final   every strategy at its own best peak, all seeds
 
 QSR's alpha follows the peak: alpha / peak stays the same, so the periods do too. constant-8 and outer-8 (DiLoCo's outer
-step: Nesterov, rate 0.7, momentum 0.9) average about as often as QSR.
+step: Nesterov, rate 0.7, momentum 0.9) average about as often as QSR. Rules that came after it:
+
+    qsr-outer-units     the same outer step, its rate and momentum those of a round of 4 steps at the peak (unit_steps)
+    NAME-states         Adam's moments are averaged too, every third round and every sixth (DES-LOC)
+    muon-NAME           Muon takes the local steps, beside AdamW for embeddings and vectors (MuLoCo)
 """
 
 from __future__ import annotations
@@ -41,18 +46,26 @@ from qsr_engine.data.writing.text import write_text
 WORKERS, BATCH, CONTEXT = 2, 16, 64
 MODEL = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": CONTEXT}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # no sample comes twice
-OPTIMIZER = {"type": "AdamW", "betas": [0.9, 0.95], "weight_decay": 0.1, "gradient_clipping": 1.0}
+ADAMW = {"type": "AdamW", "betas": [0.9, 0.95], "weight_decay": 0.1, "gradient_clipping": 1.0}
+MUON = {**ADAMW, "type": "Muon", "momentum": 0.95}  # of the strategies muon-NAME
 WARMUP, LEAST = 0.05, 0.01  # of all steps, and of the peak
 PEAKS = (0.002, 0.004, 0.008)
 FURTHEST = (0.0005, 0.064)
 TUNING_SEED = 100
 OUTER = {"lr": 0.7, "momentum": 0.9, "nesterov": True}
+STATES = {"exp_avg": 3, "exp_avg_sq": 6}
 STRATEGIES: dict[str, dict[str, Any]] = {
     "parallel": {"strategy": "parallel"},
     "constant-4": {"strategy": "constant", "h_base": 4},
     "constant-8": {"strategy": "constant", "h_base": 8},
     "qsr": {"strategy": "qsr", "h_base": 4, "alpha": 1.9},  # of the peak
     "outer-8": {"strategy": "constant", "h_base": 8, "outer": OUTER},
+    "qsr-outer-units": {"strategy": "qsr", "h_base": 4, "alpha": 1.9, "outer": {**OUTER, "unit_steps": 4}},
+    "constant-8-states": {"strategy": "constant", "h_base": 8, "averaging": {"state": STATES}},
+    "qsr-states": {"strategy": "qsr", "h_base": 4, "alpha": 1.9, "averaging": {"state": STATES}},
+    "muon-parallel": {"strategy": "parallel"},
+    "muon-constant-8": {"strategy": "constant", "h_base": 8},
+    "muon-qsr": {"strategy": "qsr", "h_base": 4, "alpha": 1.9},
 }
 
 
@@ -78,7 +91,7 @@ def recipe(run: Run, steps: int, shards: Path, folder: Path) -> dict[str, Any]:
         "model": {"name": "transformers/gpt2", "kwargs": {**MODEL, **NO_DROPOUT}},
         "data": {"shards": str(shards)},
         "batch": {"train_batch_size": BATCH},
-        "optimizer": OPTIMIZER,
+        "optimizer": MUON if run.strategy.startswith("muon-") else ADAMW,
         "engine": "fsdp",
         "qsr": {**qsr, "total_steps": steps, "lr": rate},
         "logging": {"dir": str(folder), "name": run.name, "every": max(1, steps // 10), "tensorboard": False},
@@ -164,9 +177,9 @@ def beyond(losses: dict[float, float]) -> float | None:
     return following if following is not None and FURTHEST[0] <= following <= FURTHEST[1] else None
 
 
-def tune(steps: int, folder: Path, deadline: float) -> dict[str, dict[float, float]]:
+def tune(strategies: Sequence[str], steps: int, folder: Path, deadline: float) -> dict[str, dict[float, float]]:
     """For every strategy, the loss at each peak that was tried."""
-    tried: dict[str, list[float]] = {name: list(PEAKS) for name in STRATEGIES}
+    tried: dict[str, list[float]] = {name: list(PEAKS) for name in strategies}
     while True:
         runs = [Run(name, peak, TUNING_SEED) for name, peaks in tried.items() for peak in peaks]
         train_all(runs, steps, folder, deadline)
@@ -174,7 +187,7 @@ def tune(steps: int, folder: Path, deadline: float) -> dict[str, dict[float, flo
             name: {peak: loss_of(Run(name, peak, TUNING_SEED), folder) for peak in peaks}
             for name, peaks in tried.items()
         }
-        more = {name: peak for name in STRATEGIES if (peak := beyond(found[name])) is not None}
+        more = {name: peak for name in strategies if (peak := beyond(found[name])) is not None}
         if not more:
             return found
         for name, peak in more.items():
@@ -227,6 +240,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--runs", type=Path, required=True, metavar="FOLDER", help="what is finished there is kept")
+    made.add_argument("--strategies", nargs="+", choices=list(STRATEGIES), default=list(STRATEGIES), metavar="NAME")
     made.add_argument("--steps", type=int, default=500)
     made.add_argument("--seeds", type=int, default=3, choices=range(2, 31))
     made.add_argument("--minutes", type=float, default=600.0, help="no run begins that would end after them")
@@ -234,7 +248,7 @@ def main() -> None:
     deadline = time.time() + 60 * args.minutes
     make_shards(args.runs / "shards")
     try:
-        tunings = tune(args.steps, args.runs, deadline)
+        tunings = tune(args.strategies, args.steps, args.runs, deadline)
         best = {name: min(sorted(tuned), key=lambda peak: tuned[peak]) for name, tuned in tunings.items()}
         final = [Run(name, peak, seed) for name, peak in best.items() for seed in range(args.seeds)]
         train_all(final, args.steps, args.runs, deadline)

@@ -50,10 +50,13 @@ def _model(recipe: Recipe, index: Index) -> str:
     from qsr_engine.averaging.fragments import check_fragments
     from qsr_engine.training.loop import make_model
     from qsr_engine.training.make_task import make_task
+    from qsr_engine.training.optimizer import parameter_groups
 
     with torch.device("meta"):
         model = make_model(recipe, make_task(recipe, index))
-    check_fragments(recipe.qsr.averaging.fragments, sum(one.requires_grad for one in model.parameters()))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    check_fragments(recipe.qsr.averaging.fragments, len(trained))
+    parameter_groups(recipe, model, trained)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return f"{recipe.model.name}: {parameters / 1e6:.4g} million parameters"
 
