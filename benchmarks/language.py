@@ -67,6 +67,14 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "muon-constant-8": {"strategy": "constant", "h_base": 8},
     "muon-qsr": {"strategy": "qsr", "h_base": 4, "alpha": 1.9},
 }
+PAIRS = (
+    ("qsr", "constant-8"),
+    ("outer-8", "constant-8"),
+    ("qsr-outer-units", "qsr"),
+    ("constant-8-states", "constant-8"),
+    ("qsr-states", "qsr"),
+    ("muon-qsr", "muon-constant-8"),
+)
 
 
 @dataclass(frozen=True)
@@ -216,25 +224,45 @@ def rows_of(tunings: dict[str, dict[float, float]], seeds: int, folder: Path) ->
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    base = next(row["loss"] for row in rows if row["strategy"] == "parallel")
+    """Of every strategy; behind parallel with AdamW, and those with Muon behind that with Muon too."""
+    losses = {row["strategy"]: row["loss"] for row in rows}
+    bases = [name for name in ("parallel", "muon-parallel") if name in losses]
     lines = []
     for row in rows:
         tuned, loss = row["tuning"], row["loss"]
         edge = "" if min(tuned) < row["peak"] < max(tuned) else " (edge)"
-        behind = [one - other for one, other in zip(loss, base, strict=True)]
+        behind = [over(loss, losses[base]) if belongs(row["strategy"], base) else "" for base in bases]
         lines.append(
             [
                 row["strategy"],
                 f"{row['peak']:g}{edge}",
                 f"{statistics.mean(loss):.4f} ± {interval(loss).half:.4f}",
                 f"{statistics.mean(row['bits_per_byte']):.4f}",
-                f"{statistics.mean(behind):+.4f} ± {interval(behind).half:.4f}" if loss is not base else "",
+                *behind,
                 f"{row['averagings_percent']:.1f}",
                 f"{row['bytes_percent']:.1f}",
             ]
         )
-    columns = ["strategy", "peak", "held-out loss", "bits a byte", "over parallel", "averagings %", "bytes %"]
-    return report.table(columns, lines)
+    columns = ["strategy", "peak", "held-out loss", "bits a byte", *(f"over {base}" for base in bases)]
+    return report.table([*columns, "averagings %", "bytes %"], lines)
+
+
+def pairs(rows: list[dict[str, Any]]) -> str:
+    """A line for each of PAIRS that ran: a rule over the one that it follows."""
+    losses = {row["strategy"]: row["loss"] for row in rows}
+    ran = [(one, other) for one, other in PAIRS if one in losses and other in losses]
+    return "\n".join(f"- {one} over {other}: {over(losses[one], losses[other])}" for one, other in ran)
+
+
+def belongs(strategy: str, base: str) -> bool:
+    """Whether a strategy is compared with this one: all with parallel, those with Muon with muon-parallel too."""
+    return strategy != base and (base == "parallel" or strategy.startswith("muon-"))
+
+
+def over(loss: Sequence[float], base: Sequence[float]) -> str:
+    """How much higher, seed by seed: mean and 95 % interval."""
+    differences = [one - other for one, other in zip(loss, base, strict=True)]
+    return f"{statistics.mean(differences):+.4f} ± {interval(differences).half:.4f}"
 
 
 def main() -> None:
@@ -260,10 +288,12 @@ def main() -> None:
     found.add(
         f"{WORKERS} workers, GPT-2 of {MODEL['n_layer']} layers and width {MODEL['n_embd']}, bytes, context {CONTEXT}, "
         f"batch {BATCH}, {args.steps} steps, {rows[0]['tokens']:,} tokens, {args.seeds} seeds. Held-out loss in nats a "
-        'byte: mean and 95 % interval (Student\'s t). Over parallel: of the differences seed by seed. "edge": the best '
+        'byte: mean and 95 % interval (Student\'s t). Over another: of the differences seed by seed. "edge": the best '
         "peak is the smallest or largest tried."
     )
     found.add(table(rows))
+    if between := pairs(rows):
+        found.add(f"Seed by seed:\n\n{between}")
     tried = {
         row["strategy"]: ", ".join(f"{peak:g}: {loss:.4f}" for peak, loss in sorted(row["tuning"].items()))
         for row in rows
