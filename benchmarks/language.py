@@ -50,6 +50,7 @@ ADAMW = {"type": "AdamW", "betas": [0.9, 0.95], "weight_decay": 0.1, "gradient_c
 MUON = {**ADAMW, "type": "Muon", "momentum": 0.95}  # of the strategies muon-NAME
 WARMUP, LEAST = 0.05, 0.01  # of all steps, and of the peak
 PEAKS = (0.002, 0.004, 0.008)
+OUTER_PEAKS = (0.001, *PEAKS)  # momentum 0.9 carries the parameters up to seven times as far as the workers went
 FURTHEST = (0.0005, 0.064)
 TUNING_SEED = 100
 OUTER = {"lr": 0.7, "momentum": 0.9, "nesterov": True}
@@ -187,7 +188,7 @@ def beyond(losses: dict[float, float]) -> float | None:
 
 def tune(strategies: Sequence[str], steps: int, folder: Path, deadline: float) -> dict[str, dict[float, float]]:
     """For every strategy, the loss at each peak that was tried."""
-    tried: dict[str, list[float]] = {name: list(PEAKS) for name in strategies}
+    tried: dict[str, list[float]] = {name: list(OUTER_PEAKS if "outer" in name else PEAKS) for name in strategies}
     while True:
         runs = [Run(name, peak, TUNING_SEED) for name, peaks in tried.items() for peak in peaks]
         train_all(runs, steps, folder, deadline)

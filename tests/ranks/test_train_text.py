@@ -122,10 +122,12 @@ def test_a_language_model_trains_as_the_reference_says(
     assert tokens % CONTEXT == 0
 
 
-def test_the_example_of_a_text_runs(processes: Processes, tmp_path: Path, shards: Path) -> None:
-    """Its first steps, on other text."""
-    path = tmp_path / "text-qsr.yaml"
-    path.write_text((Path(__file__).parents[2] / "configs" / path.name).read_text())
+@pytest.mark.parametrize("name", ["text-qsr.yaml", "text-muon.yaml"])
+def test_the_examples_of_a_text_run(processes: Processes, tmp_path: Path, shards: Path, name: str) -> None:
+    """Their first steps, on other text."""
+    for config in (Path(__file__).parents[2] / "configs").glob("text-*.yaml"):
+        (tmp_path / config.name).write_text(config.read_text())
+    path = tmp_path / name
     sets = ["qsr.total_steps=3", "qsr.lr.warmup_steps=1", f"data.shards={shards}", f"logging.dir={tmp_path / 'runs'}"]
     assert records(train(processes, path, *sets))[-1]["step"] == 3
 
