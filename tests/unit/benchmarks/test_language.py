@@ -37,6 +37,8 @@ def test_a_strategys_recipe_is_what_its_name_says(tmp_path: Path, strategy: str)
         else None
     )
     assert qsr.averaging.state_periods == ({"exp_avg": 3, "exp_avg_sq": 6} if "states" in words else {})
+    kwargs = found.model.kwargs
+    assert {kwargs[key] for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")} == {0}, "no sample comes twice"
     assert (found.seed, qsr.lr.peak, found.logging.name) == (3, 0.004, f"{strategy}-lr0.004-seed3")
 
 
