@@ -2,7 +2,8 @@
 
     python -m benchmarks.virtual_workers --data CIFAR10 --runs FOLDER                 # again and again, until it ends
     python -m benchmarks.virtual_workers --data CIFAR10 --runs FOLDER --model vit --seconds 540
-    python -m benchmarks.virtual_workers --data CIFAR10 --runs FOLDER --device cpu --epochs 1 --samples 512 --small
+    python -m benchmarks.virtual_workers --data CIFAR10 --runs FOLDER \\
+        --device cpu --epochs 1 --samples 512 --batch 16 --small                      # a rehearsal
 
 CIFAR10 is a folder of pictures, train/CLASS/*.jpg and test/CLASS/*.jpg. The workers' models take their steps in turn on
 one device; position, schedule and rule are the package's own (`Rounds`), the outer step too (`Outer`), and a mean is
@@ -20,6 +21,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +160,7 @@ def _mean(tensors: Sequence[Tensor]) -> Tensor:
 # ---------------------------------------------------------------------------------------------- pictures and models
 
 
+@cache
 def load_pictures(folder: Path, split: str, device: torch.device) -> Batch:
     """uint8 [N, 3, 32, 32] and labels [N] on the device; decoded once, and kept beside the pictures."""
     import numpy as np
@@ -170,7 +173,7 @@ def load_pictures(folder: Path, split: str, device: torch.device) -> Batch:
         pixels = np.stack([np.asarray(Image.open(path).convert("RGB")) for _, path in paths])
         order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0))
         labels = torch.tensor([label for label, _ in paths])
-        torch.save((torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()[order], labels[order]), kept)
+        _save((torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()[order], labels[order]), kept)
     pixels, labels = torch.load(kept)
     return pixels.to(device), labels.to(device)
 
@@ -307,9 +310,14 @@ def _train(plan: Plan, workers: VirtualWorkers, pictures: Batch, seed: int, kept
         seen = augmented(pixels[chosen], generator)
         workers.step(list(zip(torch.split(seen, plan.batch), torch.split(labels[chosen], plan.batch), strict=True)))
         if time.monotonic() > plan.until and not workers.rounds.finished:
-            torch.save(workers.state_dict(), kept.with_suffix(".new"))
-            kept.with_suffix(".new").replace(kept)
+            _save(workers.state_dict(), kept)
             raise OutOfTimeError
+
+
+def _save(what: Any, path: Path) -> None:
+    """Whole or not there."""
+    torch.save(what, path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)
 
 
 def tuned(plan: Plan, strategy: str) -> dict[float, float]:
@@ -321,6 +329,20 @@ def tuned(plan: Plan, strategy: str) -> dict[float, float]:
         following = beyond(tried)
         more = [] if following is None else [following]
     return tried
+
+
+def check_same(plan: Plan) -> None:
+    """Raises SystemExit where the folder has runs of another length or size, which would be taken for these."""
+    kept = plan.runs / "settings.json"
+    keys = ("workers", "batch", "epochs", "samples", "small")
+    settings = {key: getattr(plan, key) for key in keys}
+    if not kept.exists():
+        plan.runs.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(settings))
+    found = json.loads(kept.read_text())
+    others = [f"{key} was {found[key]} and is {settings[key]}" for key in keys if found[key] != settings[key]]
+    if others:
+        sys.exit(f"{plan.runs}: it has runs in which {', '.join(others)}; write the same, or another --runs")
 
 
 def main() -> None:
@@ -346,6 +368,12 @@ def main() -> None:
         device=torch.device(arguments.device),
         until=time.monotonic() + arguments.seconds,
     )
+    if plan.samples < plan.workers * plan.batch:
+        made.error(
+            f"--samples {plan.samples} fill no step of {plan.workers} workers with a batch of {plan.batch}; write "
+            f"at least {plan.workers * plan.batch}, or a smaller --batch"
+        )
+    check_same(plan)
     lines = []
     try:
         for strategy in arguments.strategies:

@@ -49,15 +49,16 @@ def _model(recipe: Recipe, index: Index) -> str:
 
     from qsr_engine.averaging.fragments import check_fragments
     from qsr_engine.engines.replica import check_state_names
-    from qsr_engine.training.from_recipe import make_optimizer
     from qsr_engine.training.loop import make_model
     from qsr_engine.training.make_task import make_task
+    from qsr_engine.training.optimizer import make_optimizer
 
     with torch.device("meta"):
         model = make_model(recipe, make_task(recipe, index))
     averaging, trained = recipe.qsr.averaging, [one for one in model.parameters() if one.requires_grad]
     check_fragments(averaging.fragments, len(trained))
-    check_state_names(list(averaging.state_periods), make_optimizer(recipe, trained), torch.device("cpu"))
+    optimizer = make_optimizer(recipe, model, trained)
+    check_state_names(list(averaging.state_periods), optimizer, torch.device("cpu"))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return f"{recipe.model.name}: {parameters / 1e6:.4g} million parameters"
 

@@ -80,12 +80,12 @@ data:
   eval: {eval}"""
 _ADAMW = """\
 optimizer:
-  type: AdamW  # every worker has its own
+  type: AdamW  # every worker has its own; SGD, or Muon with engine fsdp
   weight_decay: 0.05
   gradient_clipping: 1.0  # per worker; 0.0 for none"""
 _SGD = """\
 optimizer:
-  type: SGD  # every worker has its own
+  type: SGD  # every worker has its own; or AdamW
   momentum: 0.9
   nesterov: true
   weight_decay: 5.0e-5

@@ -165,35 +165,42 @@ class BatchConfig(StrictModel):
 Decay = Annotated[float, Field(ge=0, lt=1)]  # of a running mean
 
 
+_READERS = {"betas": ("AdamW", "Muon"), "eps": ("AdamW", "Muon"), "momentum": ("SGD", "Muon"), "nesterov": ("SGD",)}
+
+
 class OptimizerConfig(StrictModel):
     """The local optimizer of every worker. The learning rate comes from qsr.lr."""
 
-    type: Literal["AdamW", "SGD"]
-    """`AdamW` or `SGD`"""
+    type: Literal["AdamW", "SGD", "Muon"]
+    """`AdamW`, `SGD`, or with the engine `fsdp` `Muon`: torch's Muon on the matrices of hidden layers, and AdamW on all
+    else ([which is which](averaging.md#muon-for-the-local-steps))"""
     weight_decay: NonNegative = 0.0
     """on all parameters"""
     decay_norms_and_biases: bool = True
     """`false`: no weight decay on parameters of one dimension (norms and biases)"""
     betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = [0.9, 0.999]
-    """of AdamW"""
+    """of AdamW, also beside Muon"""
     eps: Positive = 1e-8
-    """of AdamW"""
+    """of AdamW, also beside Muon"""
     momentum: Decay = 0.0
-    """of SGD"""
+    """of SGD and of Muon, which needs one, such as 0.95"""
     nesterov: bool = False
-    """of SGD"""
+    """of SGD; Muon always takes Nesterov's form"""
     gradient_clipping: NonNegative = 0.0
     """L2 norm to which every worker clips its gradient; 0 for none"""
 
     @model_validator(mode="after")
     def _reads_all(self) -> OptimizerConfig:
-        for key, reader in (("betas", "AdamW"), ("eps", "AdamW"), ("momentum", "SGD"), ("nesterov", "SGD")):
+        for key, readers in _READERS.items():
             value, default = getattr(self, key), OptimizerConfig.model_fields[key].default
-            if self.type != reader and value != default:
+            if self.type not in readers and value != default:
+                verb = "reads" if len(readers) == 1 else "read"
                 raise ValueError(
-                    f"{key} is {value!r}, which {reader} reads, and type is {self.type!r}; write {default!r}, or type "
-                    f"{reader}"
+                    f"{key} is {value!r}, which {' and '.join(readers)} {verb}, and type is {self.type!r}; write "
+                    f"{default!r}, or type {' or '.join(readers)}"
                 )
+        if self.type == "Muon" and not self.momentum:
+            raise ValueError("type is 'Muon' and momentum is 0; write a momentum such as 0.95")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov is true and momentum is 0; write a momentum such as 0.9, or nesterov false")
         return self
@@ -368,6 +375,11 @@ class Recipe(StrictModel):
                 f"precision.zero_stage is {self.precision.zero_stage} and the engine is 'fsdp', which shards "
                 "everything inside a worker, as stage 3 does; write zero_stage: 0 (`--set precision.zero_stage=0`), or "
                 "the engine deepspeed"
+            )
+        if self.engine != "fsdp" and self.optimizer.type == "Muon":
+            raise ValueError(
+                f"optimizer.type is 'Muon' and the engine is {self.engine!r}, whose ZeRO stages give an optimizer flat "
+                "parts of the parameters, and Muon needs matrices; write the engine fsdp, or type AdamW"
             )
         for key, value in self.fsdp:
             if self.engine != "fsdp" and value != getattr(FSDPOptions(), key):

@@ -175,13 +175,12 @@ def model_size(recipe: Recipe) -> tuple[Size, list[str]]:
     """Size of a recipe's model, which is made for that, and what was assumed. Raises ConfigError: no such model."""
     from qsr_engine.checkpoint.buffers import persistent_buffers
     from qsr_engine.training.make_task import make_task
+    from qsr_engine.training.optimizer import parameter_groups
 
     index, assumed = index_of(recipe)
     model = make_task(recipe, index).create_model()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [trained]
-    if not recipe.optimizer.decay_norms_and_biases:
-        groups = [[p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]]
+    groups = [group["params"] for group in parameter_groups(recipe, model, trained)]
     numbers = [parameter.numel() for parameter in trained]
     small, buffers = sum(n for n in numbers if n <= KEPT), persistent_buffers(model).values()
     shapes = tuple(tuple(tuple(parameter.shape) for parameter in group) for group in groups)

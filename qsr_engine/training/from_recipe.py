@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from qsr_engine.config.batch import Batch
 from qsr_engine.config.recipe import Recipe
 from qsr_engine.data.writing.processes import usable_cores
 from qsr_engine.local_steps.steps import LocalSteps
+from qsr_engine.training.optimizer import make_optimizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -66,7 +67,7 @@ def make_engine(recipe: Recipe, batch: Batch, model: nn.Module) -> Engine:
     Raises:
         ConfigError, AgreementError: as initialize() and initialize_fsdp().
     """
-    optimizer = partial(make_optimizer, recipe)
+    optimizer = partial(make_optimizer, recipe, model)
     if recipe.engine == "fsdp":
         fsdp: Engine = qsr_engine.initialize_fsdp(model=model, optimizer=optimizer, config=fsdp_config(recipe, batch))
         return fsdp
@@ -114,41 +115,6 @@ def _for_both(recipe: Recipe, batch: Batch) -> dict[str, Any]:
         "bf16": {"enabled": recipe.precision.dtype == "bf16"},
         "qsr": recipe.qsr.model_dump(exclude_none=True),
     }
-
-
-def make_optimizer(recipe: Recipe, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The local optimizer of every worker; the engine sets the learning rate of all its groups alike."""
-    options = recipe.optimizer
-    groups: Any = parameters if options.decay_norms_and_biases else without_decay_of_norms_and_biases(parameters)
-    if options.type == "SGD":
-        return torch.optim.SGD(
-            groups,
-            lr=recipe.qsr.lr.peak,
-            momentum=options.momentum,
-            weight_decay=options.weight_decay,
-            nesterov=options.nesterov,
-        )
-    return torch.optim.AdamW(
-        groups,
-        lr=recipe.qsr.lr.peak,
-        betas=(options.betas[0], options.betas[1]),
-        eps=options.eps,
-        weight_decay=options.weight_decay,
-    )
-
-
-def without_decay_of_norms_and_biases(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
-    """Two parameter groups: the optimizer's weight decay for matrices and kernels, none for what has one dimension.
-
-    timm's rule too (its `param_groups_weight_decay`): norms, biases and layer scales have one dimension, and nothing
-    else has in the models of timm and torchvision. A group that would be empty is left out.
-    """
-    given = list(parameters)
-    groups: list[dict[str, Any]] = [
-        {"params": [parameter for parameter in given if parameter.ndim > 1]},
-        {"params": [parameter for parameter in given if parameter.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 def share_cores() -> None:

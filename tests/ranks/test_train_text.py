@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qsr_engine.config.recipe_file import load_recipe
 from qsr_engine.data import Index, read_index, write_text
 from qsr_engine.data.loader import EvalLoader, TrainLoader
+from qsr_engine.engines.muon import MuonWithAdamW
 from qsr_engine.training.make_task import make_task
 from qsr_engine.training.text import tokens_of
 from tests.support import reference
@@ -52,12 +53,13 @@ def plain_loss(model: nn.Module, shards: Path, index: Index, config: Any) -> tup
 
 
 @pytest.mark.fast_cells(1)
-@pytest.mark.parametrize("engine", ["deepspeed", "fsdp"])
+@pytest.mark.parametrize(("engine", "optimizer"), [("deepspeed", "AdamW"), ("fsdp", "AdamW"), ("fsdp", "Muon")])
 def test_a_language_model_trains_as_the_reference_says(
-    processes: Processes, tmp_path: Path, shards: Path, engine: str
+    processes: Processes, tmp_path: Path, shards: Path, engine: str, optimizer: str
 ) -> None:
     """Shared embeddings and all, with labels smoothed; and its records are those of a text."""
-    run = train(processes, text_recipe(tmp_path, shards), f"engine={engine}", "label_smoothing=0.1")
+    more = ["optimizer.type=Muon", "optimizer.momentum=0.9"] if optimizer == "Muon" else []
+    run = train(processes, text_recipe(tmp_path, shards), f"engine={engine}", "label_smoothing=0.1", *more)
     resolved = load_recipe(run / "recipe.yaml")
     index = read_index(shards)
     shapes: dict[str, Any] = {"ranks": 2, "batch_size": 8, "seed": 0}
@@ -71,9 +73,20 @@ def test_a_language_model_trains_as_the_reference_says(
         blocks = tokens_of(next(streams[worker]).images, 1)
         return [(blocks[:, :-1], blocks[:, 1:])]
 
+    def make_optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        if optimizer == "AdamW":
+            return torch.optim.AdamW(parameters, lr=0, weight_decay=0.05)
+        names = [name for name, _ in make_model().named_parameters()]
+        in_blocks = [".h." in name and parameter.ndim == 2 for name, parameter in zip(names, parameters, strict=True)]
+        groups = [
+            {"params": [p for p, of_block in zip(parameters, in_blocks, strict=True) if of_block is muon], "muon": muon}
+            for muon in (True, False)
+        ]
+        return MuonWithAdamW(groups, lr=0, weight_decay=0.05, momentum=0.9, betas=(0.9, 0.999))
+
     models, _ = reference.simulate(
         make_model,
-        lambda parameters: torch.optim.AdamW(parameters, lr=0, weight_decay=0.05),
+        make_optimizer,
         batch,
         resolved.qsr.model_dump(exclude_none=True),
         workers=2,
@@ -109,10 +122,12 @@ def test_a_language_model_trains_as_the_reference_says(
     assert tokens % CONTEXT == 0
 
 
-def test_the_example_of_a_text_runs(processes: Processes, tmp_path: Path, shards: Path) -> None:
-    """Its first steps, on other text."""
-    path = tmp_path / "text-qsr.yaml"
-    path.write_text((Path(__file__).parents[2] / "configs" / path.name).read_text())
+@pytest.mark.parametrize("name", ["text-qsr.yaml", "text-muon.yaml"])
+def test_the_examples_of_a_text_run(processes: Processes, tmp_path: Path, shards: Path, name: str) -> None:
+    """Their first steps, on other text."""
+    for config in (Path(__file__).parents[2] / "configs").glob("text-*.yaml"):
+        (tmp_path / config.name).write_text(config.read_text())
+    path = tmp_path / name
     sets = ["qsr.total_steps=3", "qsr.lr.warmup_steps=1", f"data.shards={shards}", f"logging.dir={tmp_path / 'runs'}"]
     assert records(train(processes, path, *sets))[-1]["step"] == 3
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -108,3 +109,26 @@ def test_pictures_move_by_at_most_four_pixels() -> None:
     assert rows.min() == 6
     assert rows.max() == 14
     assert {int(column) for column in columns} == {*range(16, 25), *range(7, 16)}
+
+
+def main_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *options: str) -> None:
+    words = ["--data", str(tmp_path), "--runs", str(tmp_path / "runs"), "--device", "cpu", *options]
+    monkeypatch.setattr(sys, "argv", ["virtual_workers", *words])
+    virtual_workers.main()
+
+
+def test_pictures_that_fill_no_step_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main_with(monkeypatch, tmp_path, "--samples", "512")
+    assert "--samples 512 fill no step of 8 workers with a batch of 128; write at least 1024" in capsys.readouterr().err
+
+
+def test_runs_of_another_length_are_not_taken_for_these(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(virtual_workers, "tuned", lambda plan, strategy: {1.0: 50.0})
+    monkeypatch.setattr(virtual_workers, "accuracy", lambda *_: {"accuracy": 50.0, "averagings_percent": 25.0})
+    main_with(monkeypatch, tmp_path, "--epochs", "1")
+    main_with(monkeypatch, tmp_path, "--epochs", "1", "--model", "vit", "--seconds", "5")
+    with pytest.raises(SystemExit, match=r"runs in which epochs was 1 and is 200; write the same, or another --runs"):
+        main_with(monkeypatch, tmp_path)

@@ -411,9 +411,24 @@ def test_switch_and_decay_in_epochs(tmp_path: Path) -> None:
         ("precision.dtype=fp8", "precision.dtype: found 'fp8'"),
         ("precision.zero_stage=4", "precision.zero_stage: found 4"),
         ("precision.dtype=fp16", "precision.dtype is 'fp16' and precision.zero_stage is 0"),
-        ("optimizer={type: AdamW, momentum: 0.9}", "optimizer: momentum is 0.9, which SGD reads, and type is 'AdamW'"),
-        ("optimizer.betas=[0.9, 0.99]", "optimizer: betas is [0.9, 0.99], which AdamW reads, and type is 'SGD'"),
-        ("optimizer.eps=1e-6", "optimizer: eps is 1e-06, which AdamW reads"),
+        (
+            "optimizer={type: AdamW, momentum: 0.9}",
+            "optimizer: momentum is 0.9, which SGD and Muon read, and type is 'AdamW'; write 0.0, or type SGD or Muon",
+        ),
+        (
+            "optimizer.betas=[0.9, 0.99]",
+            "optimizer: betas is [0.9, 0.99], which AdamW and Muon read, and type is 'SGD'",
+        ),
+        ("optimizer.eps=1e-6", "optimizer: eps is 1e-06, which AdamW and Muon read"),
+        (
+            "optimizer={type: Muon, momentum: 0.95, nesterov: true}",
+            "optimizer: nesterov is True, which SGD reads, and type is 'Muon'; write False, or type SGD",
+        ),
+        ("optimizer={type: Muon}", "optimizer: type is 'Muon' and momentum is 0; write a momentum such as 0.95"),
+        (
+            "optimizer={type: Muon, momentum: 0.95}",
+            "optimizer.type is 'Muon' and the engine is 'deepspeed', whose ZeRO stages give an optimizer flat parts",
+        ),
         ("optimizer={type: AdamW, betas: [0.9, 1.0]}", "optimizer.betas.1: found 1.0; input should be less than 1"),
         ("optimizer={type: SGD, nesterov: true}", "optimizer: nesterov is true and momentum is 0"),
         ("precision={dtype: bf16, autocast: bf16}", "precision: autocast is 'bf16' and dtype is 'bf16'"),

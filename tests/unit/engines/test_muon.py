@@ -53,10 +53,28 @@ def test_it_is_torchs_two_optimizers_also_after_a_state_was_loaded(last: bool) -
     take_steps(theirs, both, seed=1)
     resumed = make(ours)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for group in (group for one in (resumed, *both) for group in one.param_groups):
+        group["lr"] = 0.01  # as the engine does before every step
     take_steps(ours, [resumed], seed=2)
     take_steps(theirs, both, seed=2)
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
     assert sum("momentum_buffer" in state for state in resumed.state.values()) == len(matrices)
+
+
+def test_a_closure_computes_gradients_and_its_loss_is_given() -> None:
+    made = model()
+    optimizer = MuonWithAdamW(made.parameters())
+
+    def closure() -> float:
+        loss = made[0](torch.ones(2, 5)).square().sum()
+        loss.backward()
+        return loss.item()
+
+    twin = copy.deepcopy(made)
+    with torch.no_grad():  # as an engine may call it
+        given = optimizer.step(closure)
+    assert given == float(twin[0](torch.ones(2, 5)).square().sum())
+    assert not torch.equal(made[0].weight, twin[0].weight)
 
 
 def test_a_bias_in_a_group_for_muon_is_refused() -> None:

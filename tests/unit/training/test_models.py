@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from qsr_engine.config.recipe import ModelConfig
 from qsr_engine.config.strict import ConfigError
 from qsr_engine.engines.fsdp.blocks import find_blocks
-from qsr_engine.training.from_recipe import without_decay_of_norms_and_biases
 from qsr_engine.training.models import create_model, loss_of
+from qsr_engine.training.optimizer import without_decay_of_norms_and_biases
 from qsr_engine.training.simple_vit import SimpleViT
 from qsr_engine.training.vit import FixedPositions, PlainViT, fill, sincos_positions
 

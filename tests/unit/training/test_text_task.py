@@ -136,6 +136,10 @@ def test_plan_init_and_a_dry_run_of_a_text(
     recipe = text_recipe(tmp_path, shards)
     assert main(["plan", str(recipe), "--json", "--workers", "2", "--bandwidth", "1gbit", "--step-seconds", "1ms"]) == 0
     assert json.loads(capsys.readouterr().out)["total_steps"] == 14
+    muon = ["--set", "optimizer={type: Muon, momentum: 0.95}", "--set", "engine=fsdp"]
+    for command in (["plan"], ["train", "--dry-run", "--ranks", "2"]):
+        assert main([*command, str(recipe), *muon]) == 0
+    capsys.readouterr()
     elsewhere = ["--set", "data.shards=none", "--set", "model.kwargs.n_positions=8"]
     assert (
         main(["plan", str(recipe), *elsewhere, "--workers", "2", "--bandwidth", "1gbit", "--step-seconds", "1ms"]) == 0
