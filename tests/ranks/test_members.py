@@ -120,10 +120,12 @@ def test_many_join_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_lighthouse_dies_and_a_worker_freezes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("grace", [None, 1.0])
+def test_the_lighthouse_dies_and_a_worker_freezes(tmp_path: Path, grace: float | None) -> None:
     """Without a lighthouse members wait at the boundary, together. One that was frozen joins as a new one."""
     block = qsr(total_steps=60, alpha=0.0, h_base=5)
-    with cluster(tmp_path, TIMEOUT, expected=3) as run:
+    block["membership"]["grace_seconds"] = grace
+    with cluster(tmp_path, TIMEOUT, expected=3, grace=grace) as run:
         for number, name in enumerate("abc"):
             run.start(name, qsr=block, part=10 * number, seconds=0.1, freezes_at=22 if name == "c" else None)
         run.wait("a", lambda line: line["what"] == "step" and line["step"] == 6)
@@ -141,6 +143,7 @@ def test_the_lighthouse_dies_and_a_worker_freezes(tmp_path: Path) -> None:
             assert len({one[step]["digest"] for one in of_each if step in one}) == 1
         ends = [next(line for line in run.said(name) if line["what"] == "finished") for name in "abc"]
         assert ends[0]["values"] == ends[1]["values"] == ends[2]["values"]
+        assert [one[60]["late"] for one in of_each] == [0, 0, 0]  # what it did while the others went on is lost
 
 
 def test_who_runs_something_else_is_refused_and_who_is_not_finite_joins_anew(tmp_path: Path) -> None:
