@@ -2,7 +2,8 @@
 
     python -m benchmarks.frontier --runs FOLDER                       # digits, 16,000 steps, every rule
     python -m benchmarks.frontier --runs FOLDER --part varied         # what theory says matters, one at a time
-    python -m benchmarks.frontier --runs FOLDER --part sparse         # where only the drift along minimizers learns
+    python -m benchmarks.frontier --runs FOLDER --part fixed          # at rates that are too large
+    python -m benchmarks.frontier --runs FOLDER --part regressions    # where only the drift along minimizers learns
     python -m benchmarks.frontier --runs FOLDER --part pictures --data CIFAR10_FOLDER
 
 K workers and 30 trials are the rows of one tensor in one process, on one core; the position, the schedule, the rule and
@@ -26,14 +27,12 @@ from pathlib import Path
 import torch
 
 from benchmarks import report
+from benchmarks.frontier.cases import PARTS
 from benchmarks.frontier.rules import RULES
 from benchmarks.frontier.statements import Row, difference, pairs, verdict, with_interval
-from benchmarks.frontier.study import Runs, main_cases, picture_cases, run_all, sparse_cases, varied_cases
+from benchmarks.frontier.study import Runs, run_all
 from benchmarks.intervals import interval
 from benchmarks.report import Report, parser
-
-PARTS = {"main": main_cases, "varied": varied_cases, "sparse": sparse_cases, "pictures": picture_cases}
-SHARES = {"main": (0.04, 0.01, 0.0025), "varied": (0.01,), "sparse": (0.04, 0.0025), "pictures": (0.01,)}
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -84,7 +83,7 @@ def main() -> None:
     runs = Runs(arguments.runs / "frontier.jsonl", arguments.data)
     found = {}
     for part in arguments.part:
-        rows = run_all(runs, PARTS[part](SHARES[part]), arguments.seconds)
+        rows = run_all(runs, PARTS[part](), arguments.seconds)
         if rows is None:
             sys.exit(f"{runs.seconds:.0f} s of one core so far; run it again to go on")
         found[part] = rows
