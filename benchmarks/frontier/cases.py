@@ -52,6 +52,7 @@ VARIED: dict[str, dict[str, Any]] = {
         "state": (("exp_avg", 3), ("exp_avg_sq", 6)),
     },
     "three hidden layers": {"hidden": (32, 32, 32)},
+    "three hidden layers, 16,000 steps": {"hidden": (32, 32, 32), "steps": 16_000, "rate": 0.2},
     "hidden 128": {"hidden": (128,)},
     "Muon": {"optimizer": "muon", "rate": 0.01},
 }
@@ -61,7 +62,10 @@ PICTURES = dataclasses.replace(MAIN, name="cifar10", data="cifar10", samples=1_0
 
 POWERS = ("constant", "power 1", "QSR", "power 3")
 ONE = 0.01  # share of the steps in which the parts with one budget average
-PICKED = {"Muon": ("constant, outer", "QSR, outer in units")}  # beside constant H and QSR
+PICKED = {  # beside constant H and QSR
+    "Muon": ("constant, outer", "QSR, outer in units"),
+    "three hidden layers": ("power 1", "power 3", "post_local"),
+}
 
 
 def problem(name: str) -> Problem:
@@ -87,11 +91,8 @@ def varied() -> list[Case]:
 def fixed() -> list[Case]:
     """At rates that are too large, which nobody tuned."""
     rules = [rule for rule in RULES if "outer" not in rule]
-    found = []
-    for times in (4.0, 8.0):
-        found += cases(problem("4,000 steps"), rules, (ONE,), times)
-        found += cases(problem("hidden 128"), ("constant", "QSR"), (ONE,), times)
-    return found
+    short = [case for times in (2.0, 4.0) for case in cases(problem("4,000 steps"), rules, (ONE,), times)]
+    return [*short, *cases(problem("hidden 128"), ("constant", "QSR"), (ONE,), 2.0)]
 
 
 def pictures() -> list[Case]:

@@ -27,16 +27,21 @@ FACTORS = (0.5, 1.0, 2.0)  # of the problem's own rate, to begin with
 FURTHEST = (1 / 64, 16.0)
 
 
+class NotRunError(Exception):
+    """An outcome is asked for that is not kept, and nothing is to be trained."""
+
+
 class Runs:
     """Trains what is asked for once, and keeps every outcome as a line of JSON; a later process goes on from there.
 
     Args:
         file: of the lines.
         folder: of pictures, --data.
+        trains: False raises NotRunError for what is not kept.
     """
 
-    def __init__(self, file: Path, folder: Path | None) -> None:
-        self._file, self._folder = file, folder
+    def __init__(self, file: Path, folder: Path | None, trains: bool = True) -> None:
+        self._file, self._folder, self._trains = file, folder, trains
         self._known: dict[str, dict[str, Any]] = {}
         for line in file.read_text().splitlines() if file.exists() else []:
             found = json.loads(line)
@@ -54,6 +59,8 @@ class Runs:
         trials = trials_of(case.problem, which)
         key = key_of(case.problem, qsr, which, trials)
         if key not in self._known:
+            if not self._trains:
+                raise NotRunError(f"{case.title}, {case.rule}, {case.share:g}, {rate:g}")
             outcome = train(self._batches(case.problem, trials, which), qsr)
             line = {"key": key, "case": f"{case.problem.name}, {case.rule}, {case.share:g}, {rate:g}, block {which}"}
             self._known[key] = {**line, **dataclasses.asdict(outcome)}
@@ -67,6 +74,14 @@ class Runs:
         if problem.data in REGRESSIONS:
             return REGRESSIONS[problem.data](problem, trials, which)
         return Batches(problem, pictures_of(problem, self._folder), trials, which)
+
+    def has(self, case: Case) -> bool:
+        """All that a row needs, where nothing is trained."""
+        try:
+            self.result(case)
+        except NotRunError:
+            return False
+        return True
 
     def tune(self, case: Case) -> dict[float, float]:
         """Mean error at each factor of the rate that was tried: the best lies between two others, or at the end."""
@@ -84,6 +99,7 @@ class Runs:
         return {
             "problem": case.title,
             "rule": case.rule,
+            "unit": "squared error" if case.problem.data in REGRESSIONS else "points",
             "budget": case.share,
             "period_at_peak": case.period,
             "rate": case.problem.rate * factor,

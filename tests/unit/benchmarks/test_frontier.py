@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from benchmarks.frontier import cases, study
 from benchmarks.frontier.muon import BatchedMuon
+from benchmarks.frontier.predictions import PREDICTED
 from benchmarks.frontier.problems import CLASSES, Batches, Network, Pictures, Problem
 from benchmarks.frontier.rules import RULES, block, period_for
 from benchmarks.frontier.sensing import SIZE, sensing_batches
 from benchmarks.frontier.sparse import sparse_batches
-from benchmarks.frontier.statements import difference, verdict
+from benchmarks.frontier.statements import difference, foretold, verdict
 from benchmarks.frontier.workers import Outcome, end_of
 from qsr_engine.engines.muon import MuonWithAdamW
 from qsr_engine.schedule import rounds
@@ -174,6 +175,9 @@ def test_a_verdict_says_no_more_than_the_interval() -> None:
     assert verdict(other, one).startswith("QSR errs less than constant by 0.90 ± 0.03")
     assert verdict(same, other) == "power 3 and constant cannot be told apart (+0.00 ± 0.38)"
     assert difference(one, other)[0] == pytest.approx(-0.9)
+    assert verdict(one, other, among=1000).endswith("0.03 points, all pairs considered")
+    little = {"rule": "SWAP", "errors": [value - 0.45 + (-1) ** trial for trial, value in enumerate(base)]}
+    assert verdict(little, other, among=2).endswith("by 0.45 ± 0.38 points"), "not with two pairs: ± 0.44"
 
 
 def by_autograd(name: str, rows: Tensor, inputs: Tensor) -> Tensor:
@@ -238,6 +242,42 @@ def test_batched_muon_is_torchs_muon_on_every_matrix(shape: tuple[int, int]) -> 
     wanted = torch.stack([one.detach() for one in single]) - start[:, :-2].view(-1, *shape)
     torch.testing.assert_close(moved, wanted, rtol=1e-2, atol=1e-3)
     assert wanted.abs().mean() > 0.015, "15 times the tolerance"
+
+
+REPORT = Path(__file__).parents[3] / "benchmarks" / "results" / "frontier-2026-11-29-2.json"
+
+
+def test_the_committed_rows_follow_from_the_committed_outcomes_without_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once a new key of the configuration changed what all outcomes are kept under, and everything ran again."""
+    monkeypatch.setattr(study, "train", None)
+    kept = json.loads(REPORT.read_text())["rows"]
+    (tmp_path / "raw").write_text(REPORT.with_suffix(".jsonl").read_text())
+    runs = study.Runs(tmp_path / "raw", None, trains=False)
+    for part, rows in kept.items():
+        found = [runs.result(case) for case in cases.PARTS[part]() if runs.has(case)]
+        assert json.loads(json.dumps(found)) == rows, part
+    assert len(kept["main"]) >= 25
+    unknown = cases.Case(TINY, "constant", 0.5)
+    assert not runs.has(unknown)
+    with pytest.raises(study.NotRunError, match=r"tiny, constant, 0\.5, 0\.1"):
+        runs.result(unknown)
+
+
+def test_a_prediction_stands_beside_what_was_found() -> None:
+    """Of the differences that it names."""
+
+    def row(rule: str, budget: float, less: float, problem: str = "K = 2") -> dict[str, Any]:
+        return {"problem": problem, "rule": rule, "budget": budget, "errors": [9 - less + trial for trial in range(30)]}
+
+    rows = [row("parallel", 1.0, 0), row("constant", 0.01, 0.5), row("QSR", 0.01, 0.75), row("power 3", 0.01, 3)]
+    lines = foretold(rows).splitlines()
+    assert lines[2] == f"| K = 2 | 1 | {PREDICTED['K = 2']} | -0.50 ± 0.00 | -0.75 ± 0.00 | -0.25 ± 0.00 |"
+    fixed = [row(one["rule"], one["budget"], 0, "tiny, 4 times the rate") for one in rows]
+    assert PREDICTED["fixed rate"] in foretold(fixed)
+    every = [*(of.name for of in (cases.SPARSE, cases.SENSING, cases.PICTURES)), *cases.VARIED]
+    assert set(every) | {"fixed rate"} == set(PREDICTED)
 
 
 def test_a_fixed_rate_is_a_multiple_of_parallels_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
