@@ -176,8 +176,8 @@ def test_a_verdict_says_no_more_than_the_interval() -> None:
     assert verdict(same, other) == "power 3 and constant cannot be told apart (+0.00 ± 0.38)"
     assert difference(one, other)[0] == pytest.approx(-0.9)
     assert verdict(one, other, among=1000).endswith("0.03 points, all pairs considered")
-    little = {"rule": "SWAP", "errors": [value - 0.45 + (-1) ** trial for trial, value in enumerate(base)]}
-    assert verdict(little, other, among=2).endswith("by 0.45 ± 0.38 points"), "not with two pairs: ± 0.44"
+    little = {"rule": "SWAP", "errors": [value - 0.41 + (-1) ** trial for trial, value in enumerate(base)]}
+    assert verdict(little, other, among=2).endswith("by 0.41 ± 0.38 points"), "not with two pairs: ± 0.44"
 
 
 def by_autograd(name: str, rows: Tensor, inputs: Tensor) -> Tensor:
@@ -203,22 +203,27 @@ def test_gradients_of_regressions_are_autograds(name: str) -> None:
     torch.testing.assert_close(into, rows.grad, rtol=1e-4, atol=1e-4)
 
 
-def test_the_error_of_a_regression_is_that_on_new_inputs() -> None:
-    """In the mean over 200,000 draws, so within 2 % of it; none where the true coefficients are found."""
-    generator = torch.Generator().manual_seed(3)
+@pytest.mark.parametrize("name", ["sparse", "sensing"])
+def test_the_error_of_a_regression_is_that_on_new_inputs(name: str) -> None:
+    """In the mean over 20,000 of its inputs, whose deviation is 1 % of it: so within 4 % of that."""
+    problem = {"sparse": cases.SPARSE, "sensing": cases.SENSING}[name]
+    many = dataclasses.replace(problem, samples=20_000, batch=20_000, workers=1, noise=0.0)
+    drawn = study.REGRESSIONS[name](many, 2, 1)
+    inputs, labels = (values[0] for values in drawn.next())
+    missed = (by_autograd(name, drawn.start, inputs) - labels).square().mean(1)
+    assert drawn.errors(drawn.start) == pytest.approx(missed.tolist(), rel=0.04)
+    nothing = {"sparse": 3, "sensing": 9}[name]
+    assert drawn.coefficients.square().sum(1).tolist() == pytest.approx([nothing] * 2, rel=1e-5)
+
+
+def test_the_error_of_a_regression_is_none_at_the_true_coefficients() -> None:
     sensing = sensing_batches(cases.SENSING, 2, 1)
     values, vectors = torch.linalg.eigh(sensing.coefficients.view(-1, SIZE, SIZE))
     root = (vectors * values.clamp(min=0).sqrt()[:, None]).flatten(1)
-    assert max(sensing.errors(root)) < 1e-4
-    assert sensing.coefficients.square().sum(1).tolist() == pytest.approx([9, 9], rel=1e-5)
-    drawn = torch.randn(200_000, SIZE, SIZE, generator=generator)
-    inputs = ((drawn + drawn.mT) / 2).flatten(1)
-    missed = (inputs @ (sensing.network.coefficients(sensing.start) - sensing.coefficients).T).square().mean(0)
-    assert sensing.errors(sensing.start) == pytest.approx(missed.tolist(), rel=0.02)
+    assert max(sensing.errors(root)) < 1e-4, "squares of fp32's rounding"
     sparse = sparse_batches(cases.SPARSE, 4, 1)
     found = torch.cat([sparse.coefficients.clamp(min=0), (-sparse.coefficients).clamp(min=0)], 1)
     assert sparse.errors(found) == [0] * 4
-    assert sparse.errors(sparse.start) == [3] * 4
 
 
 @pytest.mark.parametrize("shape", [(12, 5), (5, 12)])
