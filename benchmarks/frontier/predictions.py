@@ -18,7 +18,7 @@ PREDICTED = {
     "AdamW": "steps do not shrink with the gradient, so workers part further: long rounds at the peak harm, QSR ahead",
     "AdamW, moments every 3rd and 6th round": "between AdamW's local steps and parallel",
     "three hidden layers": "sharper, so long rounds at the peak harm more: QSR ahead of constant H",
-    "three hidden layers, 16,000 steps": "written after 4,000 steps: with time for the drift QSR ahead of parallel too",
+    "three hidden layers, 8,000 steps": "written after 4,000 steps: with time for the drift QSR ahead of parallel too",
     "hidden 128": "more minimizers to drift along: a larger gain over parallel than with 32",
     "sparse": "the longer the rounds the better; rules alike at equal averagings; one averaging at the end the best",
     "sensing": "as sparse: the longer the better, rules alike, for nothing harms long rounds at a rate that is stable",
