@@ -89,7 +89,7 @@ def varied() -> list[Case]:
 
 
 def fixed() -> list[Case]:
-    """At rates that nobody tuned for them: twice and four times parallel's best, and in a deeper network that itself."""
+    """At rates tuned for parallel: two and four times its best one, and in a deeper network that one itself."""
     rules = [rule for rule in RULES if "outer" not in rule]
     short = [case for times in (2.0, 4.0) for case in cases(problem("4,000 steps"), rules, (ONE,), times)]
     deep = cases(problem("three hidden layers"), (*POWERS, "post_local"), (ONE,), 1.0)
