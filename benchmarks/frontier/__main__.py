@@ -22,15 +22,25 @@ early; --kept trains nothing, and reports what is there.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks.frontier.cases import PARTS
+from benchmarks.frontier.cases import PARTS, Case
 from benchmarks.frontier.rules import RULES
 from benchmarks.frontier.statements import foretold, statements, table
 from benchmarks.frontier.study import Runs, run_all
 from benchmarks.report import Report, parser
+
+
+def in_words(cases: Sequence[Case]) -> str:
+    """Each problem with its rules and budgets."""
+    parts = []
+    for title in dict.fromkeys(case.title for case in cases):
+        rules = [f"{case.rule} at {100 * case.share:g} %" for case in cases if case.title == title]
+        parts.append(f"{title} ({', '.join(rules)})")
+    return "; ".join(parts)
 
 
 def main() -> None:
@@ -59,11 +69,10 @@ def main() -> None:
     kept = Report("frontier", arguments, ("torch", "scikit-learn"), rules=list(RULES))
     kept.add(f"One core, {runs.seconds:.0f} s in all. ± is half the width of a 95 % interval over the trials.")
     kept.add(
-        "Errors are per cent of the test pictures; of `sparse` and `sensing` squared errors, nothing learned: 3 and 9."
+        "Errors are per cent of the test pictures; of `sparse` and `sensing` squared errors, 3 and 9 if nothing is learned."
     )
     if missing:
-        names = "; ".join(f"{case.title}, {case.rule}, {100 * case.share:g} %" for case in missing)
-        kept.add(f"Not run: {names}.")
+        kept.add(f"Not run: {in_words(missing)}.")
     predicted = [row for part, rows in found.items() if part != "main" for row in rows]
     if predicted:
         kept.add(f"## Predicted and found\n\n{foretold(predicted)}")
