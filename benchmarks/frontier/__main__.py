@@ -69,7 +69,7 @@ def main() -> None:
     kept = Report("frontier", arguments, ("torch", "scikit-learn"), rules=list(RULES))
     kept.add(f"One core, {runs.seconds:.0f} s in all. ± is half the width of a 95 % interval over the trials.")
     kept.add(
-        "Errors are per cent of the test pictures; of `sparse` and `sensing` squared errors, 3 and 9 if nothing is learned."
+        "Errors: per cent of test pictures; `sparse` and `sensing`: squared errors, 3 and 9 where nothing is learned."
     )
     if missing:
         kept.add(f"Not run: {in_words(missing)}.")
