@@ -182,11 +182,11 @@ def rates() -> str:
     parts = [_text(20, 26, words, GREY)]
     for row in sorted(own, key=lambda one: interval(one["errors"]).mean):
         mean, half = interval(row["errors"])
-        color = CURVES[row["rule"]][1] if row["rule"] in CURVES else GREY
+        color = CURVES[row["rule"]][1] if row["rule"] in CURVES else INK if row["rule"] == "parallel" else GREY
         parts += [_text(20, y + 14, names[row["rule"]]), _box(left, y + 2, mean * scale, 15, color)]
         low, high = left + (mean - half) * scale, left + (mean + half) * scale
         parts.append(f'<path d="M{low:.1f} {y + 9.5:.1f}H{high:.1f}" stroke="{INK}" stroke-width="2"/>')
-        parts.append(_text(high + 8, y + 14, f"{mean:.1f}, H from {row['period_at_peak']}", INK, 12))
+        parts.append(_text(high + 8, y + 14, f"{mean:.1f} (H at the peak: {row['period_at_peak']})", INK, 12))
         y += 24
     return _svg(int(y) + 14, "Test error at a peak rate that is twice too large, by rule, with 95 % intervals", parts)
 
