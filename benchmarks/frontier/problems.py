@@ -20,13 +20,13 @@ class Problem:
 
     Args:
         data: "digits" (scikit-learn's, 8 x 8), "cifar10" (8 x 8 x 3, shrunk from a folder that --data names), or
-            "sparse" (frontier.sparse, which reads no hidden and no loss).
+            "sparse" or "sensing" (frontier.regression, which reads no hidden and no loss).
         samples: training pictures of a trial, drawn from all; the others test it.
         hidden: sizes of the hidden layers.
-        noise: share of labels that are drawn anew at every step, uniformly over the classes; of "sparse" the standard
-            deviation of what is added to them.
+        noise: share of labels that are drawn anew at every step, uniformly over the classes; of a regression the
+            standard deviation of what is added to them.
         batch: pictures a worker and step.
-        optimizer: "sgd", "momentum" (0.9) or "adamw".
+        optimizer: "sgd", "momentum" (0.9), "adamw" or "muon" (of all matrices but the last, AdamW for the rest).
         rate: the peak learning rate with which tuning begins; cosine to 0.
         state: averaging.state of all its rules.
     """

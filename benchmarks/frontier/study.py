@@ -7,81 +7,28 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from benchmarks.frontier.cases import Case
 from benchmarks.frontier.problems import Batches, Pictures, Problem, load
-from benchmarks.frontier.rules import RULES, block, period_for
-from benchmarks.frontier.sparse import SparseBatches
+from benchmarks.frontier.regression import Regression
+from benchmarks.frontier.rules import block
+from benchmarks.frontier.sensing import sensing_batches
+from benchmarks.frontier.sparse import sparse_batches
 from benchmarks.frontier.workers import Outcome, train
+from qsr_engine.config.qsr import QSRConfig
 
 TUNING, COUNTING = 1, 2  # blocks of trials
 TRIALS = {TUNING: 8, COUNTING: 30}
+REGRESSIONS = {"sparse": sparse_batches, "sensing": sensing_batches}
 FACTORS = (0.5, 1.0, 2.0)  # of the problem's own rate, to begin with
 FURTHEST = (1 / 64, 16.0)
 
 
-@dataclass(frozen=True)
-class Case:
-    """A rule at a budget; share 1 is parallel's."""
-
-    problem: Problem
-    rule: str
-    share: float
-
-    @property
-    def period(self) -> int:
-        return 1 if self.rule == "parallel" else period_for(self.rule, self.share, self.problem)
-
-
-MAIN = Problem("digits", steps=16_000)
-SHORT = dataclasses.replace(MAIN, steps=4_000)
-FEW = ("constant", "power 1", "QSR", "power 3")
-# One thing of the short problem is changed at a time.
-VARIED: dict[str, dict[str, Any]] = {
-    "4,000 steps": {},
-    "1,000 steps": {"steps": 1_000},
-    "no label noise": {"noise": 0.0},
-    "cross-entropy": {"loss": "cross_entropy", "rate": 0.2},
-    "K = 2": {"workers": 2},
-    "K = 16": {"workers": 16},
-    "momentum 0.9": {"optimizer": "momentum", "rate": 0.005},
-    "AdamW": {"optimizer": "adamw", "rate": 0.003},
-    "AdamW, moments every 3rd and 6th round": {
-        "optimizer": "adamw",
-        "rate": 0.003,
-        "state": (("exp_avg", 3), ("exp_avg_sq", 6)),
-    },
-    "three hidden layers": {"hidden": (32, 32, 32)},
-}
-SPARSE = Problem("sparse", 20_000, "sparse", samples=25, hidden=(), noise=3.0, batch=1, rate=0.003)
-PICTURES = dataclasses.replace(MAIN, name="cifar10", data="cifar10", samples=1_000, noise=0.2, steps=4_000, rate=0.05)
-
-
-def main_cases(shares: Sequence[float]) -> list[Case]:
-    """At the smallest budget without SWAP and outer optimizers, for lack of computing time."""
-    fewest = [rule for rule in RULES if rule != "swap" and "outer" not in rule]
-    rules = {share: RULES if share > min(shares) else fewest for share in shares}
-    return [Case(MAIN, "parallel", 1.0), *(Case(MAIN, rule, share) for share in shares for rule in rules[share])]
-
-
-def varied_cases(shares: Sequence[float]) -> list[Case]:
-    found = []
-    for name, changes in VARIED.items():
-        problem = dataclasses.replace(SHORT, name=name, **changes)
-        rules = [(rule, share) for share in shares for rule in ("constant", "QSR")]
-        found += [Case(problem, rule, share) for rule, share in [("parallel", 1.0), *rules]]
-    return found
-
-
-def picture_cases(shares: Sequence[float]) -> list[Case]:
-    return [Case(PICTURES, "parallel", 1.0), *(Case(PICTURES, rule, share) for share in shares for rule in FEW)]
-
-
-def sparse_cases(shares: Sequence[float]) -> list[Case]:
-    return [Case(SPARSE, "parallel", 1.0), *(Case(SPARSE, rule, share) for share in shares for rule in FEW)]
+class NotRunError(Exception):
+    """An outcome is asked for that is not kept, and nothing is to be trained."""
 
 
 class Runs:
@@ -90,10 +37,11 @@ class Runs:
     Args:
         file: of the lines.
         folder: of pictures, --data.
+        trains: False raises NotRunError for what is not kept.
     """
 
-    def __init__(self, file: Path, folder: Path | None) -> None:
-        self._file, self._folder = file, folder
+    def __init__(self, file: Path, folder: Path | None, trains: bool = True) -> None:
+        self._file, self._folder, self._trains = file, folder, trains
         self._known: dict[str, dict[str, Any]] = {}
         for line in file.read_text().splitlines() if file.exists() else []:
             found = json.loads(line)
@@ -108,10 +56,12 @@ class Runs:
         """Args: factor: of the problem's rate; which: TUNING or COUNTING."""
         rate = case.problem.rate * factor
         qsr = block(case.rule, case.period, case.share, case.problem, rate)
-        told = {"problem": dataclasses.asdict(case.problem) | {"name": ""}, "qsr": qsr.model_dump(), "trials": which}
-        key = hashlib.sha256(json.dumps([told, TRIALS[which]], sort_keys=True).encode()).hexdigest()[:16]
+        trials = trials_of(case.problem, which)
+        key = key_of(case.problem, qsr, which, trials)
         if key not in self._known:
-            outcome = train(self._batches(case.problem, TRIALS[which], which), qsr)
+            if not self._trains:
+                raise NotRunError(f"{case.title}, {case.rule}, {case.share:g}, {rate:g}")
+            outcome = train(self._batches(case.problem, trials, which), qsr)
             line = {"key": key, "case": f"{case.problem.name}, {case.rule}, {case.share:g}, {rate:g}, block {which}"}
             self._known[key] = {**line, **dataclasses.asdict(outcome)}
             with self._file.open("a") as stream:
@@ -120,10 +70,18 @@ class Runs:
         kept = self._known[key]
         return Outcome(**{field.name: kept[field.name] for field in dataclasses.fields(Outcome)})
 
-    def _batches(self, problem: Problem, trials: int, which: int) -> Batches | SparseBatches:
-        if problem.data == "sparse":
-            return SparseBatches(problem, trials, which)
+    def _batches(self, problem: Problem, trials: int, which: int) -> Batches | Regression:
+        if problem.data in REGRESSIONS:
+            return REGRESSIONS[problem.data](problem, trials, which)
         return Batches(problem, pictures_of(problem, self._folder), trials, which)
+
+    def has(self, case: Case) -> bool:
+        """All that a row needs, where nothing is trained."""
+        try:
+            self.result(case)
+        except NotRunError:
+            return False
+        return True
 
     def tune(self, case: Case) -> dict[float, float]:
         """Mean error at each factor of the rate that was tried: the best lies between two others, or at the end."""
@@ -134,22 +92,35 @@ class Runs:
 
     def result(self, case: Case) -> dict[str, Any]:
         """A row of the raw figures."""
-        tuned = self.tune(case)
-        factor = best(tuned)
+        own = case.times is None
+        tuned = self.tune(case if own else Case(case.problem, "parallel", 1.0))
+        factor = best(tuned) * (case.times or 1)
         outcome = self.outcome(case, factor, COUNTING)
         return {
-            "problem": case.problem.name,
+            "problem": case.title,
             "rule": case.rule,
+            "unit": "squared error" if case.problem.data in REGRESSIONS else "points",
             "budget": case.share,
             "period_at_peak": case.period,
             "rate": case.problem.rate * factor,
-            "edge": not min(tuned) < factor < max(tuned),
-            "tuning": {f"{case.problem.rate * one:g}": round(error, 3) for one, error in tuned.items()},
+            "edge": own and not min(tuned) < factor < max(tuned),
+            "tuning": {f"{case.problem.rate * one:g}": round(error, 3) for one, error in tuned.items()} if own else {},
             "averagings_percent": round(100 * outcome.averagings / case.problem.steps, 3),
             "longest_round": outcome.longest,
             "errors": outcome.errors,
             "seconds": outcome.seconds,
         }
+
+
+def key_of(problem: Problem, qsr: QSRConfig, which: int, trials: int) -> str:
+    """Of what determines an outcome; keys of the configuration that are at their defaults do not, nor does a name."""
+    told = {"problem": dataclasses.asdict(problem) | {"name": ""}, "qsr": qsr.model_dump(exclude_defaults=True)}
+    return hashlib.sha256(json.dumps([told, which, trials], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def trials_of(problem: Problem, which: int) -> int:
+    """Of a regression as many tune as count: at a rate that is near too large, one of many diverges."""
+    return TRIALS[COUNTING if problem.data in REGRESSIONS else which]
 
 
 @cache

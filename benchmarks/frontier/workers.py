@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from benchmarks.frontier.muon import BatchedMuon
 from benchmarks.frontier.problems import Batches
-from benchmarks.frontier.sparse import SparseBatches
+from benchmarks.frontier.regression import Regression
 from qsr_engine.averaging.buckets import pieces_in_place
 from qsr_engine.averaging.outer import Outer
 from qsr_engine.config.qsr import QSRConfig
@@ -29,7 +30,7 @@ class Outcome:
 class Workers:
     """The models: row k x trials + t is that of worker k in trial t; under `parallel` a trial has one row."""
 
-    def __init__(self, batches: Batches | SparseBatches, together: bool) -> None:
+    def __init__(self, batches: Batches | Regression, together: bool) -> None:
         self._batches, self._trials = batches, batches.trials
         self._make(batches.start.clone(), {}, 1)
         if not together:
@@ -43,6 +44,8 @@ class Workers:
         self._layers, self._into = network.layers(self.rows.detach()), network.layers(self.rows.grad)
         if kind == "adamw":
             self.optimizer: torch.optim.Optimizer = torch.optim.AdamW([self.rows], fused=True)
+        elif kind == "muon":
+            self.optimizer = BatchedMuon(self.rows, lambda rows: [pair[0] for pair in network.layers(rows)[:-1]])
         else:
             self.optimizer = torch.optim.SGD([self.rows], lr=1.0, momentum=0.9 * (kind == "momentum"), fused=True)
         if state:
@@ -78,14 +81,14 @@ class Workers:
         values.detach().view(self.workers, self._trials, -1).copy_(mean)
 
 
-def train(batches: Batches | SparseBatches, qsr: QSRConfig) -> Outcome:
+def train(batches: Batches | Regression, qsr: QSRConfig) -> Outcome:
     """Train every trial to the end by the rule, and test the average."""
     began = time.process_time()
     rows, averagings, longest = end_of(batches, qsr)
     return Outcome(batches.errors(rows), averagings, longest, round(time.process_time() - began, 2))
 
 
-def end_of(batches: Batches | SparseBatches, qsr: QSRConfig) -> tuple[Tensor, int, int]:
+def end_of(batches: Batches | Regression, qsr: QSRConfig) -> tuple[Tensor, int, int]:
     """The averaged models of all trials at the end [trials, size], averagings, and the steps of the longest round."""
     rounds = Rounds(qsr, lambda: 0.0)
     workers = Workers(batches, rounds.mode == "parallel")

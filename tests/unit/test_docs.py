@@ -69,7 +69,7 @@ def test_all_that_the_api_page_lists_has_words() -> None:
         assert words.strip(), entry
 
 
-@pytest.mark.parametrize("name", ["timelines", "wallclock", "frontier"])
+@pytest.mark.parametrize("name", ["timelines", "wallclock", "frontier", "rates"])
 def test_the_pictures_are_those_of_the_script(name: str) -> None:
     """The bars are the figures of the committed report."""
     drawn = getattr(pictures, name)()
