@@ -3,8 +3,8 @@
 Part 1: WORKERS members train; every few seconds one is killed, frozen for a while, or joins, or the lighthouse is
 killed and comes back. Every member writes a line a boundary, from which follow:
 
-    lost       seconds by which a boundary at which somebody had left took longer than the median of the others;
-               boundaries during which the lighthouse was away are counted by themselves
+    lost       seconds by which a boundary at which somebody had left, or was missing, took longer than the median of
+               the others; boundaries during which the lighthouse was away are counted by themselves
     twice      steps that a member took twice
     different  boundaries after which two members did not hold the same bits
 
@@ -95,18 +95,20 @@ class Elastic:
 
     def fault(self) -> None:
         awake = [name for name in self.members if name not in self.frozen and self._takes_part(name)]
-        what = self.random.choice(["killed", "killed", "frozen", "joined", "lighthouse killed"])
-        if what in ("killed", "frozen") and len(awake) < 2:
+        faults = ["killed", "killed", "frozen", "joined", "lighthouse killed"]
+        what = self.random.choice(faults + ["held up"] * 3 if self._grace else faults)
+        if what in ("killed", "frozen", "held up") and len(awake) < 2:
             what = "joined"
         if what == "joined" and len(self.members) >= MOST_WORKERS:
             what = "killed" if len(awake) > 1 else "nothing"
         if what == "killed":
             name = self.random.choice(awake)
             self.members.pop(name).kill()
-        elif what == "frozen":
+        elif what in ("frozen", "held up"):  # the latter for less than the time-out: it is late, and has not left
             name = self.random.choice(awake)
             self.members[name].send_signal(signal.SIGSTOP)
-            self.frozen[name] = time.monotonic() + self.random.uniform(0.5, 3) * TIMEOUT
+            seconds = self.random.uniform(0.5, 3) * TIMEOUT if what == "frozen" else self.random.uniform(1.2, 2.2)
+            self.frozen[name] = time.monotonic() + seconds
         elif what == "joined":
             self.join()
         elif what == "lighthouse killed":

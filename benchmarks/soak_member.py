@@ -19,6 +19,8 @@ from torch import nn
 
 import qsr_engine
 
+_GONE = ("leave", "missing")
+
 
 def main(file: str, steps: int, period: int, seconds: float, timeout: float, grace: float) -> None:
     torch.set_num_threads(1)
@@ -65,7 +67,7 @@ def main(file: str, steps: int, period: int, seconds: float, timeout: float, gra
                     repeated=member.repeated,
                     taken=[taken[0], taken[-1], len(taken)],
                     recorder=engine.standing.recorder,
-                    left=[event["member"] for event in member.events if event["event"] == "leave"],
+                    left=[event["member"] for event in member.events if event["event"] in _GONE],
                     late=[event["member"] for event in member.events if event["event"] == "late"],
                 )
                 member.events, taken = [], []
