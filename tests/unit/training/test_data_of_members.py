@@ -97,6 +97,7 @@ class Members:
         self.frozen: dict[str, Member] = {}  # which may come back
         self.times: dict[int, Counter[Any]] = defaultdict(Counter)
         self.events: list[dict[str, Any]] = []
+        self.read_late: dict[str, int] = {}  # in their last round, by those who were not there at its end
         self.step = self.lost = self.read = self.made = 0
         monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
         monkeypatch.setattr("torch.distributed.get_world_size", lambda: dealing.ranks)
@@ -129,20 +130,24 @@ class Members:
         self.step += steps
         return read
 
-    def boundary(self, names: list[str], giving: list[str], read: dict[str, int]) -> None:
-        """So many are there from now on, of whom some had given their parameters; names are old ones or new ones."""
+    def boundary(self, names: list[str], giving: list[str], read: dict[str, int], late: tuple[str, ...] = ()) -> None:
+        """So many are there from now on, of whom some had given their parameters; names are old ones or new ones.
+
+        Those who are `late` were not there at the boundary before, and give the movement of that round.
+        """
         source = self.there[giving[0]] if giving else None
         for name in names:
             if name not in self.there:
                 back = self.frozen.pop(name, None)
                 self.there[name] = back or Member(self.recipe, self.index, self.dealing)
-        states = [self.there[name].ranks[0][1].state() for name in giving or names[:1]]
+        states = [self.there[name].ranks[0][1].state() for name in [*(giving or names[:1]), *late]]
         for name in names:
             for _, attendance in self.there[name].ranks:
                 if source is not None and name not in giving:
                     attendance.take(states[0])
                 attendance.counted(states[0], states)
-        self.lost += sum(read.values()) - sum(read[name] for name in giving)
+        self.lost += sum(read.values()) - sum(read[name] for name in giving) - sum(self.read_late.pop(o) for o in late)
+        self.read_late |= {name: read[name] for name in read if name not in giving}
         self.frozen |= {name: member for name, member in self.there.items() if name not in names}
         self.there = {name: self.there[name] for name in names}
         told = []
@@ -259,6 +264,18 @@ def test_a_member_that_was_frozen_goes_on_where_the_others_are(
     run.end()
     assert run.counts() == run.truth()
     assert run.counts()["samples_lost"] == MICRO * H
+
+
+def test_what_a_late_member_has_read_is_lost_until_its_movement_is_in_an_average(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Members(load_recipe(recipe), KEEP, monkeypatch)
+    run.boundary(["0", "1", "2"], [], {})
+    run.boundary(["0", "1"], ["0", "1"], run.round(H))
+    assert run.counts()["samples_lost"] == run.lost == MICRO * H
+    run.boundary(["0", "1", "2"], ["0", "1"], run.round(H), late=("2",))
+    run.end()
+    assert run.counts() == run.truth() == dict.fromkeys(COUNTS, 0)
 
 
 def test_a_batch_that_cannot_be_kept_is_told(
