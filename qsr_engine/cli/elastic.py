@@ -19,6 +19,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
+
 from qsr_engine.cli.guard import LAUNCH, end, guarded, processes_of
 from qsr_engine.cli.launched import asked_file
 from qsr_engine.cli.launcher import free_port
@@ -139,6 +141,12 @@ class _Worker:
         """Whether it has ended with an error that would come again (cli.launched.no_restart)."""
         return (self._folder / "error").exists()
 
+    def frozen(self) -> bool:
+        """Whether one of its ranks is (SIGSTOP), and hears no other signal."""
+        with contextlib.suppress(psutil.Error):
+            return any(psutil.Process(rank.pid).status() == psutil.STATUS_STOPPED for rank in self._ranks)
+        return False
+
     def send(self, number: int) -> None:
         for rank in self._ranks:
             with contextlib.suppress(OSError):
@@ -181,6 +189,9 @@ def _run(workers: list[_Worker], restarts: int, received: list[int]) -> dict[int
         for worker in list(running):
             code = worker.code()
             if code is None:
+                if received and codes and worker.frozen():  # the others have stopped
+                    print(f"qsr: worker {worker.number} is frozen, cannot stop, and is killed", file=sys.stderr)
+                    worker.send(signal.SIGKILL)
                 continue
             if code and restarts and not received and not worker.hopeless() and 0 not in codes.values():
                 restarts -= 1

@@ -29,13 +29,16 @@ def run(args: argparse.Namespace) -> int:
     """Write the file, and say of which step it is."""
     from qsr_engine.checkpoint.manifest import CheckpointError
     from qsr_engine.checkpoint.model_file import export
-    from qsr_engine.records.run_folder import CHECKPOINTS, RECIPE
+    from qsr_engine.records.run_folder import CHECKPOINTS, MODEL, RECIPE
 
+    if not Path(args.checkpoint).exists():
+        raise CommandError(f"{args.checkpoint} is not there; name the folder of a checkpoint or of a run")
     of_run = Path(args.checkpoint, CHECKPOINTS)
     folder = of_run if of_run.is_dir() or Path(args.checkpoint, RECIPE).exists() else args.checkpoint
     try:
         manifest = export(folder, args.out)
     except CheckpointError as error:
-        raise CommandError(error) from error
+        model = Path(args.checkpoint, MODEL)
+        raise CommandError(f"{error}; {model} is the run's model" if model.exists() else error) from error
     print(f"{args.out}: the averaged model after step {manifest.step}")
     return 0

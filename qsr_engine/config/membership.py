@@ -20,7 +20,7 @@ class MembershipConfig(StrictModel):
     for so long has failed"""
     min_workers: PositiveInt = 1
     """of `torchft`: fewer members than these wait at a boundary until enough are there"""
-    grace_seconds: Annotated[float | None, Field(gt=0, le=86400, allow_inf_nan=False)] = None
+    grace_seconds: Annotated[float | None, Field(ge=1, le=86400, allow_inf_nan=False)] = None
     """of `torchft`: `null`: a member that lives is waited for at a boundary, however slow it is. A number: for so long
     after the first has come; what a late one did counts at a later boundary: [slow members](elastic.md#slow-members)"""
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from qsr_engine.averaging import Averager, CollectiveError
 from qsr_engine.averaging.errors import Group
+from qsr_engine.config.units import counted
 from qsr_engine.local_steps.averaged import Averaged, Buffers
 from qsr_engine.local_steps.costs import Costs
 from qsr_engine.local_steps.exchange import Exchange
@@ -220,7 +221,7 @@ class MemberBoundary:
         """An exchange failed, so many times in a row. Raises CollectiveError where this worker may be the reason."""
         self.repeated += 1
         self._happened("failed", "", why=why)
-        members = len(found.giving)
+        members = len(found.members)
         self._say("step %d: averaging with %d members failed, and is repeated: %s", self._rounds.step, members, why)
         if failed == _MOST_FAILURES and found.source.joined and not self.joined:
             self.members.close()
@@ -320,10 +321,15 @@ class MemberBoundary:
         self.standing = Standing(names, names.index(telling.name), recorders[0] == telling.name)
         if not before and not begins:  # this one joins now, and does not know who was there
             before = set(names) - {one.name for one in found.members if not one.joined}
+        if begins and self._rounds.step:
+            self._happened("resume", "")
         round_of = {one.name: one.position["round"] for one in exchanged.members}
         for name in names:
             if name in exchanged.late:
-                self._happened("late", name, rounds=exchanged.source.position["round"] - round_of[name])
+                missed = exchanged.source.position["round"] - round_of[name]
+                self._happened("late", name, rounds=missed)
+                late = counted(missed, "round")
+                self._record("step %d: %s came %s late, and what it did is in this average", name, late)
             elif name not in before:
                 self._happened("join", name)
         self._note_gone((before | self._missing) - set(names))
@@ -336,11 +342,17 @@ class MemberBoundary:
                 self._happened("leave", name)
             elif name not in self._missing:
                 self._happened("missing", name)
+                self._record("step %d: the members went on without %s, which is late", name)
         self._missing = missing
 
     def _happened(self, event: str, member: str, **more: Any) -> None:
         what = {"step": self._rounds.step, "event": event, "member": member}
         self.events.append({**what, "members": len(self.standing.names), **more})
+
+    def _record(self, text: str, *values: Any) -> None:
+        """A line of the run, from the member that records it."""
+        if self.standing.recorder:
+            self._say(text, self._rounds.step, *values)
 
     def _say(self, text: str, *values: Any) -> None:
         if dist.get_rank() == 0:

@@ -1,7 +1,8 @@
 """Who took part in a run whose workers come and go, from the run folder's `events.jsonl`.
 
 A line is an object with at least {"step": optimizer steps done, "event": "join" | "leave" | ..., "member": name}. Who
-is "missing" is no member from there on, until it comes "late" or joins. The event "data" has what a change of members
+is "missing" is no member from there on, until it comes "late" or joins. At a "resume" all who were there have left, and
+those who begin join. The event "data" has what a change of members
 did to the data ("samples_lost", "samples_twice", "samples_missed"), and "batch" how many "samples" a step has from then
 on. Of other events only step and name are shown. A line that cannot be read is left out, since no figure needs it.
 """
@@ -52,6 +53,9 @@ def spans(events: Sequence[MemberEvent], last_step: int) -> dict[str, list[tuple
     found: dict[str, list[tuple[int, int]]] = {}
     came: dict[str, int] = {}
     for event in events:
+        if event.event == "resume":
+            for member in list(came):
+                found[member].append((came.pop(member), event.step))
         comes, goes = event.event in ("join", "late"), event.event in ("leave", "missing")
         own = found.setdefault(event.member, []) if comes or goes else []
         if comes:

@@ -177,7 +177,7 @@ class Attendance(Loop):
         if any(now.values()) or (self._standing is not None and standing.names != self._standing.names):
             events.append({**what, "event": "data", **now, "exact": self._coverage.exact})
         kept = self._dealing.kept
-        if part.samples != (self._step_samples or kept or part.samples):
+        if part.samples != (self._step_samples or kept or part.samples) and not self._engine.local_steps.finished:
             events.append({**what, "event": "batch", "samples": part.samples})
             if kept is not None and standing.recorder:
                 log.warning(

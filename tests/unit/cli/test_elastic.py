@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import threading
 from typing import Any
 
 import pytest
 
-from qsr_engine.cli.elastic import no_grace
+from qsr_engine.cli.elastic import _run, _Worker, no_grace
 from qsr_engine.cli.errors import ERROR
 from qsr_engine.cli.main import main
 from qsr_engine.config.membership import MembershipConfig
@@ -49,3 +51,15 @@ def test_the_lighthouse_gets_its_grace(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_grace_that_cannot_be_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["lighthouse", "--grace-seconds", "0"]) == ERROR
     assert "grace_seconds: found 0" in capsys.readouterr().err
+
+
+def test_a_frozen_worker_is_killed_when_the_others_have_stopped(capsys: pytest.CaptureFixture[str]) -> None:
+    """It hears no SIGTERM, and the launcher would wait for it for ever."""
+    workers = []
+    for number, command in enumerate((["true"], ["sleep", "60"])):
+        worker = object.__new__(_Worker)  # the real one starts `qsr train`
+        worker.number, worker._ranks = number, [subprocess.Popen(command)]
+        workers.append(worker)
+    workers[1].send(signal.SIGSTOP)
+    assert _run(workers, 0, [signal.SIGTERM]) == {0: 0, 1: -signal.SIGKILL}
+    assert "worker 1 is frozen, cannot stop, and is killed" in capsys.readouterr().err

@@ -166,6 +166,11 @@ def test_export_takes_the_folder_of_a_run(tmp_path: Path, capsys: pytest.Capture
     words = ["export", str(folder), str(tmp_path / "out")]
     assert main(words) == 1
     assert f"{folder / 'checkpoints'}: there is no whole checkpoint here" in capsys.readouterr().err
+    (folder / "model.safetensors").write_bytes(b"the end's")
+    assert main(words) == 1
+    assert f"here; {folder / 'model.safetensors'} is the run's model" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "none"), str(tmp_path / "out")]) == 1
+    assert "none is not there; name the folder" in capsys.readouterr().err
     saved = folder / "checkpoints" / "step-00000004"
     saved.mkdir(parents=True)
     (saved / "model.safetensors").write_bytes(b"model")

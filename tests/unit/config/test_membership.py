@@ -33,6 +33,8 @@ def test_a_name_stands_for_a_block() -> None:
         ({"membership": {"min_workers": 3}}, ["min_workers is 3, and the way 'fixed' does not read it"]),
         ({"membership": {"way": "torchft", "grace_seconds": 0}}, ["qsr.membership.grace_seconds: found 0"]),
         ({"membership": {"way": "torchft", "grace_seconds": -1}}, ["qsr.membership.grace_seconds: found -1"]),
+        # Members ask every 0.3 s, and within a tenth of a second the lighthouse would never see all of them.
+        ({"membership": {"way": "torchft", "grace_seconds": 0.1}}, ["grace_seconds: found 0.1", "equal to 1"]),
         ({"membership": {"grace_seconds": 3}}, ["grace_seconds is 3, and the way 'fixed' does not read it"]),
         ({"strategy": "parallel", "alpha": None}, ["strategy 'parallel' averages gradients at every step, where"]),
         ({"strategy": "post_local", "switch_step": 5}, ["at every step before its switch_step (5)"]),

@@ -56,6 +56,13 @@ def write_run(folder: Path) -> Path:
     return folder
 
 
+def test_at_a_resumption_those_who_were_there_have_left() -> None:
+    events = [MemberEvent(0, "join", "a"), MemberEvent(0, "join", "b"), MemberEvent(4, "leave", "b")]
+    events += [MemberEvent(6, "resume", ""), MemberEvent(6, "join", "c"), MemberEvent(6, "join", "d")]
+    assert spans(events, 9) == {"a": [(0, 6)], "b": [(0, 4)], "c": [(6, 9)], "d": [(6, 9)]}
+    assert counts(events, 9) == [(0, 2), (4, 1), (6, 2), (9, 2)]
+
+
 def test_who_came_and_went_is_a_note_and_a_picture(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run"))
     found = [(one.step, one.event, one.member) for one in run.events]
