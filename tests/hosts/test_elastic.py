@@ -13,7 +13,7 @@ import pytest
 
 from qsr_engine.records.runs import read_run
 from tests.support.clusters import PREFIX, SCRIPT
-from tests.support.launch import LAUNCH
+from tests.support.launch import LAUNCH, variables_of
 from tests.support.recipes import ELASTIC_STEPS, elastic_recipe
 
 pytestmark = pytest.mark.launch
@@ -25,7 +25,7 @@ def worker_on(host: str) -> psutil.Process:
     """The only worker of a host."""
     listed = subprocess.run(["ip", "netns", "pids", host], capture_output=True, text=True, check=True).stdout
     there = [psutil.Process(int(pid)) for pid in listed.split()]
-    (found,) = (process for process in there if process.environ().get("QSR_WORKER") == f"{host}-0")
+    (found,) = (process for process in there if variables_of(process).get("QSR_WORKER") == f"{host}-0")
     return found
 
 

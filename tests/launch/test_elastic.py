@@ -24,7 +24,7 @@ from qsr_engine.data import read_index
 from qsr_engine.data.loader import TrainLoader
 from qsr_engine.membership.quorum import start_lighthouse
 from qsr_engine.records.runs import read_run
-from tests.support.launch import started_in
+from tests.support.launch import started_in, variables_of
 from tests.support.pool import free_port
 from tests.support.reads import Read, environment, reads_of
 from tests.support.recipes import ELASTIC_STEPS as STEPS
@@ -75,7 +75,7 @@ def check_events(run: Path) -> None:
 
 def worker(process: subprocess.Popen[str], name: str) -> psutil.Process | None:
     """The newest process of a worker."""
-    found = [child for child in psutil.Process(process.pid).children() if child.environ().get("QSR_WORKER") == name]
+    found = [child for child in psutil.Process(process.pid).children() if variables_of(child).get("QSR_WORKER") == name]
     return max(found, key=lambda child: child.create_time(), default=None)
 
 
@@ -256,18 +256,24 @@ def test_the_recorder_is_late_and_another_worker_sleeps_until_the_others_have_en
     tmp_path: Path, recipe: Path, start: Callable[..., subprocess.Popen[str]]
 ) -> None:
     """Every step is recorded once, and who wakes up after the end leaves what the others have written as it is."""
-    run, steps = tmp_path / "runs" / "run", 600
+    run, steps = tmp_path / "runs" / "run", 1500
     changes = {"qsr.membership.grace_seconds": 1, "qsr.membership.timeout_seconds": 20, "qsr.total_steps": steps}
+    changes["qsr.h_base"] = 100  # a round is long beside an averaging, in which the others would wait for the time-out
     sets = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
     process = start(str(recipe), "--elastic", "--ranks", "3", *sets)
 
     def events() -> list[tuple[str, str]]:
-        return [(row["event"], row["member"][0]) for row in lines(run / "events.jsonl")]
+        return [(row["event"], row["member"][:1]) for row in lines(run / "events.jsonl")]
 
-    wait_for("step 60", lambda: any(row["step"] >= 60 for row in lines(run / "metrics.jsonl")), process)
+    def inside_a_round() -> bool:
+        last = lines(run / "metrics.jsonl")[-1:]
+        return bool(last) and last[0]["step"] > 100 and last[0]["step"] % 100 in range(10, 60)
+
+    wait_for("step 110", lambda: any(row["step"] >= 110 for row in lines(run / "metrics.jsonl")), process)
     recorder, sleeper = worker(process, "0"), worker(process, "1")
     assert recorder is not None
     assert sleeper is not None
+    wait_for("the inside of a round", inside_a_round, process)
     recorder.send_signal(signal.SIGSTOP)
     wait_for("going on without it", lambda: ("missing", "0") in events(), process)
     recorder.send_signal(signal.SIGCONT)

@@ -28,7 +28,7 @@ from qsr_engine.config.strict import ConfigError
 from qsr_engine.membership.signals import STOPPED
 from qsr_engine.records.runs import read_run
 from qsr_engine.training.saving import UnsavedError
-from tests.support.launch import interrupted_job, qsr_job, started_in
+from tests.support.launch import interrupted_job, qsr_job, started_in, variables_of
 from tests.support.pool import Processes, free_port, rank_environment, undo
 
 pytestmark = pytest.mark.launch
@@ -95,7 +95,7 @@ def whole_lines(path: Path) -> list[dict[str, Any]]:
 
 def rank_process(process: subprocess.Popen[str], rank: int) -> psutil.Process:
     below = psutil.Process(process.pid).children(recursive=True)
-    return next(child for child in below if child.environ().get("RANK") == str(rank))
+    return next(child for child in below if variables_of(child).get("RANK") == str(rank))
 
 
 @pytest.mark.slow
@@ -151,7 +151,7 @@ def test_a_stop_while_the_ranks_start_is_not_undone_by_a_restart(
 ) -> None:
     """They end by the signal itself, which torchrun takes for a failure."""
     process = start(*qsr(recipe, "--restarts", "2"))
-    wait_for("a rank", lambda: any(child.environ().get("RANK") for child in psutil.Process(process.pid).children(True)))
+    wait_for("a rank", lambda: any("RANK" in variables_of(one) for one in psutil.Process(process.pid).children(True)))
     process.terminate()
     assert process.wait(LIMIT) == STOPPED, (recipe.parent / "output-0").read_text()
     assert records(recipe) == []

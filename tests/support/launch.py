@@ -136,3 +136,10 @@ def started_in(folder: Path, limit: float, **more: str) -> Iterator[Callable[...
             continue
     for opened in started:
         opened.wait(limit)
+
+
+def variables_of(process: psutil.Process) -> dict[str, str]:
+    """The environment of a process; none of one that has ended meanwhile."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.environ()
+    return {}
