@@ -185,12 +185,19 @@ def test_fetching_at_once_stays_within_the_bounds_too(served: tuple[Path, str, l
                     held += 0 if file.name.endswith(".lock") else file.stat().st_size
             most[0] = max(most[0], held)
 
+    def opened(name: str) -> tuple[str, int]:
+        """Its bytes, also where another thread has taken the copy's name away meanwhile to make room."""
+        shard = cache.open(name)
+        return name, os.fstat(shard._file).st_size
+
     watching = threading.Thread(target=watch)
     watching.start()
-    with ThreadPoolExecutor(12) as pool:
-        found = list(pool.map(lambda name: (name, cache.open(name).path.stat().st_size), [*shards, *shards]))
-    stop.set()
-    watching.join()
+    try:
+        with ThreadPoolExecutor(12) as pool:
+            found = list(pool.map(opened, [*shards, *shards]))
+    finally:
+        stop.set()
+        watching.join()
     assert found == [(name, shards[name].bytes) for name in [*shards, *shards]]
     # Twelve at once cannot all wait for room that only they could give back: each may be over by its own shard.
     assert most[0] <= limit + 12 * max(shard.bytes for shard in shards.values())
