@@ -1,18 +1,22 @@
 """Which member records a run whose workers come and go: a file in the run's folder names it.
 
 A member that records may be late, and does not know that the others have gone on and another one records. It asks this
-file before it writes; both hold a lock for as long as they look, where the file system has locks.
+file before it writes; both hold a lock for as long as they look, where the file system has locks. One that is frozen
+while it holds the lock is waited for for _PATIENCE seconds only, else it would hold up the run.
 """
 
 from __future__ import annotations
 
 import fcntl
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from qsr_engine.records.run_folder import RECORDER
+
+_PATIENCE = 5.0
 
 
 class Recorder:
@@ -41,6 +45,17 @@ class Recorder:
     @contextmanager
     def _locked(self) -> Iterator[IO[str]]:
         with self._path.open("a+", encoding="utf-8") as file:
+            end = time.monotonic() + _PATIENCE
             with suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX)
+                while not _taken(file) and time.monotonic() < end:
+                    time.sleep(0.02)
             yield file
+
+
+def _taken(file: IO[str]) -> bool:
+    """Whether the lock is ours now. Raises OSError: the file system has none."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -30,6 +30,7 @@ from qsr_engine.records.runs import read_run
 from qsr_engine.training.saving import UnsavedError
 from tests.support.launch import interrupted_job, qsr_job, started_in, variables_of
 from tests.support.pool import Processes, free_port, rank_environment, undo
+from tests.support.recipes import TINY_MODEL
 
 pytestmark = pytest.mark.launch
 
@@ -40,10 +41,7 @@ LIMIT = 150.0  # seconds, for anything that is waited for
 def recipe(tmp_path: Path, digits: Path) -> Path:
     """A few seconds long, so that a rank can be killed in the middle; a checkpoint at every boundary."""
     path = tmp_path / "small.yaml"
-    path.write_text(f"""
-model:
-  name: timm/vit_tiny_patch16_224
-  kwargs: {{img_size: 8, patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2}}
+    path.write_text(f"""{TINY_MODEL}
 engine: fsdp
 data: {{shards: "{digits}", image_size: 8, augment: crop}}
 batch: {{train_batch_size: 24}}

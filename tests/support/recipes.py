@@ -11,15 +11,15 @@ from qsr_engine.data.device import Normalise
 
 STEPS = 14
 ELASTIC_STEPS = 300
+TINY_MODEL = """model:
+  name: timm/vit_tiny_patch16_224
+  kwargs: {img_size: 8, patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2}"""
 
 
 def small_recipe(tmp_path: Path, digits: Path) -> Path:
     """A recipe that trains in a second; one file, as a user writes it."""
     path = tmp_path / "small.yaml"
-    path.write_text(f"""
-model:
-  name: timm/vit_tiny_patch16_224
-  kwargs: {{img_size: 8, patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2}}
+    path.write_text(f"""{TINY_MODEL}
 data: {{shards: "{digits}", image_size: 8, augment: crop}}
 batch: {{train_batch_size: 96}}
 optimizer: {{type: AdamW, weight_decay: 0.05, gradient_clipping: 1.0}}
@@ -41,10 +41,7 @@ def normalised(batch: ImageBatch) -> tuple[torch.Tensor, torch.Tensor]:
 def recipe_of_three_workers(tmp_path: Path, digits: Path, seconds: float) -> Path:
     """Three workers, rounds of 4 steps, a checkpoint at each boundary; a rank is lost after so many seconds."""
     path = tmp_path / "small.yaml"
-    path.write_text(f"""
-model:
-  name: timm/vit_tiny_patch16_224
-  kwargs: {{img_size: 8, patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2}}
+    path.write_text(f"""{TINY_MODEL}
 data: {{shards: "{digits}", image_size: 8}}
 batch: {{train_batch_size: 24}}
 optimizer: {{type: AdamW, gradient_clipping: 1.0}}
@@ -61,10 +58,7 @@ logging: {{dir: "{tmp_path / "runs"}", name: run, every: 1, checkpoint_every: 4,
 
 def recipe_of_four_steps(tmp_path: Path, digits: Path, engine: str) -> Path:
     path = tmp_path / "alone.yaml"
-    path.write_text(f"""
-model:
-  name: timm/vit_tiny_patch16_224
-  kwargs: {{img_size: 8, patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2}}
+    path.write_text(f"""{TINY_MODEL}
 engine: {engine}
 data: {{shards: "{digits}", image_size: 8}}
 batch: {{train_batch_size: 6}}
@@ -78,10 +72,7 @@ logging: {{dir: "{tmp_path / "runs"}"}}
 def elastic_recipe(tmp_path: Path, digits: Path) -> Path:
     """Workers that come and go, rounds of 20 steps, and a record every 10."""
     path = tmp_path / "small.yaml"
-    path.write_text(f"""
-model:
-  name: timm/vit_tiny_patch16_224
-  kwargs: {{img_size: 8, patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2}}
+    path.write_text(f"""{TINY_MODEL}
 engine: fsdp
 data: {{shards: "{digits}", image_size: 8, augment: crop}}
 batch: {{train_batch_size: 24}}

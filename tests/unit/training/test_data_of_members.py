@@ -98,7 +98,7 @@ class Members:
         self.times: dict[int, Counter[Any]] = defaultdict(Counter)
         self.events: list[dict[str, Any]] = []
         self.read_late: dict[str, int] = {}  # in their last round, by those who were not there at its end
-        self.step = self.lost = self.read = self.made = 0
+        self.step = self.lost = self.read = 0
         monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
         monkeypatch.setattr("torch.distributed.get_world_size", lambda: dealing.ranks)
         monkeypatch.setattr(TrainLoader, "batches", self._batches())
